@@ -1,0 +1,1 @@
+"""Fisher information of neural networks in JAX."""

@@ -200,6 +200,4 @@ def _describe(
         if whole
         else f"the last {held_out.num_targets:,} tokens are held out (fewer than {HOLD_OUT_EVERY} documents)"
     )
-    return (
-        f"{stream.num_targets:,} tokens of {documents}, {reach} ({corpus_targets:,} in all); {held} for pruning"
-    )
+    return f"{stream.num_targets:,} tokens of {documents}, {reach} ({corpus_targets:,} in all); {held} for pruning"

@@ -1,0 +1,63 @@
+"""The folder of a report: checked before the work starts, its files replaced in one step each."""
+
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from fisher_jax.errors import InputError
+
+__all__ = ["check_writable", "disk_error", "write_atomically"]
+
+
+def check_writable(folder: Path, *, bytes_needed: int = 0) -> None:
+    """Raises InputError unless files can be written in `folder` and enough space is free; leaves nothing behind."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a folder with --out.")
+    created = []
+    missing = folder
+    while not missing.exists():
+        created.append(missing)
+        missing = missing.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as probe:
+            probe.write(b"\0" * 65536)
+            probe.flush()
+            os.fsync(probe.fileno())
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise disk_error(error, folder) from None
+    finally:
+        for path in created:
+            if path.is_dir():
+                path.rmdir()
+    if free < bytes_needed:
+        raise InputError(
+            f"{folder} has {free / 2**20:,.0f} MiB free and this run needs about {bytes_needed / 2**20:,.0f} MiB; "
+            "free some space or choose another --out."
+        )
+
+
+def disk_error(error: OSError, folder: Path) -> InputError:
+    """The sentence for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(f"the disk of {folder} is full; free some space or choose another --out.")
+    return InputError(f"{folder} cannot be written: {error.strerror or error}; choose another --out.")
+
+
+def write_atomically(path: Path, contents: str | bytes) -> None:
+    """Writes beside `path` and renames, so that readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = contents.encode() if isinstance(contents, str) else contents
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as stream:
+        try:
+            stream.write(raw)
+            stream.flush()
+            os.fsync(stream.fileno())
+            os.chmod(stream.name, 0o644)
+            os.replace(stream.name, path)
+        except BaseException:
+            os.unlink(stream.name)
+            raise

@@ -1,0 +1,119 @@
+"""The numbers a report is about: importance of every vocabulary row with its interval, and tasks compared."""
+
+import csv
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+__all__ = ["Comparison", "Importance", "compare", "importance", "importance_csv", "outliers", "readable"]
+
+
+class Importance(NamedTuple):
+    """Per-token Fisher of every vocabulary row; intervals are NaN with fewer than two units."""
+
+    mean: np.ndarray  # [V], per scored token, summed over the columns of the row
+    error: np.ndarray  # [V], standard error of the mean
+    lower: np.ndarray  # [V]
+    upper: np.ndarray  # [V]
+    counts: np.ndarray  # [V], occurrences as a label
+    units: float
+    tokens: float
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether two or more units were seen."""
+        return self.units >= 2
+
+    @property
+    def order(self) -> np.ndarray:
+        """Rows from the most to the least important; the lower id first where equal."""
+        return np.argsort(-self.mean, kind="stable")
+
+
+class Comparison(NamedTuple):
+    """Two tasks side by side."""
+
+    task: str
+    other: str
+    rank_correlation: float  # Spearman's, over all rows
+    gainers: np.ndarray  # rows that matter more in `task`, by difference over its standard error
+    losers: np.ndarray
+
+
+def importance(arrays: dict[str, Any], kind: str, level: float) -> Importance:
+    """Reads the Welford state of one kind into host arrays."""
+    import fisher_jax as fj
+
+    state = arrays[kind]
+    lower, upper = fj.welford.confidence_interval(state, level=level)
+    return Importance(
+        np.asarray(fj.welford.mean(state), np.float64),
+        np.asarray(fj.welford.standard_error(state), np.float64),
+        np.asarray(lower, np.float64),
+        np.asarray(upper, np.float64),
+        np.asarray(arrays["counts"]),
+        float(fj.welford.count(state)),
+        float(fj.welford.weight(state)),
+    )
+
+
+def readable(token: str) -> str:
+    """A token on one line with its spaces visible: " Paris" is "␣Paris", a newline "\\n"."""
+    shown = token.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    shown = shown.replace(" ", "␣")
+    return "".join(c if c.isprintable() else _escape(c) for c in shown) or "∅"
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+
+
+def importance_csv(result: Importance, tokens: list[str]) -> str:
+    """One line per vocabulary row, most important first."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["token_id", "token", "count", "mean", "standard_error", "lower", "upper"])
+    for row in result.order.tolist():
+        numbers = (result.mean[row], result.error[row], result.lower[row], result.upper[row])
+        writer.writerow([row, tokens[row], int(result.counts[row]), *(f"{number:.9g}" for number in numbers)])
+    return stream.getvalue()
+
+
+def outliers(result: Importance, *, number: int, minimum_count: int = 3) -> np.ndarray:
+    """Rows whose importance lies furthest from what their frequency predicts, in the log of the mean.
+
+    The prediction is a running median over rows sorted by count; half the answer lies above it, half below.
+    """
+    seen = np.flatnonzero((result.counts >= minimum_count) & (result.mean > 0))
+    if not seen.size:
+        return seen
+    seen = seen[np.argsort(result.counts[seen], kind="stable")]
+    log_mean = np.log(result.mean[seen])
+    half = max(len(seen) // 40, 5)
+    trend = np.array(
+        [np.median(log_mean[max(i - half, 0) : i + half + 1]) for i in range(len(seen))],
+    )
+    residual = log_mean - trend
+    by_residual = np.argsort(residual, kind="stable")
+    half_number = min(number // 2, len(seen) // 2)
+    return seen[np.concatenate([by_residual[:half_number], by_residual[len(seen) - half_number :]])]
+
+
+def compare(task: str, here: Importance, other: str, there: Importance, *, number: int = 10) -> Comparison:
+    """Spearman correlation of two tasks, and the rows whose difference stands out most."""
+    spread = np.hypot(np.nan_to_num(here.error), np.nan_to_num(there.error))
+    difference = here.mean - there.mean
+    # A row seen as a label only a few times in both has an error that knows nothing of the next occurrence.
+    often = np.maximum(here.counts, there.counts) >= 5
+    score = np.where(often & (spread > 0), difference / np.where(spread > 0, spread, 1.0), 0.0)
+    order = np.argsort(-score, kind="stable")
+    return Comparison(
+        task,
+        other,
+        float(stats.spearmanr(here.mean, there.mean).statistic),
+        order[:number][score[order[:number]] > 0],
+        order[::-1][:number][score[order[::-1][:number]] < 0],
+    )

@@ -1,0 +1,205 @@
+"""Pictures of importance: by rank, against frequency, of single tokens, by column, and between tasks."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+from fisher_jax.cli.importance import Comparison, Importance, outliers
+from fisher_jax.cli.style import Theme, drawable, log_axis, theme_context
+
+__all__ = ["columns_figure", "comparison_figure", "dots_figure", "frequency_figure", "rank_figure"]
+
+UNIT = "importance: Fisher information per token"
+_WIDTH = 5.4
+
+
+def _figure(height: float, rows: int = 1, ratios: Sequence[float] | None = None) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    axes = figure.subplots(rows, 1, height_ratios=ratios, squeeze=False)
+    return figure, list(axes[:, 0])
+
+
+def _floor(values: np.ndarray) -> float:
+    """Where a logarithmic axis ends: below nearly all positive values."""
+    positive = values[np.isfinite(values) & (values > 0)]
+    return float(np.quantile(positive, 0.002) / 2) if positive.size else 1e-12
+
+
+def rank_figure(
+    theme: Theme, main: Importance, other: Importance, tokens: list[str], kind: str, level: float
+):
+    """Importance by rank on log axes, the interval as a band, the other kind of Fisher as a thin line."""
+    with theme_context(theme):
+        figure, (axes,) = _figure(4.4)
+        log_axis(axes, "x", compact=True)
+        log_axis(axes, "y")
+        order, ranks = main.order, np.arange(1, len(main.mean) + 1)
+        floor = _floor(main.mean)
+        if main.has_intervals:
+            lower, upper = (np.clip(x[order], floor / 10, None) for x in (main.lower, main.upper))
+            axes.fill_between(ranks, lower, upper, color=theme.blue, alpha=0.22, linewidth=0)
+        axes.plot(ranks, np.sort(other.mean)[::-1], color=theme.orange, linewidth=1.3)
+        axes.plot(ranks, main.mean[order], color=theme.blue, linewidth=2)
+        axes.set(
+            xlim=(0.8, len(ranks) * 1.15),
+            ylim=(floor, float(np.nanmax([main.upper.max(), main.mean.max()])) * 2),
+        )
+        axes.set_xlabel("rank of the vocabulary row (1 = most important)")
+        axes.set_ylabel(UNIT)
+        axes.set_title("A few tokens carry most of the information")
+        marks = [r for r in (1, 4, 20, 100, 500, 2500, 10_000, 30_000) if r <= len(ranks)]
+        for rank in marks:
+            row = order[rank - 1]
+            if main.mean[row] <= floor:
+                continue
+            axes.plot(rank, main.mean[row], "o", color=theme.blue, markersize=4)
+            axes.annotate(
+                drawable(tokens[row], longest=14), (rank, main.mean[row]), xytext=(5, 6), textcoords="offset points",
+                fontsize=9,
+            )  # fmt: skip
+        names = {"empirical": "empirical", "true": "exact true"}
+        band = f", band: {100 * level:g}% interval" if main.has_intervals else ", no interval: one unit only"
+        axes.text(
+            0.03, 0.16, names[kind] + band, color=theme.blue, transform=axes.transAxes, fontweight="bold"
+        )
+        axes.text(
+            0.03, 0.08, names["true" if kind == "empirical" else "empirical"] + " (ranked by itself)",
+            color=theme.orange, transform=axes.transAxes, fontweight="bold",
+        )  # fmt: skip
+        return figure
+
+
+def frequency_figure(theme: Theme, main: Importance, tokens: list[str]):
+    """Importance against how often the token occurs in the text, outlying tokens labelled."""
+    with theme_context(theme):
+        figure, (axes,) = _figure(4.8)
+        log_axis(axes, "x", compact=True)
+        log_axis(axes, "y")
+        floor = _floor(main.mean)
+        mean = np.clip(main.mean, floor, None)
+        never = main.counts == 0
+        jitter = np.random.default_rng(0)
+        never_x = 0.28 * 1.35 ** jitter.uniform(-1, 1, never.sum())
+        axes.scatter(never_x, mean[never], s=3, color=theme.muted, alpha=0.10, linewidths=0, rasterized=True)
+        seen_x = main.counts[~never] * 1.10 ** jitter.uniform(-1, 1, (~never).sum())
+        axes.scatter(seen_x, mean[~never], s=5, color=theme.blue, alpha=0.30, linewidths=0, rasterized=True)
+        axes.set(
+            xlim=(0.17, max(main.counts.max(), 10) * 2.2), ylim=(floor, float(mean.max()) * 2.5),
+            xlabel="occurrences as next token in the text", ylabel=UNIT,
+            title="Frequent tokens matter more, but not equally",
+        )  # fmt: skip
+        axes.axvline(0.55, color=theme.muted, linewidth=0.8, linestyle=(0, (2, 3)))
+        axes.text(0.28, floor * 1.25, f"never\n({never.sum():,})", ha="center", va="bottom", fontsize=9)
+        rows = outliers(main, number=22)
+        axes.scatter(main.counts[rows], mean[rows], s=14, color=theme.vermillion, linewidths=0, zorder=3)
+        _label_points(figure, axes, main.counts[rows], mean[rows], [drawable(tokens[r]) for r in rows])
+        return figure
+
+
+def dots_figure(
+    theme: Theme, panels: Sequence[tuple[str, np.ndarray]], main: Importance, tokens: list[str], level: float
+):
+    """Single tokens with their intervals; each panel is a title and its rows from the top."""
+    with theme_context(theme):
+        sizes = [len(rows) for _, rows in panels]
+        figure, all_axes = _figure(1.1 * len(panels) + 0.235 * sum(sizes), len(panels), sizes)
+        for axes, (title, rows) in zip(all_axes, panels, strict=True):
+            log_axis(axes, "x")
+            places = np.arange(len(rows))
+            mean = main.mean[rows]
+            floor = _floor(mean) / 3
+            shown = np.clip(mean, floor, None)
+            if main.has_intervals:
+                lower, upper = (np.clip(x[rows], floor, None) for x in (main.lower, main.upper))
+                axes.hlines(places, lower, upper, color=theme.blue, alpha=0.45, linewidth=3.5)
+                axes.set_xlim(floor, float(upper.max()) * 1.3)
+            axes.plot(shown, places, "o", color=theme.blue, markersize=5)
+            axes.set_yticks(places, [f"{drawable(tokens[r])}  ×{main.counts[r]:,}" for r in rows], fontsize=9)
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+            axes.grid(axis="y", visible=False)
+            axes.tick_params(axis="y", length=0)
+            axes.set_title(title)
+        interval = f", with {100 * level:g}% interval" if main.has_intervals else ""
+        all_axes[-1].set_xlabel(f"{UNIT}{interval}  (×: occurrences)")
+        return figure
+
+
+def columns_figure(theme: Theme, by_column: np.ndarray):
+    """With single entries kept: importance of each column of the head, summed over the vocabulary."""
+    with theme_context(theme):
+        figure, (axes,) = _figure(3.8)
+        log_axis(axes, "y")
+        floor = _floor(by_column) / 2
+        axes.vlines(
+            np.arange(len(by_column)), floor, np.clip(by_column, floor, None), color=theme.blue, linewidth=0.8
+        )
+        axes.set(
+            xlim=(-len(by_column) * 0.01, len(by_column) * 1.01), ylim=(floor, by_column.max() * 3),
+            xlabel="column of the head (hidden dimension)", ylabel=UNIT,
+            title="Hidden dimensions by what the head reads from them",
+        )  # fmt: skip
+        top = np.argsort(-by_column)[:6]
+        _label_points(figure, axes, top, by_column[top], [str(column) for column in top])
+        return figure
+
+
+def comparison_figure(
+    theme: Theme, result: Comparison, here: Importance, there: Importance, tokens: list[str]
+):
+    """Importance in one task against importance in another, the rows that stand out labelled."""
+    with theme_context(theme):
+        figure, (axes,) = _figure(5.0)
+        log_axis(axes, "x")
+        log_axis(axes, "y")
+        both = np.concatenate([here.mean, there.mean])
+        low, high = _floor(both), float(both.max()) * 2.5
+        x, y = np.clip(there.mean, low, None), np.clip(here.mean, low, None)
+        axes.plot([low, high], [low, high], color=theme.muted, linewidth=1, linestyle=(0, (3, 3)))
+        axes.scatter(x, y, s=4, color=theme.blue, alpha=0.15, linewidths=0, rasterized=True)
+        for rows, colour in ((result.gainers, theme.vermillion), (result.losers, theme.green)):
+            axes.scatter(x[rows], y[rows], s=14, color=colour, linewidths=0, zorder=3)
+        rows = np.concatenate([result.gainers, result.losers])
+        _label_points(figure, axes, x[rows], y[rows], [drawable(tokens[r]) for r in rows])
+        axes.set(
+            xlim=(low, high), ylim=(low, high), xlabel=f"importance in {result.other}",
+            ylabel=f"importance in {result.task}",
+            title=f"{result.task} against {result.other}: rank correlation {result.rank_correlation:.2f}",
+        )  # fmt: skip
+        return figure
+
+
+def _label_points(figure: Figure, axes: Axes, xs, ys, labels: Sequence[str]) -> None:
+    """Labels beside their points where they fit without overlapping; a label that fits nowhere is left out."""
+    figure.draw_without_rendering()
+    points = axes.transData.transform(np.column_stack([xs, ys]).astype(float))
+    scale = figure.dpi / 72
+    frame = axes.get_window_extent()
+    taken = [Bbox.from_bounds(x - 2 * scale, y - 2 * scale, 4 * scale, 4 * scale) for x, y in points]
+    for (x, y), label in zip(points, labels, strict=True):
+        text = axes.text(0, 0, label, fontsize=8.5)
+        size = text.get_window_extent()
+        text.remove()
+        for right, up in _offsets():
+            dx, dy = right * scale, up * scale
+            left = x + dx if right >= 0 else x + dx - size.width
+            bottom = y + dy - size.height / 2
+            box = Bbox.from_bounds(left, bottom, size.width, size.height)
+            inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                axes.annotate(
+                    label, axes.transData.inverted().transform((x, y)), xytext=(left - x, bottom - y),
+                    textcoords="offset pixels", fontsize=8.5, va="bottom", zorder=4, annotation_clip=False,
+                    arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "gray"} if abs(up) > 8 else None,
+                )  # fmt: skip
+                break
+
+
+def _offsets() -> list[tuple[float, float]]:
+    """Places to try around a point, in typographic points, the nearest first."""
+    near = [(5, 0), (-5, 0), (4, 7), (-4, 7), (4, -7), (-4, -7)]
+    far = [(side * 8, up * distance) for distance in (14, 22, 32, 44) for up in (1, -1) for side in (1, -1)]
+    return [*near, *far]

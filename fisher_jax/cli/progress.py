@@ -1,0 +1,90 @@
+"""What a person sees while the tokens stream: a bar on a terminal, a line now and then elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+__all__ = ["StreamProgress", "duration"]
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+def duration(seconds: float) -> str:
+    """`3 min 05 s`, `42 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class _TimeLeft(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        left = task.fields["left"]
+        return Text(f"{duration(left)} left" if left is not None else "", style="cyan")
+
+
+class StreamProgress:
+    """Tokens seen, tokens per second, time left and running loss.
+
+    The rate is that of this process, from its first finished step on, which leaves compilation out.
+    """
+
+    def __init__(self, console: Console, total_tokens: int, done_tokens: int = 0):
+        self._console = console
+        self._total = total_tokens
+        self._first_tokens = self._tokens = done_tokens
+        self._started: float | None = None
+        self._last_line = time.monotonic()
+        self._bar = Progress(
+            TextColumn("streaming"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:,.0f} / {task.total:,.0f} tokens"),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[loss]}"),
+            _TimeLeft(),
+            console=console,
+        )
+        self._task = self._bar.add_task(
+            "", total=total_tokens, completed=done_tokens, rate="compiling", loss="", left=None
+        )
+
+    def __enter__(self) -> "StreamProgress":
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def update(self, tokens: int, loss: float) -> None:
+        """`tokens` seen so far in all, and the mean loss over them."""
+        now = time.monotonic()
+        self._tokens = tokens
+        if self._started is None:
+            self._started, self._first_tokens = now, tokens
+        elapsed = now - self._started
+        rate = (tokens - self._first_tokens) / elapsed if elapsed > 0 else 0.0
+        left = (self._total - tokens) / rate if rate else None
+        self._bar.update(
+            self._task,
+            completed=tokens,
+            rate=f"{rate:,.0f} tokens/s" if rate else "",
+            loss=f"loss {loss:.3f}",
+            left=left,
+        )
+        finished = tokens >= self._total
+        if not self._console.is_terminal and (finished or now - self._last_line > _SECONDS_BETWEEN_LINES):
+            self._last_line = now
+            ending = f", {duration(left)} left" if left and not finished else ""
+            self._console.print(
+                f"  {tokens:,} / {self._total:,} tokens, {rate:,.0f} tokens/s, loss {loss:.3f}{ending}",
+                highlight=False,
+            )

@@ -1,0 +1,112 @@
+"""Pictures of the pruning curves."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fisher_jax.cli.pruning import Curve, PruningResult
+from fisher_jax.cli.style import Theme, percent_axis, spread, theme_context
+
+__all__ = ["removed_figure", "zeroed_figure"]
+
+_SHORT_NAMES = {
+    "Group Fisher, empirical": "Fisher, empirical",
+    "Group Fisher, exact true": "Fisher, exact true",
+    "saliency ½·F·w²": "saliency ½·F·w²",
+    "weight magnitude": "weight size",
+    "corpus frequency": "frequency",
+    "random": "random",
+}
+
+
+def _strokes(theme: Theme, name: str) -> dict:
+    """Colour and dash of an ordering, the same in every picture; the dash tells them apart without colour."""
+    return {
+        "Group Fisher, empirical": {"color": theme.blue, "linewidth": 2.4},
+        "Group Fisher, exact true": {"color": theme.orange, "linewidth": 2.0},
+        "saliency ½·F·w²": {"color": theme.green, "linewidth": 1.8, "linestyle": (0, (5, 1.5))},
+        "weight magnitude": {"color": theme.pink, "linewidth": 1.6, "linestyle": (0, (4, 1, 1, 1))},
+        "corpus frequency": {"color": theme.vermillion, "linewidth": 1.6, "linestyle": (0, (1, 1))},
+        "random": {"color": theme.muted, "linewidth": 1.6},
+    }[name]
+
+
+def zeroed_figure(theme: Theme, result: PruningResult, level: float):
+    """Held-out loss when the logits of pruned rows become 0."""
+    with theme_context(theme):
+        figure = Figure(figsize=(5.4, 4.8), layout="constrained")
+        axes = figure.subplots()
+        highest = max(float(np.nanmax(curve.zeroed)) for curve in result.curves)
+        for curve in result.curves:
+            _line(axes, theme, result.shares, curve, curve.zeroed, curve.zeroed_error)
+        axes.axhline(result.loss, color=theme.muted, linewidth=1, linestyle=(0, (2, 3)))
+        axes.set_ylim(
+            min(result.loss * 0.9, min(c.zeroed.min() for c in result.curves) * 0.97), highest * 1.04
+        )
+        _share_axis(axes)
+        axes.set_ylabel("held-out loss, nats per token")
+        axes.set_title("Pruned rows set to zero (logit = 0)")
+        axes.text(
+            0.01,
+            result.loss,
+            f"nothing pruned: {result.loss:.2f}",
+            va="bottom",
+            fontsize=9,
+            color=theme.muted,
+        )
+        _labels(axes, theme, [(c.name, float(c.zeroed[-1])) for c in result.curves])
+        return figure
+
+
+def removed_figure(theme: Theme, result: PruningResult, level: float):
+    """Loss on kept targets when pruned tokens are impossible, above the share of targets that are kept."""
+    with theme_context(theme):
+        figure = Figure(figsize=(5.4, 7.4), layout="constrained")
+        loss, kept = figure.subplots(2, 1)
+        for curve in result.curves:
+            _line(loss, theme, result.shares, curve, curve.removed, curve.removed_error)
+            kept.plot(result.shares, curve.kept, **_strokes(theme, curve.name))
+        loss.set_ylim(0, None)
+        loss.set_ylabel("loss on kept targets, nats per token")
+        loss.set_title("Pruned rows removed (logit = −∞)")
+        kept.set_title("Targets that can still be said")
+        kept.set_ylim(0, 1.03)
+        percent_axis(kept, "y", [0, 0.25, 0.5, 0.75, 1.0])
+        kept.set_ylabel("held-out targets kept")
+        for axes in (loss, kept):
+            _share_axis(axes)
+        _labels(loss, theme, [(c.name, float(c.removed[-1])) for c in result.curves])
+        _labels(kept, theme, [(c.name, float(c.kept[-1])) for c in result.curves])
+        return figure
+
+
+def _line(
+    axes: Axes, theme: Theme, shares: np.ndarray, curve: Curve, values: np.ndarray, error: np.ndarray
+) -> None:
+    strokes = _strokes(theme, curve.name)
+    if np.isfinite(error).any():
+        spread_by = 1.96 * np.nan_to_num(error)
+        axes.fill_between(
+            shares, values - spread_by, values + spread_by, color=strokes["color"], alpha=0.16, linewidth=0
+        )
+    axes.plot(shares, values, **strokes)
+
+
+def _share_axis(axes: Axes) -> None:
+    axes.set_xlim(0, 1.0)
+    percent_axis(axes, "x", [0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    axes.set_xlabel("vocabulary rows pruned, least important first")
+
+
+def _labels(axes: Axes, theme: Theme, ends: list[tuple[str, float]]) -> None:
+    """Names at the right end of the lines, moved apart where they would overlap."""
+    bottom, top = axes.get_ylim()
+    finite = [(name, value) for name, value in ends if np.isfinite(value)]
+    places = spread([value for _, value in finite], 0.058 * (top - bottom), bottom, top)
+    for (name, value), place in zip(finite, places, strict=True):
+        colour = _strokes(theme, name)["color"]
+        axes.annotate(
+            _SHORT_NAMES[name], (0.99, value), xytext=(1.04, place), textcoords=("axes fraction", "data"),
+            color=colour, fontsize=9, va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0},
+        )  # fmt: skip

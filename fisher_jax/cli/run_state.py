@@ -1,0 +1,129 @@
+"""What a run keeps on disk: a dict of task states, and for each task its settings and how far it came.
+
+The folder `state` of a report is one checkpoint; its tree is `{task: {"empirical": ..., "true": ..., "counts": ...}}`.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fisher_jax.cli.settings import Settings
+from fisher_jax.errors import InputError
+
+__all__ = ["Progress", "StateStore"]
+
+
+@dataclass
+class Progress:
+    """How far one task came, beside its arrays; floats survive the metadata exactly."""
+
+    settings: dict[str, Any]
+    model: str  # fingerprint
+    text: str  # digest of the packed rows
+    num_batches: int
+    batches_done: int = 0
+    log_loss: float = 0.0  # summed over tokens, in nats
+    tokens: int = 0
+    seconds: float = 0.0
+    model_name: str = ""
+    text_names: list[str] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return self.batches_done >= self.num_batches
+
+
+class StateStore:
+    """The states of every task in one report folder."""
+
+    def __init__(self, out: Path):
+        self.path = out / "state"
+        self.out = out
+        self.tasks: dict[str, Progress] = {}
+        self._restored: dict[str, Any] | None = None
+        if self.path.exists():
+            import fisher_jax as fj
+
+            metadata = fj.checkpoint.metadata(self.path)
+            try:
+                self.tasks = {name: Progress(**saved) for name, saved in metadata["tasks"].items()}
+            except (KeyError, TypeError):
+                raise InputError(
+                    f"{self.path} is not the state of a fisher-jax report; choose another --out."
+                ) from None
+
+    def check_before_loading(self, settings: Settings) -> None:
+        """What can be refused before the model is loaded."""
+        earlier = self.tasks.get(settings.task)
+        if settings.resume and earlier is None:
+            held = f"; it holds {', '.join(self.tasks)}" if self.tasks else ""
+            raise InputError(
+                f"there is nothing to resume for the task {settings.task!r} in {self.out}{held}; "
+                "start without --resume."
+            )
+        if earlier and not earlier.finished and not (settings.resume or settings.overwrite):
+            raise InputError(
+                f"{self.out} holds an unfinished run of the task {settings.task!r} "
+                f"({earlier.batches_done} of {earlier.num_batches} batches); add --resume to go on with it, "
+                "--overwrite to drop it, or choose another --out."
+            )
+
+    def start_or_resume(self, settings: Settings, fresh: Progress) -> tuple[Progress, Any | None]:
+        """The progress to go on from, and the arrays of it; (fresh, None) for a new task.
+
+        Raises:
+            InputError: the earlier run of this task, or the other tasks of the folder, had other settings.
+        """
+        others = [p for name, p in self.tasks.items() if name != settings.task]
+        if others and others[0].model != fresh.model:
+            raise InputError(
+                f"{self.out} holds tasks measured on {others[0].model_name}, and this model is "
+                f"{fresh.model_name} ({others[0].model} and {fresh.model}); choose another --out."
+            )
+        earlier = self.tasks.get(settings.task)
+        if earlier is None or settings.overwrite:
+            return fresh, None
+        difference = _first_difference(earlier, fresh)
+        if difference:
+            name, before, now = difference
+            raise InputError(
+                f"the run of the task {settings.task!r} in {self.out} had {name} {before}, and this one has {now}; "
+                "give the same settings, another --task or --out, or --overwrite to start again."
+            )
+        return earlier, self.restore()[settings.task]
+
+    def restore(self) -> dict[str, Any]:
+        """{task: arrays} as they lie on disk."""
+        if self._restored is None:
+            import fisher_jax as fj
+
+            self._restored = fj.checkpoint.restore(self.path) if self.path.exists() else {}
+        return dict(self._restored)
+
+    def save(self, task: str, arrays: Any, progress: Progress) -> None:
+        """One checkpoint of every task, this one replaced."""
+        import fisher_jax as fj
+
+        states = {**self.restore(), task: arrays}
+        tasks = {**self.tasks, task: progress}
+        fj.checkpoint.save(
+            self.path, states, metadata={"tasks": {name: asdict(saved) for name, saved in tasks.items()}}
+        )
+        # Other tasks stay in memory; this one's arrays are donated by the next step, so they are not kept here.
+        self._restored = {name: state for name, state in states.items() if name != task}
+        self.tasks = tasks
+
+
+def _first_difference(earlier: Progress, now: Progress) -> tuple[str, object, object] | None:
+    if earlier.model != now.model:
+        return (
+            "the model",
+            f"{earlier.model_name} ({earlier.model[:12]})",
+            f"{now.model_name} ({now.model[:12]})",
+        )
+    for name, value in now.settings.items():
+        if earlier.settings.get(name) != value:
+            return name, earlier.settings.get(name), value
+    if earlier.text != now.text:
+        return "the text", f"{' '.join(earlier.text_names)} ({earlier.text[:12]})", f"{now.text[:12]}"
+    return None

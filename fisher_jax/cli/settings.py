@@ -1,0 +1,176 @@
+"""The options of `fisher-jax report`, with no heavy import so that help is instant."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from fisher_jax.errors import InputError
+
+__all__ = ["Settings", "add_report_options", "settings_from"]
+
+DEFAULT_MODEL = "smollm2"
+DEFAULT_MAX_TOKENS = 120_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run of the report was asked to do."""
+
+    model: str = DEFAULT_MODEL
+    text: tuple[str, ...] = ("wikipedia",)
+    split_documents: str = "none"
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    held_out_tokens: int = 8192
+    groups: str = "row"
+    kind: str = "empirical"
+    unit: str = "document"
+    task: str = "wikipedia"
+    out: Path = Path("report")
+    resume: bool = False
+    overwrite: bool = False
+    dtype: str = "float32"
+    batch_size: int = 8
+    seq_len: int = 256
+    checkpoint_every: float = 30.0
+    level: float = 0.95
+    seed: int = 0
+
+    def fixed(self) -> dict[str, object]:
+        """The settings that a resumed run must share, by option name; what the text and model *are* is apart."""
+        return {
+            "--max-tokens": self.max_tokens,
+            "--held-out-tokens": self.held_out_tokens,
+            "--groups": self.groups,
+            # Row states hold both kinds; only entries of single parameters are kept for one.
+            "--kind": self.kind if self.groups == "param" else "both",
+            "--unit": self.unit,
+            "--dtype": self.dtype,
+            "--batch-size": self.batch_size,
+            "--seq-len": self.seq_len,
+        }
+
+
+def _count(minimum: int):
+    def count(text: str) -> int:
+        value = int(text.replace("_", "").replace(",", ""))
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {value}")
+        return value
+
+    return count
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, not {text}")
+    return value
+
+
+def _level(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, for example 0.95, not {text}")
+    return value
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """Options in the order in which a person meets them."""
+    default = Settings()
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "--model",
+        metavar="M",
+        default=default.model,
+        help="the shipped SmolLM2-135M (default), a GGUF file, a Hugging Face folder (config.json, *.safetensors, "
+        "tokenizer.json), or a hub name; Llama family or GPT-2",
+    )
+    what.add_argument(
+        "--text",
+        metavar="FILE",
+        nargs="+",
+        default=list(default.text),
+        help="UTF-8 text files, one document each; - for standard input; or a shipped corpus: wikipedia (default), "
+        "news, pubmed",
+    )
+    what.add_argument(
+        "--split-documents",
+        choices=("none", "blank-line"),
+        default=default.split_documents,
+        help="blank-line: each paragraph of a file is a document of its own (default: a file is one document)",
+    )
+    what.add_argument(
+        "--max-tokens",
+        metavar="N",
+        type=_count(1),
+        default=default.max_tokens,
+        help=f"tokens to stream, spread over as many documents as possible (default {default.max_tokens:,})",
+    )
+    what.add_argument(
+        "--held-out-tokens",
+        metavar="N",
+        type=_count(0),
+        default=default.held_out_tokens,
+        help=f"tokens of other documents kept for the pruning curves; 0 for no such curves (default "
+        f"{default.held_out_tokens:,})",
+    )
+    what.add_argument("--task", metavar="NAME", help="name of this measurement (default: that of the text)")
+    how = parser.add_argument_group("how to measure it")
+    how.add_argument(
+        "--kind",
+        choices=("empirical", "true"),
+        default=default.kind,
+        help="scores of the text's own next tokens, or the exact mean over the model's (default %(default)s)",
+    )
+    how.add_argument(
+        "--groups",
+        choices=("row", "param"),
+        default=default.groups,
+        help="param also keeps every single entry of the head, for saliency and columns (default %(default)s)",
+    )
+    how.add_argument(
+        "--unit",
+        choices=("document", "sequence", "token", "batch"),
+        default=default.unit,
+        help="what the intervals take as independent (default %(default)s; anything finer is too narrow)",
+    )
+    how.add_argument(
+        "--level", metavar="P", type=_level, default=default.level, help="of the intervals (0.95)"
+    )
+    how.add_argument(
+        "--seq-len", metavar="N", type=_count(2), default=default.seq_len, help="tokens per row (256)"
+    )
+    how.add_argument(
+        "--batch-size", metavar="N", type=_count(1), default=default.batch_size, help="rows per step (8)"
+    )
+    how.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="of the model (float32)"
+    )
+    how.add_argument("--seed", metavar="N", type=_count(0), default=0, help="random orders and ties (0)")
+    where = parser.add_argument_group("where to keep it")
+    where.add_argument(
+        "--out", metavar="DIR", type=Path, default=default.out, help="folder to write (report/)"
+    )
+    where.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    where.add_argument("--overwrite", action="store_true", help="drop an earlier run of this task")
+    where.add_argument(
+        "--checkpoint-every",
+        metavar="SECONDS",
+        type=_seconds,
+        default=default.checkpoint_every,
+        help="at most this much work is lost by a crash (30)",
+    )
+
+
+def settings_from(options: argparse.Namespace) -> Settings:
+    """Checked settings; the task is named after the text unless it was named."""
+    from fisher_jax.cli.corpora import default_task
+
+    if options.resume and options.overwrite:
+        raise InputError("--resume goes on with a run and --overwrite drops it; give one of them.")
+    values = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
+    values["text"] = tuple(options.text)
+    values["task"] = options.task or default_task(values["text"])
+    if "/" in values["task"] or not values["task"].strip():
+        raise InputError(f"--task {values['task']!r} is not a name; use letters and digits.")
+    return Settings(**values)

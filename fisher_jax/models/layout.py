@@ -1,0 +1,190 @@
+"""From the tensors of a weight file to the decoder's parameters: names, orientations, completeness."""
+
+from collections.abc import Callable, Iterable, Set
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from fisher_jax.errors import InputError
+from fisher_jax.models.config import DecoderConfig
+from fisher_jax.models.functions import abstract_params
+
+__all__ = [
+    "GGUF_NAMES",
+    "GPT2_NAMES",
+    "HF_NAMES",
+    "TensorFile",
+    "assemble",
+    "flatten",
+    "undo_interleaving",
+    "unflatten",
+]
+
+GGUF_NAMES = {
+    "embedding": "token_embd.weight",
+    "head": "output.weight",
+    "final_norm/scale": "output_norm.weight",
+    "layers/attention_norm/scale": "blk.{}.attn_norm.weight",
+    "layers/attention/q_norm/scale": "blk.{}.attn_q_norm.weight",
+    "layers/attention/k_norm/scale": "blk.{}.attn_k_norm.weight",
+    "layers/attention/q/kernel": "blk.{}.attn_q.weight",
+    "layers/attention/k/kernel": "blk.{}.attn_k.weight",
+    "layers/attention/v/kernel": "blk.{}.attn_v.weight",
+    "layers/attention/o/kernel": "blk.{}.attn_output.weight",
+    "layers/attention/q/bias": "blk.{}.attn_q.bias",
+    "layers/attention/k/bias": "blk.{}.attn_k.bias",
+    "layers/attention/v/bias": "blk.{}.attn_v.bias",
+    "layers/attention/o/bias": "blk.{}.attn_output.bias",
+    "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
+    "layers/mlp/gate/kernel": "blk.{}.ffn_gate.weight",
+    "layers/mlp/up/kernel": "blk.{}.ffn_up.weight",
+    "layers/mlp/down/kernel": "blk.{}.ffn_down.weight",
+    "layers/mlp/gate/bias": "blk.{}.ffn_gate.bias",
+    "layers/mlp/up/bias": "blk.{}.ffn_up.bias",
+    "layers/mlp/down/bias": "blk.{}.ffn_down.bias",
+}
+
+HF_NAMES = {
+    "embedding": "model.embed_tokens.weight",
+    "head": "lm_head.weight",
+    "final_norm/scale": "model.norm.weight",
+    "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
+    "layers/attention/q_norm/scale": "model.layers.{}.self_attn.q_norm.weight",
+    "layers/attention/k_norm/scale": "model.layers.{}.self_attn.k_norm.weight",
+    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+    **{
+        f"layers/{ours}/{leaf}": f"model.layers.{{}}.{theirs}.{end}"
+        for ours, theirs in {
+            "attention/q": "self_attn.q_proj",
+            "attention/k": "self_attn.k_proj",
+            "attention/v": "self_attn.v_proj",
+            "attention/o": "self_attn.o_proj",
+            "mlp/gate": "mlp.gate_proj",
+            "mlp/up": "mlp.up_proj",
+            "mlp/down": "mlp.down_proj",
+        }.items()
+        for leaf, end in {"kernel": "weight", "bias": "bias"}.items()
+    },
+}
+
+GPT2_NAMES = {
+    "embedding": "wte.weight",
+    "positions": "wpe.weight",
+    "head": "lm_head.weight",
+    **{
+        f"{ours}/{leaf}": f"{theirs}.{end}"
+        for ours, theirs in {
+            "final_norm": "ln_f",
+            "layers/attention_norm": "h.{}.ln_1",
+            "layers/mlp_norm": "h.{}.ln_2",
+        }.items()
+        for leaf, end in {"scale": "weight", "bias": "bias"}.items()
+    },
+    **{
+        f"layers/{ours}/{leaf}": f"h.{{}}.{theirs}.{end}"
+        for ours, theirs in {
+            "attention/q": "attn.c_attn",
+            "attention/k": "attn.c_attn",
+            "attention/v": "attn.c_attn",
+            "attention/o": "attn.c_proj",
+            "mlp/up": "mlp.c_fc",
+            "mlp/down": "mlp.c_proj",
+        }.items()
+        for leaf, end in {"kernel": "weight", "bias": "bias"}.items()
+    },
+}
+
+
+class TensorFile(Protocol):
+    """One or several weight files: what is in them, and each tensor as a NumPy array."""
+
+    label: str
+    names: frozenset[str]
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+def assemble(
+    file: TensorFile,
+    config: DecoderConfig,
+    names: dict[str, str],
+    dtype,
+    orient: Callable[[str, np.ndarray], np.ndarray],
+    ignored: Iterable[str] = (),
+):
+    """The decoder's parameters as a nested dict of NumPy arrays, layers stacked, cast once to ``dtype``.
+
+    ``names`` maps a parameter path to a tensor name with ``{}`` for the layer; ``orient(path, tensor)``
+    turns a file's tensor into the parameter of one layer. Raises ``InputError`` where tensors are
+    missing, left over, of another shape than the configuration says, or not finite.
+    """
+    shapes = flatten(abstract_params(config, dtype))
+    sources = {
+        path: [names[path].format(i) for i in range(config.num_layers if path.startswith("layers/") else 1)]
+        for path in shapes
+    }
+    wanted = {name for group in sources.values() for name in group}
+    if missing := wanted - file.names:
+        raise InputError(f"{file.label} lacks {listed(missing)}, which its configuration asks for")
+    if unused := file.names - wanted - set(ignored):
+        raise InputError(f"{file.label} holds {listed(unused)}, for which its configuration has no use")
+
+    params = {}
+    for path, leaf in shapes.items():
+        stacked = path.startswith("layers/")
+        out = np.empty(leaf.shape, leaf.dtype)
+        for i, name in enumerate(sources[path]):
+            tensor = file.read(name)
+            check_finite(file, name, tensor)
+            tensor = orient(path, tensor)
+            target = out[i] if stacked else out
+            if tensor.shape != target.shape:
+                raise InputError(
+                    f"{name} in {file.label} gives {path} the shape {list(tensor.shape)}, "
+                    f"but the configuration wants {list(target.shape)}"
+                )
+            target[...] = tensor
+        params[path] = out
+    return unflatten(params)
+
+
+def check_finite(file: TensorFile, name: str, tensor: np.ndarray) -> None:
+    bad = tensor.size - int(np.count_nonzero(np.isfinite(tensor)))
+    if bad:
+        raise InputError(
+            f"{name} in {file.label} has {bad} values that are NaN or infinite; the file is damaged"
+        )
+
+
+def undo_interleaving(tensor: np.ndarray, num_heads: int) -> np.ndarray:
+    """Rows of Q or K from interleaved rotary order ``(0, h/2, 1, h/2 + 1, ...)`` back to the half-split one.
+
+    GGUF files of the Llama architecture store them interleaved; works for kernels ``[out, in]`` and biases.
+    """
+    pairs = tensor.reshape(num_heads, -1, 2, *tensor.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(tensor.shape)
+
+
+def listed(names: Set[str], most: int = 5) -> str:
+    """Sorted names in a sentence, the first few and a count."""
+    shown = ", ".join(sorted(names)[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more tensors"
+
+
+def flatten(params) -> dict:
+    """``{"layers/attention/q/kernel": leaf, ...}`` from a nested dict."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {"/".join(entry.key for entry in path): leaf for path, leaf in leaves}
+
+
+def unflatten(flat: dict) -> dict:
+    """The inverse of `flatten`."""
+    nested: dict = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return nested

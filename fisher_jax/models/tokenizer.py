@@ -1,0 +1,108 @@
+"""Text to token ids and back."""
+
+from fisher_jax.errors import InputError
+from fisher_jax.models.optional import optional
+
+__all__ = ["Tokenizer", "byte_alphabet"]
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet of byte-level BPE: the printable character that stands for each of the 256 bytes."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+class Tokenizer:
+    """A model's tokenizer around a ``tokenizers.Tokenizer``, which stays at hand as ``backend``.
+
+    ``vocab_size`` is the largest token id plus one. It may be smaller than the head's number of rows, since
+    some models pad their vocabulary; such ids have no text.
+    """
+
+    def __init__(self, backend):
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise InputError("the tokenizer has no tokens")
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.added = frozenset(backend.get_added_tokens_decoder())
+        # Byte-level BPE writes bytes in its own alphabet, SentencePiece writes "\u2581" for a space.
+        self.bytes_of = byte_alphabet() if writes_bytes(backend) else None
+
+    @staticmethod
+    def from_json(text: str) -> "Tokenizer":
+        """From the text of a ``tokenizer.json``; an ``InputError`` where it is not one."""
+        tokenizers = optional("tokenizers", "a tokenizer")
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the package raises plain Exception
+            raise InputError(f"the tokenizer cannot be read: {error}") from error
+        return Tokenizer(backend)
+
+    def to_json(self) -> str:
+        """The text of a ``tokenizer.json`` that `from_json` reads."""
+        return self.backend.to_str()
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text, with the tokens that the model's own tokenizer adds (a Llama begins with its
+        beginning-of-text token; SmolLM2 and GPT-2 add nothing), or without them for ``special=False``.
+
+        Special tokens written in the text itself, such as ``<|im_start|>``, are recognised.
+        """
+        return self.backend.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids) -> str:
+        """The text of token ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return self.backend.decode([self.known(id) for id in ids], skip_special_tokens=False)
+
+    def token_text(self, id: int) -> str:
+        """One token for people to read: its real characters, ``" Paris"`` or ``"\\n"``, and bytes that form
+        no character on their own as ``<0xE2>``."""
+        token = self.backend.id_to_token(self.known(id))
+        if token is None:
+            raise InputError(f"token id {id} has no text; the tokenizer has ids 0 to {self.vocab_size - 1}")
+        if int(id) in self.added:
+            return token
+        if self.bytes_of is None:
+            return read_bytes(token) if is_byte(token) else token.replace("\u2581", " ")
+        if any(character not in self.bytes_of for character in token):
+            return token
+        return show_bytes(bytes(self.bytes_of[character] for character in token))
+
+    def known(self, id) -> int:
+        if not 0 <= int(id) < self.vocab_size:
+            raise InputError(f"token id {id} has no text; the tokenizer has ids 0 to {self.vocab_size - 1}")
+        return int(id)
+
+
+def writes_bytes(backend) -> bool:
+    return "ByteLevel" in repr(backend.decoder)
+
+
+def is_byte(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def read_bytes(token: str) -> str:
+    return show_bytes(bytes([int(token[3:5], 16)]))
+
+
+def show_bytes(raw: bytes) -> str:
+    """UTF-8 with each byte that fits no character as ``<0xE2>``."""
+    shown, start = [], 0
+    while start < len(raw):
+        for end in range(min(start + 4, len(raw)), start, -1):
+            try:
+                text = raw[start:end].decode("utf-8")
+            except UnicodeDecodeError:
+                continue
+            shown.append(text)
+            start = end
+            break
+        else:
+            shown.append(f"<0x{raw[start]:02X}>")
+            start += 1
+    return "".join(shown)

@@ -18,12 +18,12 @@ from fisher_jax.cli.settings import Settings
 from fisher_jax.errors import RejectedBatchError
 from fisher_jax.models import LanguageModel
 
-__all__ = ["Interrupted", "accumulate", "hidden_and_targets"]
+__all__ = ["InterruptedRunError", "accumulate", "hidden_and_targets"]
 
 KINDS = ("empirical", "true")
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     """The person asked to stop; everything up to here is saved."""
 
 
@@ -44,7 +44,7 @@ def accumulate(
 
     Raises:
         RejectedBatchError: a batch had a non-finite loss; what is saved is the state before it.
-        Interrupted: Ctrl-C or a termination signal, after saving.
+        InterruptedRunError: Ctrl-C or a termination signal, after saving.
     """
     step = _make_step(model, settings)
     if state is None:
@@ -67,7 +67,7 @@ def accumulate(
                 store.save(settings.task, state, progress)
                 saved_at = time.monotonic()
             if stopping and not progress.finished:
-                raise Interrupted
+                raise InterruptedRunError
     return state
 
 

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 from fisher_jax.cli.wikitext import strip_markup
 from fisher_jax.errors import InputError
 
-__all__ = ["CORPORA", "Document", "default_task", "documents"]
+__all__ = ["CORPORA", "Document", "default_task", "describe_sources", "documents"]
 
 _ABSTRACT_PARTS = "MedlineCitation/Article/Abstract/AbstractText"
 
@@ -63,6 +63,15 @@ def default_task(sources: Sequence[str]) -> str:
     return "+".join(stems[:3]) + (f"+{len(stems) - 3}-more" if len(stems) > 3 else "")
 
 
+def describe_sources(sources: Sequence[str]) -> str:
+    """The sources in a few words, for a line on the terminal and in the report."""
+    names = [
+        f"{source} ({CORPORA[source].title})" if source in CORPORA else _display_name(source)
+        for source in sources
+    ]
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
+
+
 def _display_name(source: str) -> str:
     return "standard input" if source == "-" else source
 
@@ -74,8 +83,8 @@ def _file_documents(source: str, split: str) -> Iterator[Document]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{name} is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}; convert it to UTF-8 first, "
-            "for example with iconv."
+            f"{name} is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}; convert it to UTF-8 "
+            "first, for example with iconv."
         ) from None
     if "\x00" in text:
         raise InputError(f"{name} holds a zero byte at {text.index(chr(0))}, so it is not plain text.")

@@ -35,8 +35,8 @@ def check_writable(folder: Path, *, bytes_needed: int = 0) -> None:
                 path.rmdir()
     if free < bytes_needed:
         raise InputError(
-            f"{folder} has {free / 2**20:,.0f} MiB free and this run needs about {bytes_needed / 2**20:,.0f} MiB; "
-            "free some space or choose another --out."
+            f"{folder} has {free / 2**20:,.0f} MiB free and this run needs about "
+            f"{bytes_needed / 2**20:,.0f} MiB; free some space or choose another --out."
         )
 
 

@@ -87,8 +87,9 @@ class StateStore:
         if difference:
             name, before, now = difference
             raise InputError(
-                f"the run of the task {settings.task!r} in {self.out} had {name} {before}, and this one has {now}; "
-                "give the same settings, another --task or --out, or --overwrite to start again."
+                f"the run of the task {settings.task!r} in {self.out} had {name} {before}, and this one "
+                f"has {now}; give the same settings, another --task or --out, or --overwrite to start "
+                "again."
             )
         return earlier, self.restore()[settings.task]
 
@@ -106,6 +107,7 @@ class StateStore:
 
         states = {**self.restore(), task: arrays}
         tasks = {**self.tasks, task: progress}
+        self.out.mkdir(parents=True, exist_ok=True)
         fj.checkpoint.save(
             self.path, states, metadata={"tasks": {name: asdict(saved) for name, saved in tasks.items()}}
         )

@@ -7,10 +7,24 @@ __all__ = ["strip_markup"]
 
 # Sections that hold lists of sources and links rather than prose.
 _END_SECTIONS = frozenset(
-    "see also|references|external links|further reading|notes|footnotes|bibliography|sources|citations|"
-    "notes and references|references and notes|works cited|gallery|publications|discography|filmography".split(
-        "|"
-    )
+    [
+        "see also",
+        "references",
+        "external links",
+        "further reading",
+        "notes",
+        "footnotes",
+        "bibliography",
+        "sources",
+        "citations",
+        "notes and references",
+        "references and notes",
+        "works cited",
+        "gallery",
+        "publications",
+        "discography",
+        "filmography",
+    ]
 )
 
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)

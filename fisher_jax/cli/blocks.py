@@ -1,0 +1,37 @@
+"""The parts a report is made of; `html` and `markdown` each render them."""
+
+from typing import NamedTuple
+
+__all__ = ["Block", "Heading", "Paragraph", "Picture", "Table"]
+
+
+class Heading(NamedTuple):
+    """A section title."""
+
+    text: str
+
+
+class Paragraph(NamedTuple):
+    """Plain words."""
+
+    text: str
+
+
+class Table(NamedTuple):
+    """A small table; columns after the first `left` ones are numbers, set to the right."""
+
+    header: list[str]
+    rows: list[list[str]]
+    left: int = 1
+
+
+class Picture(NamedTuple):
+    """One picture, drawn on a light and on a dark background."""
+
+    name: str  # of the file, without its ending
+    alt: str
+    light: bytes
+    dark: bytes
+
+
+Block = Heading | Paragraph | Table | Picture

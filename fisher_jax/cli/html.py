@@ -1,0 +1,91 @@
+"""The report as one HTML file: pictures inside, light and dark, narrow and wide, no script, nothing fetched."""
+
+import base64
+from html import escape
+
+from fisher_jax.cli.blocks import Block, Heading, Paragraph, Picture, Table
+
+__all__ = ["render"]
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --muted: #5b6675; --page: #ffffff; --line: #dfe4ea; --band: #f5f7f9;
+  --accent: #0072b2; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8ecf1; --muted: #9aa6b5; --page: #14181d; --line: #2b323b;
+  --band: #1a2027; --accent: #4ba3e3; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 17px/1.55 system-ui, -apple-system, "Segoe UI",
+  Roboto, "Helvetica Neue", sans-serif; -webkit-text-size-adjust: 100%; }
+main { max-width: 46rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: clamp(1.5rem, 5vw, 2.1rem); line-height: 1.2; margin: .5rem 0 1rem; letter-spacing: -.01em; }
+h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+p { margin: .7rem 0; overflow-wrap: break-word; }
+p.lead { font-size: 1.08rem; }
+figure { margin: 1.2rem 0; }
+img { display: block; width: 100%; max-width: 40rem; height: auto; margin: 0 auto; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .38rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th { color: var(--muted); font-weight: 600; }
+th.left, td.left { text-align: left; overflow-wrap: anywhere; }
+tbody tr:nth-child(even) { background: var(--band); }
+footer { color: var(--muted); font-size: .9rem; margin-top: 3rem; }
+"""
+
+
+def render(title: str, lead: str, blocks: list[Block]) -> str:
+    """A complete page."""
+    body = "\n".join(_block(block) for block in blocks)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{escape(title)}</h1>
+<p class="lead">{escape(lead)}</p>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Heading(text):
+            return f"<h2>{escape(text)}</h2>"
+        case Paragraph(text):
+            return f"<p>{escape(text)}</p>"
+        case Picture():
+            return _picture(block)
+        case Table():
+            return _table(block)
+
+
+def _picture(picture: Picture) -> str:
+    light, dark = (
+        "data:image/png;base64," + base64.b64encode(raw).decode() for raw in (picture.light, picture.dark)
+    )
+    return (
+        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img alt="{escape(picture.alt)}" src="{light}"></picture></figure>'
+    )
+
+
+def _table(table: Table) -> str:
+    def cells(tag: str, row: list[str]) -> str:
+        return "".join(
+            f"<{tag}{' class=left' if i < table.left else ''}>{escape(text)}</{tag}>"
+            for i, text in enumerate(row)
+        )
+
+    rows = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
+    return (
+        f'<div class="scroll"><table><thead><tr>{cells("th", table.header)}</tr></thead>\n'
+        f"<tbody>\n{rows}\n</tbody></table></div>"
+    )

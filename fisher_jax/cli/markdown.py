@@ -1,0 +1,32 @@
+"""The report as Markdown, with its pictures in `figures/`."""
+
+from fisher_jax.cli.blocks import Block, Heading, Paragraph, Picture, Table
+
+__all__ = ["render"]
+
+_SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_[]<>|#$~"})
+
+
+def render(title: str, lead: str, blocks: list[Block]) -> str:
+    """The whole document."""
+    parts = [f"# {_escape(title)}", _escape(lead), *(_block(block) for block in blocks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.translate(_SPECIAL)
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Heading(text):
+            return f"## {_escape(text)}"
+        case Paragraph(text):
+            return _escape(text)
+        case Picture():
+            return f"![{_escape(block.alt)}](figures/{block.name}.png)"
+        case Table():
+            rule = ["---" if i < block.left else "---:" for i in range(len(block.header))]
+            rows = [block.header, *block.rows]
+            lines = [" | ".join(_escape(cell) for cell in row) for row in rows]
+            return "\n".join(f"| {line} |" for line in [lines[0], " | ".join(rule), *lines[1:]])

@@ -1,0 +1,226 @@
+"""`fisher-jax report` from start to end."""
+
+import sys
+import time
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+import fisher_jax as fj
+from fisher_jax.cli import html, markdown
+from fisher_jax.cli.accumulate import InterruptedRunError, accumulate, hidden_and_targets
+from fisher_jax.cli.blocks import Picture
+from fisher_jax.cli.corpora import describe_sources, documents
+from fisher_jax.cli.folder import check_writable, disk_error, write_atomically
+from fisher_jax.cli.importance import compare, importance, importance_csv, readable
+from fisher_jax.cli.orderings import orderings
+from fisher_jax.cli.packing import Packed, Rows, pack
+from fisher_jax.cli.progress import StreamProgress
+from fisher_jax.cli.pruning import PruningResult, prune
+from fisher_jax.cli.run_state import Progress, StateStore
+from fisher_jax.cli.sections import Findings, blocks, lead, title
+from fisher_jax.cli.settings import Settings
+from fisher_jax.cli.summary import summary
+from fisher_jax.errors import InputError
+from fisher_jax.models import LanguageModel, load
+
+__all__ = ["run"]
+
+OTHER_KIND = {"empirical": "true", "true": "empirical"}
+# One Welford state in float32 per row or entry, with its corrections, twice on disk while it is replaced.
+_STATE_BYTES = 2 * 40
+_REPORT_BYTES = 20 * 2**20
+
+
+class _Clock:
+    """Says what is done now and remembers how long it took."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, sentence: str):
+        self.console.print(f"[bold]{name}[/bold]: {sentence}", highlight=False, markup=True)
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+
+def run(settings: Settings) -> int:
+    """Measures, writes the report and prints a summary; the exit code."""
+    console = Console(file=sys.stdout, soft_wrap=True)
+    clock = _Clock(console)
+    began = time.monotonic()
+    check_writable(settings.out)
+    store = StateStore(settings.out)
+    store.check_before_loading(settings)
+    with clock.stage("model", settings.model):
+        model = load(settings.model, dtype=settings.dtype)
+        console.print(f"  {model.name}: vocabulary {model.config.vocab_size:,}, width {model.config.width:,}")
+    _check_fits(settings, model)
+    with clock.stage("text", describe_sources(settings.text)):
+        packed = _pack(settings, model)
+        console.print(f"  {packed.choice}", highlight=False)
+        _warn_about_intervals(console, settings, packed)
+    fresh = Progress(
+        settings=settings.fixed(),
+        model=model.fingerprint,
+        text=packed.stream.digest(),
+        num_batches=packed.stream.num_batches(settings.batch_size),
+        model_name=model.name,
+        text_names=list(settings.text),
+    )
+    progress, state = store.start_or_resume(settings, fresh)
+    try:
+        arrays = _stream(console, clock, settings, model, packed.stream, store, progress, state)
+        found = _findings(clock, settings, model, packed, store, progress, arrays)
+        with clock.stage("report", "pictures and tables"):
+            _write(settings, found, clock)
+    except InterruptedRunError:
+        console.print(
+            f"stopped after batch {progress.batches_done} of {progress.num_batches}; the state is saved in "
+            f"{store.path}. Give the same command with --resume to go on."
+        )
+        return 130
+    except OSError as error:
+        raise disk_error(error, settings.out) from error
+    summary(console, found, time.monotonic() - began)
+    return 0
+
+
+def _check_fits(settings: Settings, model: LanguageModel) -> None:
+    if settings.seq_len > model.config.max_positions:
+        raise InputError(
+            f"--seq-len {settings.seq_len} is longer than the {model.config.max_positions} positions of "
+            f"{model.name}; give a smaller one."
+        )
+    entries = model.config.vocab_size * (2 + (model.config.width if settings.groups == "param" else 0))
+    check_writable(settings.out, bytes_needed=_REPORT_BYTES + _STATE_BYTES * entries)
+
+
+def _pack(settings: Settings, model: LanguageModel) -> Packed:
+    return pack(
+        documents(settings.text, split=settings.split_documents),
+        model.tokenizer.encode,
+        seq_len=settings.seq_len,
+        max_targets=settings.max_tokens,
+        held_out_targets=settings.held_out_tokens,
+        vocab_size=model.config.vocab_size,
+    )
+
+
+def _warn_about_intervals(console: Console, settings: Settings, packed: Packed) -> None:
+    if settings.unit == "document" and len(packed.stream.names) < 2:
+        console.print(
+            "  [yellow]note[/yellow]: one document gives no intervals; give more files, --split-documents "
+            "blank-line, or --unit sequence",
+            highlight=False,
+        )
+
+
+def _stream(
+    console: Console,
+    clock: _Clock,
+    settings: Settings,
+    model: LanguageModel,
+    rows: Rows,
+    store: StateStore,
+    progress: Progress,
+    state: dict[str, Any] | None,
+) -> dict[str, Any]:
+    if progress.finished and state is not None:
+        console.print(
+            f"this run of the task {settings.task!r} was finished before, its state is used as it is "
+            "(--overwrite measures again)"
+        )
+        return state
+    verb = f"going on after batch {progress.batches_done} of" if progress.batches_done else "in"
+    with (
+        clock.stage("stream", f"Fisher information of the head, {verb} {progress.num_batches} batches"),
+        StreamProgress(console, rows.num_targets, progress.tokens) as display,
+    ):
+        return accumulate(model, rows, settings, store, progress, state, display)
+
+
+def _findings(
+    clock: _Clock,
+    settings: Settings,
+    model: LanguageModel,
+    packed: Packed,
+    store: StateStore,
+    progress: Progress,
+    arrays: dict[str, Any],
+) -> Findings:
+    main = importance(arrays, settings.kind, settings.level)
+    other = importance(arrays, OTHER_KIND[settings.kind], settings.level)
+    by_entry = np.asarray(fj.welford.mean(arrays["param"])) if "param" in arrays else None
+    pruning = None
+    if len(packed.held_out.lengths):
+        with clock.stage("pruning", f"loss on {packed.held_out.num_targets:,} held-out tokens"):
+            pruning = _prune(settings, model, packed.held_out, arrays, by_entry)
+    found = Findings(
+        settings=settings,
+        model_name=model.name,
+        tied=model.config.tied,
+        vocabulary=[readable(model.tokenizer.token_text(i)) for i in range(model.config.vocab_size)],
+        packed=packed,
+        main=main,
+        other=other,
+        loss=progress.log_loss / max(progress.tokens, 1),
+        pruning=pruning,
+        by_column=None if by_entry is None else by_entry.sum(axis=0, dtype=np.float64),
+        timings=clock.seconds,
+        rate=progress.tokens / max(progress.seconds, 1e-9),
+    )
+    for name, states in store.restore().items():
+        if name != settings.task:
+            there = importance(states, settings.kind, settings.level)
+            found.comparisons.append((compare(settings.task, main, name, there), there))
+    return found
+
+
+def _prune(
+    settings: Settings,
+    model: LanguageModel,
+    held_out: Rows,
+    arrays: dict[str, Any],
+    by_entry: np.ndarray | None,
+) -> PruningResult:
+    hidden, targets, numbers = hidden_and_targets(model, held_out, settings.batch_size)
+    head, bias = model.head(model.params), model.head_bias(model.params)
+    weights = np.asarray(head, np.float32)
+    saliency = None
+    if by_entry is not None:
+        saliency = 0.5 * np.einsum("vd,vd,vd->v", by_entry, weights, weights, dtype=np.float64)
+    ranked = orderings(
+        np.asarray(fj.welford.mean(arrays["empirical"])),
+        np.asarray(fj.welford.mean(arrays["true"])),
+        weights,
+        np.asarray(arrays["counts"]),
+        saliency=saliency,
+        seed=settings.seed,
+    )
+    return prune(
+        hidden,
+        targets,
+        numbers,
+        head,
+        ranked,
+        bias=None if bias is None else np.asarray(bias, np.float32),
+        soft_cap=model.config.logit_soft_cap,
+    )
+
+
+def _write(settings: Settings, found: Findings, clock: _Clock) -> None:
+    started = time.monotonic()
+    parts = blocks(found)
+    for block in parts:
+        if isinstance(block, Picture):
+            write_atomically(settings.out / "figures" / f"{block.name}.png", block.light)
+    clock.seconds["report"] = time.monotonic() - started
+    write_atomically(settings.out / "importance.csv", importance_csv(found.main, found.vocabulary))
+    write_atomically(settings.out / "report.md", markdown.render(title(found), lead(found), parts))
+    write_atomically(settings.out / "report.html", html.render(title(found), lead(found), parts))

@@ -1,0 +1,44 @@
+"""The last thing on the terminal: a short table a person wants to read."""
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fisher_jax.cli.progress import duration
+from fisher_jax.cli.sections import Findings, verdict
+
+__all__ = ["summary"]
+
+
+def summary(console: Console, found: Findings, seconds: float) -> None:
+    """Top tokens, loss, pruning, time, and where the report is."""
+    main = found.main
+    table = Table(box=None, padding=(0, 2), header_style="bold", title_justify="left")
+    for name, justify in (("token", "left"), ("count", "right"), ("importance", "right")):
+        table.add_column(name, justify=justify)
+    if main.has_intervals:
+        table.add_column(f"{100 * found.settings.level:g}% interval", justify="right")
+    for row in main.order[:10]:
+        cells = [Text(found.vocabulary[row]), f"{main.counts[row]:,}", f"{main.mean[row]:.3g}"]
+        if main.has_intervals:
+            cells.append(f"{main.lower[row]:.3g} to {main.upper[row]:.3g}")
+        table.add_row(*cells)
+    console.print()
+    console.print(Text(f"{found.model_name} on {found.settings.task}: what matters most", style="bold"))
+    console.print(table)
+    console.print()
+    units = f"{main.units:,.0f} {found.settings.unit}s" if main.units != 1 else f"1 {found.settings.unit}"
+    lines = [f"loss {found.loss:.3f} nats per token (perplexity {np.exp(found.loss):.1f}) over {main.tokens:,.0f} "
+             f"tokens, {units}"]  # fmt: skip
+    if found.pruning:
+        lines.append(verdict(found.pruning))
+    lines += [
+        f"importance in {c.task} and {c.other}: rank correlation {c.rank_correlation:.2f}"
+        for c, _ in found.comparisons
+    ]
+    lines.append(f"took {duration(seconds)}, streaming at {found.rate:,.0f} tokens per second")
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+    path = (found.settings.out / "report.html").resolve()
+    console.print(Text.assemble("report: ", (str(path), "bold")), soft_wrap=True)

@@ -1,0 +1,123 @@
+"""Exponential moving average with exact bias correction, where recency matters."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from fisher_jax import welford
+from fisher_jax.estimator import FisherEstimator
+from fisher_jax.moments import Moments, select
+
+__all__ = ["MovingAverage", "add", "ema", "init", "mean"]
+
+Tree = Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["average", "weight", "rejected", "reasons"],
+    meta_fields=["decay"],
+)
+@dataclasses.dataclass(frozen=True)
+class MovingAverage:
+    """An exponential moving average of weighted batches.
+
+    Attributes:
+        average: ``N / D`` with ``N <- decay N + (1 - decay) w f`` and ``D <- decay D + (1 - decay) w``: already
+            corrected for the start.
+        weight: ``D``.
+        rejected, reasons: as in a Welford state.
+        decay: static, per update.
+    """
+
+    average: Tree
+    weight: Array
+    rejected: Array
+    reasons: Array
+    decay: float = 0.99
+
+
+def init(like: Tree, decay: float) -> MovingAverage:
+    """The average that has seen nothing; ``like`` as in ``fj.welford.init``.
+
+    Raises:
+        ValueError: a decay outside [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay is the share of the past that stays, in [0, 1), found {decay}")
+    tree = like.mean if isinstance(like, Moments) else like
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
+    zero = jnp.zeros((), jax.tree.leaves(zeros)[0].dtype)
+    count = jnp.zeros((), jnp.int32)
+    return MovingAverage(zeros, zero, count, count, float(decay))
+
+
+def add(state: MovingAverage, moments: Moments) -> MovingAverage:
+    """One update. A batch without weight changes nothing; a rejected one is counted and changes nothing else.
+
+    The average moves by ``(f - average) (1 - decay) w / D``, so a constant stream reads back that very constant from
+    the first step on.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> moments = fj.welford.observe(jnp.array([0.1, 0.3]))
+        >>> state = fj.moving_average.add(fj.moving_average.init(moments, decay=0.9), moments)
+        >>> bool(fj.moving_average.mean(state) == fj.welford.mean(moments))
+        True
+    """
+    batch_mean, batch_weight = welford.mean(moments), welford.total_weight(moments)
+    weight = state.decay * state.weight + (1 - state.decay) * batch_weight
+    rate = jnp.where(weight > 0, (1 - state.decay) * batch_weight / jnp.where(weight > 0, weight, 1), 0)
+    # At the first step the quotient is 1 up to rounding; exactly 1 is what it means.
+    rate = jnp.where(state.weight > 0, rate, 1)
+    average = jax.tree.map(lambda a, f: a + (f - a) * rate.astype(a.dtype), state.average, batch_mean)
+    use = (moments.rejected == 0) & (batch_weight > 0)
+    average, weight = select(use, (average, weight), (state.average, state.weight))
+    return dataclasses.replace(
+        state, average=average, weight=weight, rejected=state.rejected + moments.rejected,
+        reasons=state.reasons | moments.reasons,
+    )  # fmt: skip
+
+
+def mean(state: MovingAverage) -> Tree:
+    """The average per weighted token; zero where nothing was observed."""
+    return state.average
+
+
+def ema(estimator: FisherEstimator, decay: float) -> FisherEstimator:
+    """The same estimator, exponentially averaged over updates instead of accumulated.
+
+    Args:
+        estimator: any `FisherEstimator`.
+        decay: what is left of an update's weight after the next one; the last ``1 / (1 - decay)`` count most.
+
+    Returns:
+        A `FisherEstimator` with `MovingAverage` states and the same ``observe``.
+
+    Raises:
+        ValueError: a decay outside [0, 1).
+
+    Example:
+        >>> import fisher_jax as fj, jax, jax.numpy as jnp
+        >>> params = {"embed": jnp.eye(3, 2), "head": jnp.ones((3, 2))}
+        >>> estimator = fj.lm_head.estimator(lambda p, x: p["embed"][x], lambda p: p["head"])
+        >>> recent = fj.ema(estimator, decay=0.9)
+        >>> batch = fj.next_token_batch(jnp.array([[0, 1, 2]]))
+        >>> state = recent.update(recent.init(params), params, batch)
+        >>> fj.moving_average.mean(state).shape
+        (3,)
+    """
+    init(jnp.zeros(()), decay)
+
+    def start(params):
+        pairs = estimator.init(params).mean
+        return init(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), pairs), decay)
+
+    def update(state, params, batch, key=None):
+        return add(state, estimator.observe(params, batch, key))
+
+    return FisherEstimator(start, estimator.observe, update)

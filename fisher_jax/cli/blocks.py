@@ -20,6 +20,7 @@ class Paragraph(NamedTuple):
 class Table(NamedTuple):
     """A small table; columns after the first `left` ones are numbers, set to the right."""
 
+    caption: str
     header: list[str]
     rows: list[list[str]]
     left: int = 1

@@ -57,17 +57,14 @@ def documents(sources: Sequence[str], *, split: str = "none") -> Iterator[Docume
 
 def default_task(sources: Sequence[str]) -> str:
     """A short name for what these sources measure: corpus names, or the stems of the files."""
-    stems = [
-        source if source in CORPORA else "stdin" if source == "-" else Path(source).stem for source in sources
-    ]
+    stems = [source if source in CORPORA else "stdin" if source == "-" else Path(source).stem for source in sources]
     return "+".join(stems[:3]) + (f"+{len(stems) - 3}-more" if len(stems) > 3 else "")
 
 
 def describe_sources(sources: Sequence[str]) -> str:
     """The sources in a few words, for a line on the terminal and in the report."""
     names = [
-        f"{source} ({CORPORA[source].title})" if source in CORPORA else _display_name(source)
-        for source in sources
+        f"{source} ({CORPORA[source].title})" if source in CORPORA else _display_name(source) for source in sources
     ]
     return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
 

@@ -1,4 +1,4 @@
-"""The report as one HTML file: pictures inside, light and dark, narrow and wide, no script, nothing fetched."""
+"""The report as one HTML file: pictures inside, light and dark, narrow and wide, without scripts."""
 
 import base64
 from html import escape
@@ -8,13 +8,13 @@ from fisher_jax.cli.blocks import Block, Heading, Paragraph, Picture, Table
 __all__ = ["render"]
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --muted: #5b6675; --page: #ffffff; --line: #dfe4ea; --band: #f5f7f9;
-  --accent: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8ecf1; --muted: #9aa6b5; --page: #14181d; --line: #2b323b;
-  --band: #1a2027; --accent: #4ba3e3; } }
+:root { color-scheme: light dark; --ink: #1b1f24; --muted: #5b6675; --page: #ffffff; --line: #dfe4ea;
+  --band: #f5f7f9; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8ecf1; --muted: #9aa6b5; --page: #14181d;
+  --line: #2b323b; --band: #1a2027; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 17px/1.55 system-ui, -apple-system, "Segoe UI",
-  Roboto, "Helvetica Neue", sans-serif; -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--page); color: var(--ink); -webkit-text-size-adjust: 100%;
+  font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 main { max-width: 46rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: clamp(1.5rem, 5vw, 2.1rem); line-height: 1.2; margin: .5rem 0 1rem; letter-spacing: -.01em; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
@@ -24,9 +24,11 @@ figure { margin: 1.2rem 0; }
 img { display: block; width: 100%; max-width: 40rem; height: auto; margin: 0 auto; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .38rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th, td { padding: .38rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { color: var(--muted); font-weight: 600; }
-th.left, td.left { text-align: left; overflow-wrap: anywhere; }
+th.left, td.left { text-align: left; overflow-wrap: break-word; min-width: 6.5rem; }
+caption { text-align: left; color: var(--muted); padding: 0 .6rem .5rem; }
+@media (max-width: 30rem) { table { font-size: .82rem; } th, td { padding: .34rem .35rem; } }
 tbody tr:nth-child(even) { background: var(--band); }
 footer { color: var(--muted); font-size: .9rem; margin-top: 3rem; }
 """
@@ -68,9 +70,7 @@ def _block(block: Block) -> str:
 
 
 def _picture(picture: Picture) -> str:
-    light, dark = (
-        "data:image/png;base64," + base64.b64encode(raw).decode() for raw in (picture.light, picture.dark)
-    )
+    light, dark = ("data:image/png;base64," + base64.b64encode(raw).decode() for raw in (picture.light, picture.dark))
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img alt="{escape(picture.alt)}" src="{light}"></picture></figure>'
@@ -80,12 +80,10 @@ def _picture(picture: Picture) -> str:
 def _table(table: Table) -> str:
     def cells(tag: str, row: list[str]) -> str:
         return "".join(
-            f"<{tag}{' class=left' if i < table.left else ''}>{escape(text)}</{tag}>"
-            for i, text in enumerate(row)
+            f"<{tag}{' class=left' if i < table.left else ''}>{escape(text)}</{tag}>" for i, text in enumerate(row)
         )
 
+    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
+    head = f"<thead><tr>{cells('th', table.header)}</tr></thead>" if table.header else ""
     rows = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{cells("th", table.header)}</tr></thead>\n'
-        f"<tbody>\n{rows}\n</tbody></table></div>"
-    )
+    return f'<div class="scroll"><table>{caption}{head}\n<tbody>\n{rows}\n</tbody></table></div>'

@@ -26,7 +26,8 @@ def _block(block: Block) -> str:
         case Picture():
             return f"![{_escape(block.alt)}](figures/{block.name}.png)"
         case Table():
-            rule = ["---" if i < block.left else "---:" for i in range(len(block.header))]
-            rows = [block.header, *block.rows]
-            lines = [" | ".join(_escape(cell) for cell in row) for row in rows]
-            return "\n".join(f"| {line} |" for line in [lines[0], " | ".join(rule), *lines[1:]])
+            header = block.header or [""] * len(block.rows[0])
+            rule = ["---" if i < block.left else "---:" for i in range(len(header))]
+            lines = [" | ".join(_escape(cell) for cell in row) for row in [header, *block.rows]]
+            table = "\n".join(f"| {line} |" for line in [lines[0], " | ".join(rule), *lines[1:]])
+            return f"{_escape(block.caption)}\n\n{table}" if block.caption else table

@@ -44,9 +44,7 @@ def orderings(
         "corpus frequency": counts,
     }
     generator = np.random.default_rng(seed)
-    ranked = [
-        Ordering(name, _ascending(np.asarray(score), generator)[None]) for name, score in scores.items()
-    ]
+    ranked = [Ordering(name, _ascending(np.asarray(score), generator)[None]) for name, score in scores.items()]
     random = np.stack([generator.permutation(len(counts)) for _ in range(random_repetitions)])
     return [*ranked, Ordering("random", random)]
 

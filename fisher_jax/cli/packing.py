@@ -34,9 +34,7 @@ class Rows(NamedTuple):
         """Batches of constant shape, the last one padded with empty rows."""
         return -(-len(self.lengths) // batch_size)
 
-    def batches(
-        self, batch_size: int, *, start: int = 0
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def batches(self, batch_size: int, *, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(tokens [B, S], mask [B, S], units [B]) from batch `start` on; padding rows carry the last unit."""
         seq_len = self.tokens.shape[1]
         for first in range(start * batch_size, len(self.lengths), batch_size):
@@ -171,9 +169,7 @@ def _deal(documents: list[_Tokenised], seq_len: int, budget: int) -> Rows:
 def _cut(documents: list[_Tokenised], rows: np.ndarray, seq_len: int) -> Rows:
     pieces = [
         (number, document.tokens[k * (seq_len - 1) : k * (seq_len - 1) + seq_len])
-        for number, document in enumerate(
-            document for document, count in zip(documents, rows, strict=True) if count
-        )
+        for number, document in enumerate(document for document, count in zip(documents, rows, strict=True) if count)
         for k in range(rows[rows > 0][number])
     ]
     tokens = np.zeros((len(pieces), seq_len), np.int32)

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 -- a times sign is what it looks like
 """Pictures of importance: by rank, against frequency, of single tokens, by column, and between tasks."""
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from fisher_jax.cli.style import Theme, drawable, log_axis, theme_context
 
 __all__ = ["columns_figure", "comparison_figure", "dots_figure", "frequency_figure", "rank_figure"]
 
-UNIT = "importance: Fisher information per token"
+UNIT = "Fisher information per token"
 _WIDTH = 5.4
 
 
@@ -28,9 +29,7 @@ def _floor(values: np.ndarray) -> float:
     return float(np.quantile(positive, 0.002) / 2) if positive.size else 1e-12
 
 
-def rank_figure(
-    theme: Theme, main: Importance, other: Importance, tokens: list[str], kind: str, level: float
-):
+def rank_figure(theme: Theme, main: Importance, other: Importance, tokens: list[str], kind: str, level: float):
     """Importance by rank on log axes, the interval as a band, the other kind of Fisher as a thin line."""
     with theme_context(theme):
         figure, (axes,) = _figure(4.4)
@@ -49,7 +48,7 @@ def rank_figure(
         )
         axes.set_xlabel("rank of the vocabulary row (1 = most important)")
         axes.set_ylabel(UNIT)
-        axes.set_title("A few tokens carry most of the information")
+        axes.set_title("Rows sorted by importance")
         marks = [r for r in (1, 4, 20, 100, 500, 2500, 10_000, 30_000) if r <= len(ranks)]
         for rank in marks:
             row = order[rank - 1]
@@ -62,9 +61,7 @@ def rank_figure(
             )  # fmt: skip
         names = {"empirical": "empirical", "true": "exact true"}
         band = f", band: {100 * level:g}% interval" if main.has_intervals else ", no interval: one unit only"
-        axes.text(
-            0.03, 0.16, names[kind] + band, color=theme.blue, transform=axes.transAxes, fontweight="bold"
-        )
+        axes.text(0.03, 0.16, names[kind] + band, color=theme.blue, transform=axes.transAxes, fontweight="bold")
         axes.text(
             0.03, 0.08, names["true" if kind == "empirical" else "empirical"] + " (ranked by itself)",
             color=theme.orange, transform=axes.transAxes, fontweight="bold",
@@ -89,7 +86,7 @@ def frequency_figure(theme: Theme, main: Importance, tokens: list[str]):
         axes.set(
             xlim=(0.17, max(main.counts.max(), 10) * 2.2), ylim=(floor, float(mean.max()) * 2.5),
             xlabel="occurrences as next token in the text", ylabel=UNIT,
-            title="Frequent tokens matter more, but not equally",
+            title="Importance against occurrences",
         )  # fmt: skip
         axes.axvline(0.55, color=theme.muted, linewidth=0.8, linestyle=(0, (2, 3)))
         axes.text(0.28, floor * 1.25, f"never\n({never.sum():,})", ha="center", va="bottom", fontsize=9)
@@ -117,13 +114,13 @@ def dots_figure(
                 axes.hlines(places, lower, upper, color=theme.blue, alpha=0.45, linewidth=3.5)
                 axes.set_xlim(floor, float(upper.max()) * 1.3)
             axes.plot(shown, places, "o", color=theme.blue, markersize=5)
-            axes.set_yticks(places, [f"{drawable(tokens[r])}  ×{main.counts[r]:,}" for r in rows], fontsize=9)
+            axes.set_yticks(places, [f"{drawable(tokens[r])}  {main.counts[r]:,}×" for r in rows], fontsize=9)
             axes.set_ylim(len(rows) - 0.4, -0.6)
             axes.grid(axis="y", visible=False)
             axes.tick_params(axis="y", length=0)
             axes.set_title(title)
         interval = f", with {100 * level:g}% interval" if main.has_intervals else ""
-        all_axes[-1].set_xlabel(f"{UNIT}{interval}  (×: occurrences)")
+        all_axes[-1].set_xlabel(f"{UNIT}{interval}")
         return figure
 
 
@@ -139,16 +136,14 @@ def columns_figure(theme: Theme, by_column: np.ndarray):
         axes.set(
             xlim=(-len(by_column) * 0.01, len(by_column) * 1.01), ylim=(floor, by_column.max() * 3),
             xlabel="column of the head (hidden dimension)", ylabel=UNIT,
-            title="Hidden dimensions by what the head reads from them",
+            title="Importance of hidden dimensions",
         )  # fmt: skip
         top = np.argsort(-by_column)[:6]
         _label_points(figure, axes, top, by_column[top], [str(column) for column in top])
         return figure
 
 
-def comparison_figure(
-    theme: Theme, result: Comparison, here: Importance, there: Importance, tokens: list[str]
-):
+def comparison_figure(theme: Theme, result: Comparison, here: Importance, there: Importance, tokens: list[str]):
     """Importance in one task against importance in another, the rows that stand out labelled."""
     with theme_context(theme):
         figure, (axes,) = _figure(5.0)
@@ -190,9 +185,10 @@ def _label_points(figure: Figure, axes: Axes, xs, ys, labels: Sequence[str]) -> 
             inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
             if inside and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
+                place = tuple(axes.transData.inverted().transform((x, y)))
                 axes.annotate(
-                    label, axes.transData.inverted().transform((x, y)), xytext=(left - x, bottom - y),
-                    textcoords="offset pixels", fontsize=8.5, va="bottom", zorder=4, annotation_clip=False,
+                    label, place, xytext=((left - x) / scale, (bottom - y) / scale), textcoords="offset points",
+                    fontsize=8.5, va="bottom", zorder=4, annotation_clip=False,
                     arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "gray"} if abs(up) > 8 else None,
                 )  # fmt: skip
                 break

@@ -29,9 +29,7 @@ class Curve(NamedTuple):
 
     name: str
     zeroed: np.ndarray  # [shares], nats per token, over all targets
-    zeroed_error: (
-        np.ndarray
-    )  # standard error of `zeroed - zeroed[0]` over documents (over repetitions: random)
+    zeroed_error: np.ndarray  # standard error of `zeroed - zeroed[0]` over documents (over repetitions: random)
     removed: np.ndarray  # [shares], nats per kept token
     removed_error: np.ndarray  # of `removed`'s difference from the full vocabulary on the same targets
     kept: np.ndarray  # [shares], share of targets whose row was kept
@@ -75,12 +73,8 @@ def prune(
     """
     if shares[0] != 0.0:
         raise ValueError(f"the first share must be 0, the unpruned model; it is {shares[0]}.")
-    levels = np.stack(
-        [prune_levels(permutation, shares) for o in ranked for permutation in o.permutations]
-    )  # [P, V]
-    log_kept, target_logit = _log_kept_sums(
-        hidden, targets, head, levels, len(shares), bias, soft_cap, chunk_size
-    )
+    levels = np.stack([prune_levels(permutation, shares) for o in ranked for permutation in o.permutations])  # [P, V]
+    log_kept, target_logit = _log_kept_sums(hidden, targets, head, levels, len(shares), bias, soft_cap, chunk_size)
     log_pruned = _log_pruned_sums(levels, len(shares), bias, soft_cap)  # [P, S]
     kept = levels[:, targets, None] > np.arange(len(shares))  # [P, T, S]
     pruned_logit = np.zeros(len(targets)) if bias is None else _capped(bias, soft_cap)[targets]
@@ -91,9 +85,7 @@ def prune(
     curves, first = [], 0
     for ordering in ranked:
         rows = slice(first, first := first + len(ordering.permutations))
-        curves.append(
-            _curve(ordering.name, np.asarray(shares), zeroed[rows], removed[rows], kept[rows], documents)
-        )
+        curves.append(_curve(ordering.name, np.asarray(shares), zeroed[rows], removed[rows], kept[rows], documents))
     return PruningResult(
         np.asarray(shares),
         curves,
@@ -163,9 +155,7 @@ def _log_kept_sums(
     return log_kept, target_logit
 
 
-def _chunks(
-    hidden: np.ndarray, targets: np.ndarray, size: int
-) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+def _chunks(hidden: np.ndarray, targets: np.ndarray, size: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Token chunks of one shape; the last one is padded."""
     for first in range(0, len(targets), size):
         rows = slice(first, min(first + size, len(targets)))

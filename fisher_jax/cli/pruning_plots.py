@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 -- a minus is what it looks like
 """Pictures of the pruning curves."""
 
 import numpy as np
@@ -31,7 +32,7 @@ def _strokes(theme: Theme, name: str) -> dict:
     }[name]
 
 
-def zeroed_figure(theme: Theme, result: PruningResult, level: float):
+def zeroed_figure(theme: Theme, result: PruningResult) -> Figure:
     """Held-out loss when the logits of pruned rows become 0."""
     with theme_context(theme):
         figure = Figure(figsize=(5.4, 4.8), layout="constrained")
@@ -40,9 +41,7 @@ def zeroed_figure(theme: Theme, result: PruningResult, level: float):
         for curve in result.curves:
             _line(axes, theme, result.shares, curve, curve.zeroed, curve.zeroed_error)
         axes.axhline(result.loss, color=theme.muted, linewidth=1, linestyle=(0, (2, 3)))
-        axes.set_ylim(
-            min(result.loss * 0.9, min(c.zeroed.min() for c in result.curves) * 0.97), highest * 1.04
-        )
+        axes.set_ylim(min(result.loss * 0.9, min(c.zeroed.min() for c in result.curves) * 0.97), highest * 1.04)
         _share_axis(axes)
         axes.set_ylabel("held-out loss, nats per token")
         axes.set_title("Pruned rows set to zero (logit = 0)")
@@ -58,7 +57,7 @@ def zeroed_figure(theme: Theme, result: PruningResult, level: float):
         return figure
 
 
-def removed_figure(theme: Theme, result: PruningResult, level: float):
+def removed_figure(theme: Theme, result: PruningResult) -> Figure:
     """Loss on kept targets when pruned tokens are impossible, above the share of targets that are kept."""
     with theme_context(theme):
         figure = Figure(figsize=(5.4, 7.4), layout="constrained")
@@ -80,9 +79,7 @@ def removed_figure(theme: Theme, result: PruningResult, level: float):
         return figure
 
 
-def _line(
-    axes: Axes, theme: Theme, shares: np.ndarray, curve: Curve, values: np.ndarray, error: np.ndarray
-) -> None:
+def _line(axes: Axes, theme: Theme, shares: np.ndarray, curve: Curve, values: np.ndarray, error: np.ndarray) -> None:
     strokes = _strokes(theme, curve.name)
     if np.isfinite(error).any():
         spread_by = 1.96 * np.nan_to_num(error)

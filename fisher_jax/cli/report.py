@@ -13,6 +13,7 @@ from fisher_jax.cli import html, markdown
 from fisher_jax.cli.accumulate import InterruptedRunError, accumulate, hidden_and_targets
 from fisher_jax.cli.blocks import Picture
 from fisher_jax.cli.corpora import describe_sources, documents
+from fisher_jax.cli.findings import Findings, lead, title
 from fisher_jax.cli.folder import check_writable, disk_error, write_atomically
 from fisher_jax.cli.importance import compare, importance, importance_csv, readable
 from fisher_jax.cli.orderings import orderings
@@ -20,7 +21,7 @@ from fisher_jax.cli.packing import Packed, Rows, pack
 from fisher_jax.cli.progress import StreamProgress
 from fisher_jax.cli.pruning import PruningResult, prune
 from fisher_jax.cli.run_state import Progress, StateStore
-from fisher_jax.cli.sections import Findings, blocks, lead, title
+from fisher_jax.cli.sections import blocks
 from fisher_jax.cli.settings import Settings
 from fisher_jax.cli.summary import summary
 from fisher_jax.errors import InputError

@@ -1,6 +1,6 @@
 """What a run keeps on disk: a dict of task states, and for each task its settings and how far it came.
 
-The folder `state` of a report is one checkpoint; its tree is `{task: {"empirical": ..., "true": ..., "counts": ...}}`.
+The folder `state` of a report is one checkpoint: `{task: {"empirical": ..., "true": ..., "counts": ...}}`.
 """
 
 from dataclasses import asdict, dataclass, field

@@ -134,23 +134,15 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
         default=default.unit,
         help="what the intervals take as independent (default %(default)s; anything finer is too narrow)",
     )
-    how.add_argument(
-        "--level", metavar="P", type=_level, default=default.level, help="of the intervals (0.95)"
-    )
-    how.add_argument(
-        "--seq-len", metavar="N", type=_count(2), default=default.seq_len, help="tokens per row (256)"
-    )
+    how.add_argument("--level", metavar="P", type=_level, default=default.level, help="of the intervals (0.95)")
+    how.add_argument("--seq-len", metavar="N", type=_count(2), default=default.seq_len, help="tokens per row (256)")
     how.add_argument(
         "--batch-size", metavar="N", type=_count(1), default=default.batch_size, help="rows per step (8)"
     )
-    how.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="of the model (float32)"
-    )
+    how.add_argument("--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="of the model (float32)")
     how.add_argument("--seed", metavar="N", type=_count(0), default=0, help="random orders and ties (0)")
     where = parser.add_argument_group("where to keep it")
-    where.add_argument(
-        "--out", metavar="DIR", type=Path, default=default.out, help="folder to write (report/)"
-    )
+    where.add_argument("--out", metavar="DIR", type=Path, default=default.out, help="folder to write (report/)")
     where.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     where.add_argument("--overwrite", action="store_true", help="drop an earlier run of this task")
     where.add_argument(

@@ -1,10 +1,10 @@
 """How the pictures look: light and dark, large enough for a phone, colour-blind safe, labelled directly."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-__all__ = ["DARK", "LIGHT", "Theme", "drawable", "log_axis", "percent_axis", "png", "spread", "theme_context"]
+from fisher_jax.cli.blocks import Picture
+
+__all__ = ["Theme", "drawable", "log_axis", "percent_axis", "picture", "spread", "theme_context"]
 
 
 class Theme(NamedTuple):
@@ -30,17 +32,16 @@ class Theme(NamedTuple):
     orange: str
     green: str
     pink: str
-    sky: str
     vermillion: str
 
 
 LIGHT = Theme(
-    "light", "#ffffff", "#1b1f24", "#667080", "#e3e7ec", "#0072b2", "#c77800", "#00845f", "#b0528a", "#2a9bd8",
-    "#d55e00",
+    "light", "#ffffff", "#1b1f24", "#667080", "#e3e7ec",
+    "#0072b2", "#c77800", "#00845f", "#b0528a", "#d55e00",
 )  # fmt: skip
 DARK = Theme(
-    "dark", "#14181d", "#e8ecf1", "#97a3b3", "#2b323b", "#4ba3e3", "#e69f00", "#1fbf8f", "#d98bbb", "#7cc8f2",
-    "#f0803c",
+    "dark", "#14181d", "#e8ecf1", "#97a3b3", "#2b323b",
+    "#4ba3e3", "#e69f00", "#1fbf8f", "#d98bbb", "#f0803c",
 )  # fmt: skip
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -49,7 +50,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 @contextmanager
 def theme_context(theme: Theme) -> Iterator[None]:
     """Matplotlib's settings for the pictures, for the duration of a block."""
-    options = {
+    options: Any = {
         "font.family": "DejaVu Sans",
         "font.size": 10.5,
         "text.parse_math": False,  # a token may hold dollar signs
@@ -80,11 +81,18 @@ def theme_context(theme: Theme) -> Iterator[None]:
         yield
 
 
-def png(figure: Figure, *, dpi: int = 200) -> bytes:
+def picture(name: str, alt: str, draw: Callable[[Theme], Figure]) -> Picture:
+    """Draws once for a light and once for a dark background."""
+    light, dark = (png(draw(theme), theme) for theme in (LIGHT, DARK))
+    return Picture(name, alt, light, dark)
+
+
+def png(figure: Figure, theme: Theme, *, dpi: int = 200) -> bytes:
     """The picture as PNG."""
     FigureCanvasAgg(figure)
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=dpi)
+    with theme_context(theme):  # some settings are read while drawing
+        figure.savefig(stream, format="png", dpi=dpi)
     return stream.getvalue()
 
 
@@ -96,8 +104,7 @@ def _glyphs() -> FT2Font:
 def drawable(token: str, *, longest: int = 18) -> str:
     """A readable token with escapes for what the font cannot draw, shortened in the middle."""
     shown = "".join(
-        c if _glyphs().get_char_index(ord(c)) and not _is_right_to_left(c) else f"\\u{ord(c):04x}"
-        for c in token
+        c if _glyphs().get_char_index(ord(c)) and not _is_right_to_left(c) else f"\\u{ord(c):04x}" for c in token
     )
     return shown if len(shown) <= longest else f"{shown[: longest - 6]}…{shown[-5:]}"
 
@@ -134,7 +141,7 @@ def percent_axis(axes: Axes, which: str, ticks: Sequence[float]) -> None:
 
 
 def spread(positions: Sequence[float], gap: float, lowest: float, highest: float) -> np.ndarray:
-    """Positions moved as little as they must so that neighbours are `gap` apart, within the bounds if they fit."""
+    """Positions moved as little as they must so that neighbours are `gap` apart, within the bounds."""
     wanted = np.asarray(positions, float)
     order = np.argsort(wanted, kind="stable")
     placed = np.clip(wanted[order], lowest, highest)

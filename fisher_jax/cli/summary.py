@@ -5,8 +5,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fisher_jax.cli.findings import Findings, verdict
 from fisher_jax.cli.progress import duration
-from fisher_jax.cli.sections import Findings, verdict
 
 __all__ = ["summary"]
 
@@ -15,12 +15,13 @@ def summary(console: Console, found: Findings, seconds: float) -> None:
     """Top tokens, loss, pruning, time, and where the report is."""
     main = found.main
     table = Table(box=None, padding=(0, 2), header_style="bold", title_justify="left")
-    for name, justify in (("token", "left"), ("count", "right"), ("importance", "right")):
-        table.add_column(name, justify=justify)
+    table.add_column("token")
+    table.add_column("count", justify="right")
+    table.add_column("importance", justify="right")
     if main.has_intervals:
         table.add_column(f"{100 * found.settings.level:g}% interval", justify="right")
     for row in main.order[:10]:
-        cells = [Text(found.vocabulary[row]), f"{main.counts[row]:,}", f"{main.mean[row]:.3g}"]
+        cells: list[Text | str] = [Text(found.vocabulary[row]), f"{main.counts[row]:,}", f"{main.mean[row]:.3g}"]
         if main.has_intervals:
             cells.append(f"{main.lower[row]:.3g} to {main.upper[row]:.3g}")
         table.add_row(*cells)

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 -- dashes are what they look like
 """Wiki markup to plain prose: templates, tables, references, links, HTML and headings removed."""
 
 import html

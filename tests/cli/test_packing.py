@@ -1,5 +1,7 @@
 """Packing scores every target once, keeps documents together and depends on nothing but its inputs."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -15,10 +17,7 @@ def _encode(text):
 def _documents(lengths):
     """Every token id is unique, so a target can be traced to its place."""
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    return [
-        Document(f"d{i}", " ".join(str(t) for t in range(starts[i], starts[i + 1])))
-        for i in range(len(lengths))
-    ]
+    return [Document(f"d{i}", " ".join(str(t) for t in range(starts[i], starts[i + 1]))) for i in range(len(lengths))]
 
 
 def _pack(lengths, **options):
@@ -40,9 +39,7 @@ def test_every_target_is_scored_exactly_once():
     lengths = [30, 2, 8, 9, 1, 15, 64, 22, 7, 3, 16]
     packed = _pack(lengths)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
-    wanted = {
-        (t, t + 1) for first, last in zip(bounds, bounds[1:], strict=False) for t in range(first, last - 1)
-    }
+    wanted = {(t, t + 1) for first, last in itertools.pairwise(bounds) for t in range(first, last - 1)}
     found = _pairs(packed.stream) + _pairs(packed.held_out)
     assert len(found) == len(set(found)) == packed.stream.num_targets + packed.held_out.num_targets
     assert set(found) == wanted

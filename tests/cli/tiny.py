@@ -8,10 +8,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 WIDTH, LAYERS, HEADS, MLP = 16, 2, 2, 32
-WORDS = (
-    "the a small river runs past old mills and green hills where people walk slowly in spring rain before long "
-    "warm days of summer bring light wind dust noise trade bread salt iron paper cloth glass wood stone"
-).split()
+WORDS = "the a river runs past old mills and hills where people walk in spring rain before days of bread salt".split()
 
 
 def write_model(folder, *, seed=0, poison=False):

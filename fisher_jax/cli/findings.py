@@ -1,0 +1,69 @@
+"""Everything one run found out, and its answer in a few sentences."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fisher_jax.cli.importance import Comparison, Importance
+from fisher_jax.cli.packing import Packed
+from fisher_jax.cli.pruning import Curve, PruningResult
+from fisher_jax.cli.settings import Settings
+
+__all__ = ["Findings", "lead", "title", "verdict"]
+
+
+@dataclass
+class Findings:
+    """What the report, the table and the summary are written from."""
+
+    settings: Settings
+    model_name: str
+    tied: bool
+    vocabulary: list[str]  # readable tokens by id
+    packed: Packed
+    main: Importance
+    other: Importance
+    loss: float
+    pruning: PruningResult | None
+    by_column: np.ndarray | None = None
+    comparisons: list[tuple[Comparison, Importance]] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    rate: float = 0.0  # streamed tokens per second
+
+
+def title(found: Findings) -> str:
+    """The headline."""
+    return f"Which vocabulary tokens of {found.model_name} matter on {found.settings.task}"
+
+
+def lead(found: Findings) -> str:
+    """The answer in three sentences."""
+    total = found.main.mean.sum()
+    share = np.sort(found.main.mean)[::-1].cumsum() / total if total > 0 else np.ones_like(found.main.mean)
+    half = int(np.searchsorted(share, 0.5)) + 1
+    top = ", ".join(found.vocabulary[row] for row in found.main.order[:5])
+    text = (
+        f"Half of the Fisher information of the head lies in {half:,} of {len(found.main.mean):,} vocabulary "
+        f"rows; the five that matter most are {top}."
+    )
+    return f"{text} {verdict(found.pruning)}" if found.pruning else text
+
+
+def verdict(pruning: PruningResult, share: float = 0.5) -> str:
+    """Pruning in one sentence: the loss each way of choosing costs at one share."""
+    index = int(np.argmin(np.abs(pruning.shares - share)))
+
+    def cost(curve: Curve) -> float:
+        return float(curve.zeroed[index] - pruning.loss)
+
+    curves = {curve.name: curve for curve in pruning.curves}
+    named = {name: curve for name, curve in curves.items() if name != "random"}
+    fisher, best = curves["Group Fisher, empirical"], min(named.values(), key=cost)
+    said = [f"{cost(fisher):+.2f} nats per token when they are the least important by empirical Fisher"]
+    if best is not fisher:
+        said.append(f"{cost(best):+.2f} by {best.name}")
+    said.append(f"{cost(curves['random']):+.2f} when chosen at random")
+    return (
+        f"Setting {100 * pruning.shares[index]:.0f}% of the rows to zero changes the held-out loss of "
+        f"{pruning.loss:.2f} by {', '.join(said)}."
+    )

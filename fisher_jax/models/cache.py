@@ -78,6 +78,6 @@ def write(fingerprint: str, dtype: str, entry: Entry) -> None:
 
 
 def checksum(content: np.ndarray | str) -> int:
-    return zlib.crc32(
-        content.encode() if isinstance(content, str) else np.ascontiguousarray(content).view(np.uint8)
-    )
+    if isinstance(content, str):
+        return zlib.crc32(content.encode())
+    return zlib.crc32(np.ascontiguousarray(content).view(np.uint8).data)

@@ -74,8 +74,7 @@ class DecoderConfig:
             raise InputError(f"rotary positions need an even head size, found {self.head_size}")
         if self.rope_divisors is not None and len(self.rope_divisors) != self.head_size // 2:
             raise InputError(
-                f"found {len(self.rope_divisors)} rotary divisors, "
-                f"wanted one per frequency: {self.head_size // 2}"
+                f"found {len(self.rope_divisors)} rotary divisors, wanted one per frequency: {self.head_size // 2}"
             )
 
     def to_json(self) -> str:

@@ -90,9 +90,7 @@ def causal_attention(q, k, v):
         weights = jnp.exp(logits - shift)
         values = v[:, :, :end]
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        summed = jnp.einsum(
-            "bkqs,bksh->bkqh", weights.astype(v.dtype), values, preferred_element_type=jnp.float32
-        )
+        summed = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
         mixed.append((summed / total).reshape(rows, num_kv_heads, group, end - start, head_size))
     joined = jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4)
     return joined.reshape(rows, length, num_heads, head_size).astype(v.dtype)
@@ -163,11 +161,7 @@ class Decoder(nnx.Module):
         make_layer = nnx.vmap(lambda keys: Layer(config, dtype, nnx.Rngs(keys)))
         self.layers = make_layer(jax.random.split(rngs.params(), config.num_layers))
         self.final_norm = Norm(config.width, config, dtype)
-        head = (
-            None
-            if config.tied
-            else nnx.Param(normal(rngs.params(), (config.vocab_size, config.width), dtype))
-        )
+        head = None if config.tied else nnx.Param(normal(rngs.params(), (config.vocab_size, config.width), dtype))
         self.head = head
 
     def __call__(self, tokens):

@@ -29,7 +29,8 @@ class DecoderFunctions:
 
     Tokens are integers ``[B, S]``, padded on the right: attention is causal, so what follows a position never
     changes it. Raises ``InputError`` for another rank, for more tokens than ``config.max_positions`` and for
-    token ids outside the vocabulary where their values are known; under ``jit`` such ids give NaN.
+    token ids outside the vocabulary where their values are known. Under ``jit`` they are not: there a too
+    large id makes its row NaN and a negative one counts from the end of the vocabulary.
     """
 
     config: DecoderConfig
@@ -115,9 +116,7 @@ def init_params(config: DecoderConfig, key, dtype="float32"):
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
     kinds = [path[-1].key for path, _ in leaves]
-    drawn = sum(
-        leaf.size for kind, (_, leaf) in zip(kinds, leaves, strict=True) if kind not in ("scale", "bias")
-    )
+    drawn = sum(leaf.size for kind, (_, leaf) in zip(kinds, leaves, strict=True) if kind not in ("scale", "bias"))
     noise, start, values = 0.02 * jax.random.normal(key, (drawn,)), 0, []
     for kind, (_, leaf) in zip(kinds, leaves, strict=True):
         if kind in ("scale", "bias"):

@@ -73,18 +73,14 @@ class GgufFile:
         prefix = f"{self.architecture}."
         keys = {key.removeprefix(prefix) for key in self.reader.fields if key.startswith(prefix)}
         if unknown := keys - READ - HARMLESS:
-            raise InputError(
-                f"{self.label} has settings that are not supported: {', '.join(sorted(unknown))}"
-            )
+            raise InputError(f"{self.label} has settings that are not supported: {', '.join(sorted(unknown))}")
         if self.number("expert_count", 0):
             raise InputError(f"{self.label} is a mixture of experts, which is not supported")
         width, num_heads = self.number("embedding_length"), self.number("attention.head_count")
         head_size = self.number("attention.key_length", width // num_heads)
         for key in ("attention.value_length", "rope.dimension_count"):
             if (found := self.number(key, head_size)) != head_size:
-                raise InputError(
-                    f"{self.label} has {key} {found}, but only the head size {head_size} is supported"
-                )
+                raise InputError(f"{self.label} has {key} {found}, but only the head size {head_size} is supported")
         max_positions = self.number("context_length")
         bias = {part: f"blk.0.{part}.bias" in self.names for part in ("attn_q", "attn_output", "ffn_down")}
         return DecoderConfig(
@@ -116,9 +112,7 @@ class GgufFile:
             divisors = linear_divisors(self.number("rope.scaling.factor"), head_size)
         if "rope_freqs.weight" in self.names:
             factors = tuple(float(x) for x in self.read("rope_freqs.weight"))
-            divisors = (
-                factors if divisors is None else tuple(a * b for a, b in zip(factors, divisors, strict=True))
-            )
+            divisors = factors if divisors is None else tuple(a * b for a, b in zip(factors, divisors, strict=True))
         return divisors
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -120,9 +120,7 @@ def gpt2_config(read: Settings, tied: bool) -> DecoderConfig:
     read.must("scale_attn_by_inverse_layer_idx", False)
     width, num_heads = read.get("n_embd"), read.get("n_head")
     if width % num_heads:
-        raise InputError(
-            f"{read.label} has n_embd {width}, which is not a multiple of its n_head {num_heads}"
-        )
+        raise InputError(f"{read.label} has n_embd {width}, which is not a multiple of its n_head {num_heads}")
     return DecoderConfig(
         vocab_size=read.get("vocab_size"),
         width=width,

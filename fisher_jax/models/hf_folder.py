@@ -52,15 +52,11 @@ class HfFolder:
         if not (self.path / "model.safetensors.index.json").is_file():
             if found := sorted(self.path.glob("*.safetensors")):
                 return found
-            raise InputError(
-                f"{self.path} has no *.safetensors; only that weight format is read from folders"
-            )
+            raise InputError(f"{self.path} has no *.safetensors; only that weight format is read from folders")
         weight_map = self.json("model.safetensors.index.json")["weight_map"]
         files = [self.path / name for name in sorted(set(weight_map.values()))]
         if absent := [file.name for file in files if not file.is_file()]:
-            raise InputError(
-                f"{self.path} lacks {', '.join(absent)}, which its model.safetensors.index.json names"
-            )
+            raise InputError(f"{self.path} lacks {', '.join(absent)}, which its model.safetensors.index.json names")
         return files
 
     def config(self) -> DecoderConfig:
@@ -71,9 +67,7 @@ class HfFolder:
         """A tensor in the dtype of its file."""
         opened, stored_name = self.places[name]
         if (kind := opened.get_slice(stored_name).get_dtype()) not in FLOATS:
-            raise InputError(
-                f"{stored_name} in {self.label} is stored as {kind}; supported: {', '.join(FLOATS)}"
-            )
+            raise InputError(f"{stored_name} in {self.label} is stored as {kind}; supported: {', '.join(FLOATS)}")
         return opened.get_tensor(stored_name)
 
     def params(self, config: DecoderConfig, dtype) -> dict:
@@ -81,9 +75,7 @@ class HfFolder:
         ignored = {name for name in self.names if name.endswith(BUFFERS)}
         if config.tied and "lm_head.weight" in self.names:
             embedding = "wte.weight" if self.gpt2 else "model.embed_tokens.weight"
-            if embedding in self.names and not np.array_equal(
-                self.read("lm_head.weight"), self.read(embedding)
-            ):
+            if embedding in self.names and not np.array_equal(self.read("lm_head.weight"), self.read(embedding)):
                 raise InputError(
                     f"{self.label} says tie_word_embeddings, but its lm_head.weight differs from {embedding}"
                 )

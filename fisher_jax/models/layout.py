@@ -152,9 +152,7 @@ def assemble(
 def check_finite(file: TensorFile, name: str, tensor: np.ndarray) -> None:
     bad = tensor.size - int(np.count_nonzero(np.isfinite(tensor)))
     if bad:
-        raise InputError(
-            f"{name} in {file.label} has {bad} values that are NaN or infinite; the file is damaged"
-        )
+        raise InputError(f"{name} in {file.label} has {bad} values that are NaN or infinite; the file is damaged")
 
 
 def undo_interleaving(tensor: np.ndarray, num_heads: int) -> np.ndarray:

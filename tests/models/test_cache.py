@@ -1,0 +1,102 @@
+"""The cache of dequantised weights: used when intact, rebuilt when not, never required."""
+
+import jax
+import numpy as np
+import pytest
+import tiny_models as tiny
+
+from fisher_jax import models
+from fisher_jax.models import cache, loading
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FISHER_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tiny.write_gguf(tmp_path / "tiny.gguf", tiny.LLAMA, tiny.random_params(tiny.LLAMA))
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """The GGUF files that were parsed rather than found in the cache."""
+    seen, original = [], loading.GgufFile
+    monkeypatch.setattr(loading, "GgufFile", lambda path: seen.append(path) or original(path))
+    return seen
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a.params) == jax.tree.structure(b.params)
+    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+    assert (a.config, a.fingerprint, a.name) == (b.config, b.fingerprint, b.name)
+    assert a.tokenizer.to_json() == b.tokenizer.to_json()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_second_load_comes_from_the_cache(folder, file, readings, dtype):
+    first, second = models.load(file, dtype=dtype), models.load(file, dtype=dtype)
+    assert len(readings) == 1
+    assert [entry.suffix for entry in folder.iterdir()] == [".safetensors"]
+    assert_same(first, second)
+
+
+def test_each_dtype_is_cached_for_itself_under_one_fingerprint(folder, file, readings):
+    full, half = models.load(file), models.load(file, dtype="bfloat16")
+    assert len(readings) == 2
+    assert full.fingerprint == half.fingerprint
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_another_file_has_another_fingerprint(folder, file, tmp_path, readings):
+    changed = tiny.random_params(tiny.LLAMA)
+    changed["final_norm"]["scale"] = changed["final_norm"]["scale"].at[3].add(1e-6)
+    other = tiny.write_gguf(tmp_path / "other.gguf", tiny.LLAMA, changed)
+    assert models.load(file).fingerprint != models.load(other).fingerprint
+    assert len(readings) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "weight", "tokenizer", "foreign"])
+def test_a_damaged_cache_file_is_rebuilt(folder, file, readings, damage):
+    first = models.load(file)
+    (entry,) = folder.iterdir()
+    content = bytearray(entry.read_bytes())
+    if damage == "weight":
+        content[-5] ^= 1
+    if damage == "tokenizer":
+        content[content.index(b"im_start")] ^= 1
+    entry.write_bytes({"cut": content[:-100], "empty": b"", "foreign": b"not safetensors"}.get(damage, content))
+    assert_same(models.load(file), first)
+    assert_same(models.load(file), first)
+    assert len(readings) == 2  # read again once, then from the rebuilt cache
+
+
+def test_an_unwritable_cache_is_no_error(tmp_path, monkeypatch, file, readings):
+    (tmp_path / "occupied").write_text("a file where the cache folder should be")
+    monkeypatch.setenv("FISHER_JAX_CACHE", str(tmp_path / "occupied"))
+    assert_same(models.load(file), models.load(file))
+    assert len(readings) == 2
+
+
+def test_a_failed_write_leaves_nothing_behind(folder, file, monkeypatch):
+    def no_space(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(cache.os, "replace", no_space)
+    models.load(file)
+    assert list(folder.iterdir()) == []
+
+
+def test_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("FISHER_JAX_CACHE", str(tmp_path / "own"))
+    assert cache.folder() == tmp_path / "own"
+    monkeypatch.delenv("FISHER_JAX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.folder() == tmp_path / "fisher_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.folder() == tmp_path / ".cache" / "fisher_jax"

@@ -5,7 +5,6 @@ import io
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 __all__ = ["Comparison", "Importance", "compare", "importance", "importance_csv", "outliers", "readable"]
 
@@ -82,28 +81,28 @@ def importance_csv(result: Importance, tokens: list[str]) -> str:
     return stream.getvalue()
 
 
-def outliers(result: Importance, *, number: int, minimum_count: int = 3) -> np.ndarray:
-    """Rows whose importance lies furthest from what their frequency predicts, in the log of the mean.
+def outliers(result: Importance, *, minimum_count: int = 5, for_each_octave: int = 2) -> np.ndarray:
+    """Rows whose importance is furthest from that of equally frequent ones: a few for each doubling of the count.
 
-    The prediction is a running median over rows sorted by count; half the answer lies above it, half below.
+    Half of them lie above the median of their octave, half below.
     """
-    seen = np.flatnonzero((result.counts >= minimum_count) & (result.mean > 0))
-    if not seen.size:
-        return seen
-    seen = seen[np.argsort(result.counts[seen], kind="stable")]
-    log_mean = np.log(result.mean[seen])
-    half = max(len(seen) // 40, 5)
-    trend = np.array(
-        [np.median(log_mean[max(i - half, 0) : i + half + 1]) for i in range(len(seen))],
-    )
-    residual = log_mean - trend
-    by_residual = np.argsort(residual, kind="stable")
-    half_number = min(number // 2, len(seen) // 2)
-    return seen[np.concatenate([by_residual[:half_number], by_residual[len(seen) - half_number :]])]
+    counts, mean = result.counts, result.mean
+    seen = np.flatnonzero((counts >= minimum_count) & (mean > 0))
+    octaves = np.log2(counts[seen] / minimum_count).astype(int)
+    found = []
+    for octave in np.unique(octaves):
+        rows = seen[octaves == octave]
+        # Within an octave importance still grows with the count: judge importance for each occurrence.
+        ordered = rows[np.argsort(np.log(mean[rows] / counts[rows]), kind="stable")]
+        number = min(for_each_octave, len(ordered) // 2) or len(ordered)
+        found += [*ordered[:number], *ordered[-number:]]
+    return np.array(list(dict.fromkeys(found)), int)
 
 
 def compare(task: str, here: Importance, other: str, there: Importance, *, number: int = 10) -> Comparison:
     """Spearman correlation of two tasks, and the rows whose difference stands out most."""
+    from scipy import stats  # slow to import
+
     spread = np.hypot(np.nan_to_num(here.error), np.nan_to_num(there.error))
     difference = here.mean - there.mean
     # A row seen as a label only a few times in both has an error that knows nothing of the next occurrence.

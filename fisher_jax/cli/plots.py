@@ -29,31 +29,29 @@ def _floor(values: np.ndarray) -> float:
     return float(np.quantile(positive, 0.002) / 2) if positive.size else 1e-12
 
 
-def rank_figure(theme: Theme, main: Importance, other: Importance, tokens: list[str], kind: str, level: float):
+def rank_figure(
+    theme: Theme, main: Importance, other: Importance, tokens: list[str], kind: str, level: float
+) -> Figure:
     """Importance by rank on log axes, the interval as a band, the other kind of Fisher as a thin line."""
     with theme_context(theme):
         figure, (axes,) = _figure(4.4)
-        log_axis(axes, "x", compact=True)
-        log_axis(axes, "y")
         order, ranks = main.order, np.arange(1, len(main.mean) + 1)
         floor = _floor(main.mean)
+        log_axis(axes, "x", 0.8, len(ranks) * 2.2, compact=True)
+        log_axis(axes, "y", floor, float(main.mean.max()) * 8)
         if main.has_intervals:
-            lower, upper = (np.clip(x[order], floor / 10, None) for x in (main.lower, main.upper))
-            axes.fill_between(ranks, lower, upper, color=theme.blue, alpha=0.22, linewidth=0)
+            places, lower, upper = _smooth_band(main.lower[order], main.upper[order])
+            lower, upper = (np.clip(x, floor / 10, None) for x in (lower, upper))
+            axes.fill_between(places, lower, upper, color=theme.blue, alpha=0.22, linewidth=0)
         axes.plot(ranks, np.sort(other.mean)[::-1], color=theme.orange, linewidth=1.3)
         axes.plot(ranks, main.mean[order], color=theme.blue, linewidth=2)
-        axes.set(
-            xlim=(0.8, len(ranks) * 1.15),
-            ylim=(floor, float(np.nanmax([main.upper.max(), main.mean.max()])) * 2),
-        )
         axes.set_xlabel("rank of the vocabulary row (1 = most important)")
         axes.set_ylabel(UNIT)
         axes.set_title("Rows sorted by importance")
-        marks = [r for r in (1, 4, 20, 100, 500, 2500, 10_000, 30_000) if r <= len(ranks)]
-        for rank in marks:
-            row = order[rank - 1]
-            if main.mean[row] <= floor:
+        for rank in (1, 4, 20, 100, 500, 2500, 10_000, 30_000):
+            if rank > len(ranks) or main.mean[order[rank - 1]] <= floor:
                 continue
+            row = order[rank - 1]
             axes.plot(rank, main.mean[row], "o", color=theme.blue, markersize=4)
             axes.annotate(
                 drawable(tokens[row], longest=14), (rank, main.mean[row]), xytext=(5, 6), textcoords="offset points",
@@ -69,28 +67,33 @@ def rank_figure(theme: Theme, main: Importance, other: Importance, tokens: list[
         return figure
 
 
-def frequency_figure(theme: Theme, main: Importance, tokens: list[str]):
+def _smooth_band(lower: np.ndarray, upper: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ranks, lower, upper): medians of the limits over ranks within 4%; single rows are in the table of all."""
+    ranks = np.unique(np.geomspace(1, len(lower), 300).round().astype(int))
+    windows = [slice(int(0.96 * (rank - 1)), int(1.04 * rank)) for rank in ranks]
+    low, high = (np.array([np.median(limit[window]) for window in windows]) for limit in (lower, upper))
+    return ranks, low, high
+
+
+def frequency_figure(theme: Theme, main: Importance, tokens: list[str]) -> Figure:
     """Importance against how often the token occurs in the text, outlying tokens labelled."""
     with theme_context(theme):
-        figure, (axes,) = _figure(4.8)
-        log_axis(axes, "x", compact=True)
-        log_axis(axes, "y")
+        figure, (axes,) = _figure(5.0)
         floor = _floor(main.mean)
         mean = np.clip(main.mean, floor, None)
+        log_axis(axes, "x", 0.17, max(float(main.counts.max()), 10.0) * 2.2, compact=True)
+        axes.set_xticks([tick for tick in axes.get_xticks() if tick >= 1])
+        log_axis(axes, "y", floor, float(mean.max()) * 4)
         never = main.counts == 0
         jitter = np.random.default_rng(0)
         never_x = 0.28 * 1.35 ** jitter.uniform(-1, 1, never.sum())
-        axes.scatter(never_x, mean[never], s=3, color=theme.muted, alpha=0.10, linewidths=0, rasterized=True)
+        axes.scatter(never_x, mean[never], s=3, color=theme.muted, alpha=0.10, linewidths=0)
         seen_x = main.counts[~never] * 1.10 ** jitter.uniform(-1, 1, (~never).sum())
-        axes.scatter(seen_x, mean[~never], s=5, color=theme.blue, alpha=0.30, linewidths=0, rasterized=True)
-        axes.set(
-            xlim=(0.17, max(main.counts.max(), 10) * 2.2), ylim=(floor, float(mean.max()) * 2.5),
-            xlabel="occurrences as next token in the text", ylabel=UNIT,
-            title="Importance against occurrences",
-        )  # fmt: skip
+        axes.scatter(seen_x, mean[~never], s=5, color=theme.blue, alpha=0.30, linewidths=0)
+        axes.set(xlabel="occurrences as next token in the text", ylabel=UNIT, title="Importance against occurrences")
         axes.axvline(0.55, color=theme.muted, linewidth=0.8, linestyle=(0, (2, 3)))
-        axes.text(0.28, floor * 1.25, f"never\n({never.sum():,})", ha="center", va="bottom", fontsize=9)
-        rows = outliers(main, number=22)
+        axes.text(0.60, floor * 1.5, f"← never: {never.sum():,} rows", va="bottom", fontsize=9)
+        rows = outliers(main)
         axes.scatter(main.counts[rows], mean[rows], s=14, color=theme.vermillion, linewidths=0, zorder=3)
         _label_points(figure, axes, main.counts[rows], mean[rows], [drawable(tokens[r]) for r in rows])
         return figure
@@ -98,22 +101,23 @@ def frequency_figure(theme: Theme, main: Importance, tokens: list[str]):
 
 def dots_figure(
     theme: Theme, panels: Sequence[tuple[str, np.ndarray]], main: Importance, tokens: list[str], level: float
-):
+) -> Figure:
     """Single tokens with their intervals; each panel is a title and its rows from the top."""
     with theme_context(theme):
         sizes = [len(rows) for _, rows in panels]
         figure, all_axes = _figure(1.1 * len(panels) + 0.235 * sum(sizes), len(panels), sizes)
         for axes, (title, rows) in zip(all_axes, panels, strict=True):
-            log_axis(axes, "x")
             places = np.arange(len(rows))
             mean = main.mean[rows]
             floor = _floor(mean) / 3
             shown = np.clip(mean, floor, None)
+            high = float(shown.max())
             if main.has_intervals:
                 lower, upper = (np.clip(x[rows], floor, None) for x in (main.lower, main.upper))
+                floor, high = max(floor, float(lower.min()) / 1.3), float(upper.max())
                 axes.hlines(places, lower, upper, color=theme.blue, alpha=0.45, linewidth=3.5)
-                axes.set_xlim(floor, float(upper.max()) * 1.3)
             axes.plot(shown, places, "o", color=theme.blue, markersize=5)
+            log_axis(axes, "x", floor, high * 1.3)
             axes.set_yticks(places, [f"{drawable(tokens[r])}  {main.counts[r]:,}×" for r in rows], fontsize=9)
             axes.set_ylim(len(rows) - 0.4, -0.6)
             axes.grid(axis="y", visible=False)
@@ -124,17 +128,17 @@ def dots_figure(
         return figure
 
 
-def columns_figure(theme: Theme, by_column: np.ndarray):
+def columns_figure(theme: Theme, by_column: np.ndarray) -> Figure:
     """With single entries kept: importance of each column of the head, summed over the vocabulary."""
     with theme_context(theme):
         figure, (axes,) = _figure(3.8)
-        log_axis(axes, "y")
         floor = _floor(by_column) / 2
+        log_axis(axes, "y", floor, float(by_column.max()) * 3)
         axes.vlines(
             np.arange(len(by_column)), floor, np.clip(by_column, floor, None), color=theme.blue, linewidth=0.8
         )
         axes.set(
-            xlim=(-len(by_column) * 0.01, len(by_column) * 1.01), ylim=(floor, by_column.max() * 3),
+            xlim=(-len(by_column) * 0.01, len(by_column) * 1.01),
             xlabel="column of the head (hidden dimension)", ylabel=UNIT,
             title="Importance of hidden dimensions",
         )  # fmt: skip
@@ -143,23 +147,25 @@ def columns_figure(theme: Theme, by_column: np.ndarray):
         return figure
 
 
-def comparison_figure(theme: Theme, result: Comparison, here: Importance, there: Importance, tokens: list[str]):
+def comparison_figure(
+    theme: Theme, result: Comparison, here: Importance, there: Importance, tokens: list[str]
+) -> Figure:
     """Importance in one task against importance in another, the rows that stand out labelled."""
     with theme_context(theme):
         figure, (axes,) = _figure(5.0)
-        log_axis(axes, "x")
-        log_axis(axes, "y")
         both = np.concatenate([here.mean, there.mean])
         low, high = _floor(both), float(both.max()) * 2.5
+        log_axis(axes, "x", low, high)
+        log_axis(axes, "y", low, high)
         x, y = np.clip(there.mean, low, None), np.clip(here.mean, low, None)
         axes.plot([low, high], [low, high], color=theme.muted, linewidth=1, linestyle=(0, (3, 3)))
-        axes.scatter(x, y, s=4, color=theme.blue, alpha=0.15, linewidths=0, rasterized=True)
+        axes.scatter(x, y, s=4, color=theme.blue, alpha=0.15, linewidths=0)
         for rows, colour in ((result.gainers, theme.vermillion), (result.losers, theme.green)):
             axes.scatter(x[rows], y[rows], s=14, color=colour, linewidths=0, zorder=3)
         rows = np.concatenate([result.gainers, result.losers])
         _label_points(figure, axes, x[rows], y[rows], [drawable(tokens[r]) for r in rows])
         axes.set(
-            xlim=(low, high), ylim=(low, high), xlabel=f"importance in {result.other}",
+            xlabel=f"importance in {result.other}",
             ylabel=f"importance in {result.task}",
             title=f"{result.task} against {result.other}: rank correlation {result.rank_correlation:.2f}",
         )  # fmt: skip

@@ -41,19 +41,14 @@ def zeroed_figure(theme: Theme, result: PruningResult) -> Figure:
         for curve in result.curves:
             _line(axes, theme, result.shares, curve, curve.zeroed, curve.zeroed_error)
         axes.axhline(result.loss, color=theme.muted, linewidth=1, linestyle=(0, (2, 3)))
-        axes.set_ylim(min(result.loss * 0.9, min(c.zeroed.min() for c in result.curves) * 0.97), highest * 1.04)
+        lowest = min(float(np.nanmin(curve.zeroed)) for curve in result.curves)
+        axes.set_ylim(lowest - 0.12 * (highest - lowest), highest + 0.05 * (highest - lowest))
         _share_axis(axes)
         axes.set_ylabel("held-out loss, nats per token")
         axes.set_title("Pruned rows set to zero (logit = 0)")
-        axes.text(
-            0.01,
-            result.loss,
-            f"nothing pruned: {result.loss:.2f}",
-            va="bottom",
-            fontsize=9,
-            color=theme.muted,
-        )
-        _labels(axes, theme, [(c.name, float(c.zeroed[-1])) for c in result.curves])
+        below = result.loss - 0.01 * (highest - lowest)
+        axes.text(0.02, below, f"nothing pruned: {result.loss:.2f}", va="top", fontsize=9, color=theme.muted)
+        _labels(axes, theme, result.shares, [(c.name, c.zeroed) for c in result.curves])
         return figure
 
 
@@ -65,7 +60,7 @@ def removed_figure(theme: Theme, result: PruningResult) -> Figure:
         for curve in result.curves:
             _line(loss, theme, result.shares, curve, curve.removed, curve.removed_error)
             kept.plot(result.shares, curve.kept, **_strokes(theme, curve.name))
-        loss.set_ylim(0, None)
+        loss.set_ylim(0, result.loss * 1.3)
         loss.set_ylabel("loss on kept targets, nats per token")
         loss.set_title("Pruned rows removed (logit = −∞)")
         kept.set_title("Targets that can still be said")
@@ -74,8 +69,8 @@ def removed_figure(theme: Theme, result: PruningResult) -> Figure:
         kept.set_ylabel("held-out targets kept")
         for axes in (loss, kept):
             _share_axis(axes)
-        _labels(loss, theme, [(c.name, float(c.removed[-1])) for c in result.curves])
-        _labels(kept, theme, [(c.name, float(c.kept[-1])) for c in result.curves])
+        _labels(loss, theme, result.shares, [(c.name, c.removed) for c in result.curves])
+        _labels(kept, theme, result.shares, [(c.name, c.kept) for c in result.curves])
         return figure
 
 
@@ -95,15 +90,16 @@ def _share_axis(axes: Axes) -> None:
     axes.set_xlabel("vocabulary rows pruned, least important first")
 
 
-def _labels(axes: Axes, theme: Theme, ends: list[tuple[str, float]]) -> None:
-    """Names at the right end of the lines, moved apart where they would overlap."""
+def _labels(axes: Axes, theme: Theme, shares: np.ndarray, lines: list[tuple[str, np.ndarray]]) -> None:
+    """Names beside the right ends of the lines, moved apart where they would overlap."""
     bottom, top = axes.get_ylim()
-    finite = [(name, value) for name, value in ends if np.isfinite(value)]
-    places = spread([value for _, value in finite], 0.058 * (top - bottom), bottom, top)
-    for (name, value), place in zip(finite, places, strict=True):
+    finite = [(name, np.flatnonzero(np.isfinite(values)), values) for name, values in lines]
+    ends = [(name, shares[at[-1]], np.clip(values[at[-1]], bottom, top)) for name, at, values in finite if len(at)]
+    places = spread([value for _, _, value in ends], 0.058 * (top - bottom), bottom, top)
+    for (name, share, value), place in zip(ends, places, strict=True):
         colour = _strokes(theme, name)["color"]
         axes.annotate(
-            _SHORT_NAMES[name], (0.99, value), xytext=(1.04, place), textcoords=("axes fraction", "data"),
+            _SHORT_NAMES[name], (share, value), xytext=(1.04, place), textcoords=("axes fraction", "data"),
             color=colour, fontsize=9, va="center", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0},
         )  # fmt: skip

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
 
 from fisher_jax.cli.blocks import Picture
 
@@ -114,23 +114,29 @@ def _is_right_to_left(character: str) -> bool:
     return "\u0590" <= character <= "\u08ff" or "\ufb1d" <= character <= "\ufefc"
 
 
-def log_axis(axes: Axes, which: str, *, compact: bool = False) -> None:
-    """A logarithmic axis with tick labels as plain text: 10⁻³, or 1, 10, 100, 1k when `compact`."""
+def log_axis(axes: Axes, which: str, low: float, high: float, *, compact: bool = False) -> None:
+    """A logarithmic axis from `low` to `high` with ticks as plain text: 10⁻³, or 1, 10, 100, 1k when `compact`."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    axis.set_major_locator(LogLocator(10, numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _power_of_ten(value, compact)))
+    (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
+    decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1).astype(int)
+    narrow = np.log10(high / low) < 2.2
+    every = max(1, round(len(decades) / 8))
+    ticks = {factor * 10.0**d: _tick_text(factor, d, compact or narrow)
+             for d in decades[::every] for factor in ((1, 2, 5) if narrow else (1,))}  # fmt: skip
+    ticks = {value: text for value, text in ticks.items() if low <= value <= high}
+    axis.set_major_locator(FixedLocator(list(ticks)))
+    axis.set_major_formatter(FixedFormatter(list(ticks.values())))
     axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
 
 
-def _power_of_ten(value: float, compact: bool) -> str:
-    exponent = round(np.log10(value))
-    if compact and 0 <= exponent < 3:
-        return f"{10**exponent}"
-    if compact and 3 <= exponent < 9:
-        return f"{10 ** (exponent % 3)}{'kM'[exponent // 3 - 1]}"
-    return "10" + str(exponent).translate(_SUPERSCRIPTS)
+def _tick_text(factor: int, exponent: int, plain: bool) -> str:
+    if plain and -3 <= exponent < 3:
+        return f"{factor * 10.0**exponent:g}"
+    if plain and 3 <= exponent < 9:
+        return f"{factor * 10 ** (exponent % 3)}{'kM'[exponent // 3 - 1]}"
+    power = "10" + str(exponent).translate(_SUPERSCRIPTS)
+    return power if factor == 1 else f"{factor}·{power}"
 
 
 def percent_axis(axes: Axes, which: str, ticks: Sequence[float]) -> None:

@@ -40,6 +40,12 @@ def finished_report(tmp_path_factory, report_arguments):
     return out
 
 
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """For tests that look at states: reports without their sections."""
+    monkeypatch.setattr("fisher_jax.cli.report.blocks", lambda found: [])
+
+
 @pytest.fixture(scope="session")
 def same_bits():
     """Whether the states of a task in two report folders are equal bit for bit."""

@@ -80,7 +80,7 @@ def test_models_that_cannot_be_used(tmp_path, report_arguments, capsys):
     assert "--seq-len 32 is longer than the 16 positions" in sentence
 
 
-def test_a_nan_names_the_batch_and_its_documents(tmp_path, report_arguments, capsys):
+def test_a_loss_that_is_not_a_number_names_the_batch_and_its_documents(tmp_path, report_arguments, capsys):
     out = tmp_path / "out"
     poisoned = write_model(tmp_path / "poisoned", poison=True)
     sentence = _refused(report_arguments(out, "--model", str(poisoned)), out, capsys)

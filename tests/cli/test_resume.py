@@ -1,6 +1,7 @@
 """A run that was killed or stopped goes on and ends in the same bits; anything else is refused."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +40,9 @@ def _batches_done(out):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_run_resumes_to_the_same_bits(how, tmp_path, report_arguments, finished_report, same_bits):
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    how, tmp_path, report_arguments, finished_report, same_bits, without_pictures
+):
     out = tmp_path / "killed"
     process = _start(report_arguments(out, *OFTEN))
     _wait_for_state(process, out)
@@ -57,12 +60,12 @@ def test_an_interrupted_run_resumes_to_the_same_bits(how, tmp_path, report_argum
     assert a == b
 
 
-@pytest.fixture
-def unfinished(tmp_path, report_arguments, monkeypatch):
-    """A folder whose run stopped after a few batches."""
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, report_arguments):
+    """A folder whose run was stopped after four batches."""
     from fisher_jax.cli import accumulate
 
-    out = tmp_path / "unfinished"
+    out = tmp_path_factory.mktemp("stopped") / "report"
     check, seen = accumulate._check_batch, []
 
     def stop_after_three(*arguments):
@@ -71,10 +74,16 @@ def unfinished(tmp_path, report_arguments, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         check(*arguments)
 
-    monkeypatch.setattr(accumulate, "_check_batch", stop_after_three)
-    assert main(report_arguments(out, *OFTEN)) == 130
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accumulate, "_check_batch", stop_after_three)
+        assert main(report_arguments(out, *OFTEN)) == 130
     return out
+
+
+@pytest.fixture
+def unfinished(stopped, tmp_path):
+    """A copy of it that a test may change."""
+    return shutil.copytree(stopped, tmp_path / "unfinished")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +120,7 @@ def test_resume_with_another_model_or_text_is_refused(unfinished, report_argumen
     assert "had the text" in capsys.readouterr().err
 
 
-def test_overwrite_starts_again(unfinished, report_arguments, finished_report, same_bits):
+def test_overwrite_starts_again(unfinished, report_arguments, finished_report, same_bits, without_pictures):
     assert main(report_arguments(unfinished, *OFTEN, "--overwrite")) == 0
     assert same_bits(unfinished, finished_report, "first")
 

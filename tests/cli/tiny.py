@@ -8,11 +8,16 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 WIDTH, LAYERS, HEADS, MLP = 16, 2, 2, 32
-WORDS = "the a river runs past old mills and hills where people walk in spring rain before days of bread salt".split()
+# fmt: off
+WORDS = [
+    "the", "a", "river", "runs", "past", "old", "mills", "and", "hills", "where",
+    "people", "walk", "in", "spring", "rain", "of", "bread", "salt",
+]
+# fmt: on
 
 
 def write_model(folder, *, seed=0, poison=False):
-    """config.json, model.safetensors and tokenizer.json; `poison` puts a NaN into one embedding row."""
+    """config.json, model.safetensors and tokenizer.json; `poison` makes every logit overflow."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
     vocab_size = tokenizer.get_vocab_size()
@@ -50,7 +55,7 @@ def write_model(folder, *, seed=0, poison=False):
         weights[f"{prefix}post_attention_layernorm.weight"] = np.ones(WIDTH, np.float32)
     weights["model.norm.weight"] = np.ones(WIDTH, np.float32)
     if poison:
-        weights["model.embed_tokens.weight"][tokenizer.encode("salt").ids[0]] = np.nan
+        weights["model.norm.weight"][:] = 3e38
     save_file(weights, folder / "model.safetensors")
     return folder
 

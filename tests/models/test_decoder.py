@@ -97,6 +97,12 @@ def test_head_is_what_hidden_states_are_multiplied_with():
         np.testing.assert_allclose(functions.apply(params, tokens), logits, atol=1e-5)
 
 
+def test_logits_ask_for_full_precision_where_products_default_to_less():
+    params = init_params(tiny.LLAMA, jax.random.key(0))
+    jaxpr = str(jax.make_jaxpr(from_config(tiny.LLAMA).apply)(params, tiny.tokens(tiny.LLAMA)))
+    assert jaxpr.count("HIGHEST") == 2  # both sides of the one product with the head
+
+
 def test_bfloat16_stays_near_float32_and_keeps_its_dtype():
     config = tiny.LLAMA
     half = tiny.random_params(config, dtype="bfloat16")

@@ -51,6 +51,12 @@ def test_hub_names_are_fetched_as_folders(monkeypatch, tmp_path):
     assert asked == ["someone/tiny-llama"]
 
 
+def test_the_hubs_progress_bar_stays_silent(capsys):
+    with loading.silent_bar()(total=3, desc="fetching", name="huggingface_hub.snapshot_download") as bar:
+        bar.update(2)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_an_unreachable_hub_and_a_missing_package_are_said(monkeypatch):
     import huggingface_hub
 

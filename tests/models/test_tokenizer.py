@@ -70,16 +70,18 @@ def test_special_tokens_are_recognised_in_text_and_vocabulary_counts_ids():
     ("pre", "text", "pieces"),
     [
         ("smollm", "in 123 the", ["in", " ", "1", "2", "3", " the"]),
-        ("gpt-2", "in 123 the", ["in", " ", "1", "2", "3", " the"]),
+        ("gpt-2", "in 123 the", ["in", " ", "12", "3", " the"]),
+        ("llama-bpe", "in 123 the", ["in", " ", "12", "3", " the"]),
+        ("qwen2", "in 123 the", ["in", " ", "1", "2", "3", " the"]),
         ("llama-bpe", "x(the", ["x", "(the"]),
         ("qwen2", "x(the", ["x", "(the"]),
         ("smollm", "x(the", ["x", "(", "the"]),
     ],
 )
 def test_pre_tokenizers_cut_words_as_their_models_do(tmp_path, pre, text, pieces, monkeypatch):
-    merges = [*tiny.MERGES, "( the"]
+    merges = [*tiny.MERGES, "( the", "1 2"]
     monkeypatch.setattr(tiny, "MERGES", merges)
-    tokens = [*tiny.TOKENS, "(the"]
+    tokens = [*tiny.TOKENS, "(the", "12"]
     file = tiny.write_gguf(
         tmp_path / "tiny.gguf", tiny.LLAMA, tiny.random_params(tiny.LLAMA), pre=pre, token_list=tokens
     )

@@ -14,7 +14,7 @@ from fisher_jax.estimator import FisherEstimator
 from fisher_jax.lm_head import by_token, by_vocabulary, entries
 from fisher_jax.lm_head.scores import VALUE_BITS
 from fisher_jax.lm_head.softmax import Head
-from fisher_jax.moments import Moments, check_unit, reject_if
+from fisher_jax.moments import check_unit, reject_if
 
 __all__ = ["estimator", "moments"]
 

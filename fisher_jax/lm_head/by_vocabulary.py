@@ -138,7 +138,7 @@ def stream_partition(hidden: Array, targets: Array, head: Head, chunk: int, temp
         z = jnp.where(jnp.arange(size) + begin < index * size, -jnp.inf, z)
         targets_here = jnp.where(y >= 0, y - head.offset - begin, -1)
         found, _ = partition(z, jnp.where(targets_here >= index * size - begin, targets_here, -1), local)
-        found = found._replace(top=found.top + begin + head.offset)
+        found = found._replace(top=(found.top + begin + head.offset).astype(jnp.int32))
         return merge_partitions(carry, found, y), None
 
     def block_step(carry, i):

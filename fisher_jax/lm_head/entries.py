@@ -61,7 +61,7 @@ def token_moments(
             sums, seen = carry
             begin, fresh, (h, y, s), w = take_block(i)
             f, found = _chunk_values(local, h, y - head.offset - begin_row, s, counted, kinds)
-            found = found._replace(top=jnp.where(found.top >= 0, found.top + begin_row + head.offset, -1))
+            found = found._replace(top=(jnp.where(found.top >= 0, found.top + begin_row + head.offset, -1)).astype(jnp.int32))
             old = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, block.size), seen)
             new = _Seen(old.rest + found.rest, *map(jnp.maximum, old[1:], found[1:]))
             new = jax.tree.map(lambda a, b: jnp.where(fresh, a, b), new, old)
@@ -118,14 +118,11 @@ def _specials(part: _Seen, targets: Array, lse: Array, head: Head, kind: str):
     """Indices and ``f / h_j**2`` (times ``2**32``) of the entries left out."""
     label, top = jnp.exp(part.label_logit - lse), jnp.exp(part.top_logit - lse)
     label_rest, top_rest = part.rest + top, part.rest + label
-    if kind == "empirical":
-        values = (label_rest**2, top**2)
-    else:
-        values = (label * label_rest, top * top_rest)
+    values = (label_rest**2, top**2) if kind == "empirical" else (label * label_rest, top * top_rest)
     if head.soft_cap is not None:
         logits = (part.label_logit, part.top_logit)
-        values = tuple(v * head.squared_slope(jnp.where(jnp.isfinite(z), z, 0)) for v, z in zip(values, logits))
-    return tuple((i, v * _VALUE_SCALE) for i, v in zip((targets, part.top), values))
+        values = tuple(v * head.squared_slope(jnp.where(jnp.isfinite(z), z, 0)) for v, z in zip(values, logits, strict=True))
+    return tuple((i, v * _VALUE_SCALE) for i, v in zip((targets, part.top), values, strict=True))
 
 
 def _add_specials(sums: list[Array], specials, hidden: Array, weights: Array, head: Head) -> list[Array]:
@@ -135,5 +132,5 @@ def _add_specials(sums: list[Array], specials, hidden: Array, weights: Array, he
         local = jnp.where((index >= 0) & (local >= 0), local, head.size)
         f = value[:, None] * squares
         terms = [w[:, None] * x for w in (weights, weights**2)[: len(sums) // 2] for x in (f, f * f)]
-        sums = [a.at[local].add(x, mode="drop") for a, x in zip(sums, terms)]
+        sums = [a.at[local].add(x, mode="drop") for a, x in zip(sums, terms, strict=True)]
     return sums

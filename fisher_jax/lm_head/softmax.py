@@ -125,7 +125,7 @@ def partition(z: Array, targets: Array, head: Head) -> tuple[Partition, Array]:
     """
     local_top = jnp.argmax(z, 1)
     top_logit = jnp.take_along_axis(z, local_top[:, None], 1)[:, 0]
-    top = local_top + head.offset
+    top = (local_top + head.offset).astype(jnp.int32)
     if head.axis_name is not None:
         largest = jax.lax.pmax(top_logit, head.axis_name)
         # Ties across devices: the lowest index wins, as argmax does.

@@ -1,0 +1,178 @@
+"""The closed forms against automatic differentiation, token by token, in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fisher_jax as fj
+from tests import oracles
+
+B, S, V, H = 5, 7, 23, 4
+IDS = {
+    "token": np.arange(B * S),
+    "sequence": np.repeat(np.arange(B), S),
+    "document": np.repeat([4, 4, 9, 9, 1], S),
+    "batch": np.zeros(B * S, int),
+}
+OPTIONS = {
+    "empirical": {"kind": "empirical"},
+    "true": {"kind": "true"},
+    "tempered": {"kind": "true", "temperature": 0.7},
+    "capped empirical": {"kind": "empirical", "soft_cap": 3.0},
+    "capped true": {"kind": "true", "soft_cap": 3.0},
+}
+C = 30  # the constant of the docstring: c eps (1 + max |z|)
+
+
+@functools.cache
+def problem(scale: float):
+    rng = np.random.default_rng(0)
+    hidden, head = rng.standard_normal((B, S, H)), rng.standard_normal((V, H)) * scale
+    # Numbers that float32 holds exactly, so that both precisions see one problem.
+    hidden, head, bias = (x.astype(np.float32).astype(np.float64) for x in (hidden, head, rng.standard_normal(V)))
+    weights = rng.integers(0, 4, (B, S)) * 0.5
+    weights[2] = 0
+    return hidden, head, rng.integers(0, V, (B, S)), weights, bias
+
+
+@functools.cache
+def reference(scale: float, options: str):
+    hidden, head, targets, _, bias = problem(scale)
+    return oracles.head_squared_scores(hidden.reshape(-1, H), head, targets.ravel(), bias=bias, **OPTIONS[options])
+
+
+def largest_logit(scale, soft_cap=None, **_):
+    hidden, head, _, _, bias = problem(scale)
+    z = hidden @ head.T + bias
+    return np.abs(z if soft_cap is None else soft_cap * np.tanh(z / soft_cap)).max()
+
+
+def measure(scale, dtype, options, group, unit, weights, **more):
+    hidden, head, targets, _, bias = problem(scale)
+    units = jnp.asarray(IDS["document"][::S]) if unit == "document" else None
+
+    @jax.jit
+    def run(hidden, head, bias, targets, weights):
+        found, log_likelihood = fj.lm_head.moments(
+            hidden, head, targets, weights, groups=group, unit=unit, units=units, bias=bias,
+            with_log_likelihood=True, **OPTIONS[options], **more,
+        )  # fmt: skip
+        state = fj.welford.add(fj.welford.init(found), found)
+        return fj.welford.mean(state), fj.welford.standard_error(state), state, log_likelihood
+
+    return run(jnp.asarray(hidden, dtype), jnp.asarray(head, dtype), jnp.asarray(bias, dtype), targets, weights)
+
+
+def check(scale, dtype, options, group, unit, weights, **more):
+    mean, error, state, log_likelihood = measure(scale, dtype, options, group, unit, weights, **more)
+    values = oracles.over_group(reference(scale, options), group)
+    true_mean, true_error, n, total = oracles.moments(values, np.asarray(weights, float).ravel(), IDS[unit])
+    eps = 1e-12 / C if dtype == jnp.float64 else jnp.finfo(jnp.float32).eps
+    bound = C * eps * (1 + (0 if dtype == jnp.float64 else largest_logit(scale, **OPTIONS[options])))
+    np.testing.assert_allclose(mean, true_mean, rtol=bound)
+    assert (fj.welford.count(state), fj.welford.weight(state), int(state.rejected)) == (n, total, 0)
+    if n > 1:
+        # The error of a spread is relative to the values it is a spread of.
+        np.testing.assert_allclose(error, true_error, rtol=20 * bound, atol=20 * bound * np.abs(true_mean).max())
+    hidden, head, targets, _, bias = problem(scale)
+    z = np.asarray(
+        oracles.head_logits(head, hidden.reshape(-1, H).T, bias[:, None], OPTIONS[options].get("soft_cap"))
+    )
+    true_ll = z[targets.ravel(), np.arange(B * S)] - np.log(np.exp(z).sum(0))
+    active = np.asarray(weights, float).ravel() != 0
+    np.testing.assert_allclose(np.ravel(log_likelihood), np.where(active, true_ll, 0), atol=2 * bound * (1 + scale))
+
+
+@pytest.mark.parametrize("unit", ["token", "sequence", "document", "batch"])
+@pytest.mark.parametrize("group", ["param", "row", "column", "tensor"])
+@pytest.mark.parametrize("options", ["empirical", "true"])
+def test_float64_is_exact(options, group, unit):
+    with jax.enable_x64(True):
+        check(2.0, jnp.float64, options, group, unit, jnp.asarray(problem(2.0)[3]))
+
+
+@pytest.mark.parametrize(("group", "unit"), [("param", "token"), ("param", "document"), ("row", "token")])
+@pytest.mark.parametrize("options", ["tempered", "capped empirical", "capped true"])
+def test_float64_is_exact_with_temperature_and_soft_cap(options, group, unit):
+    with jax.enable_x64(True):
+        check(2.0, jnp.float64, options, group, unit, jnp.asarray(problem(2.0)[3]), chunk_size=5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 12.0])
+@pytest.mark.parametrize(("group", "unit"), [("param", "token"), ("param", "sequence"), ("row", "token"), ("row", "document")])  # fmt: skip
+@pytest.mark.parametrize("options", ["empirical", "true"])
+def test_float32_error_grows_with_the_logits_only(options, group, unit, scale):
+    weights = problem(scale)[3]
+    check(scale, jnp.float32, options, group, unit, jnp.asarray(weights > 0))
+
+
+@pytest.mark.parametrize("chunk_size", [4, 11])
+@pytest.mark.parametrize(("group", "unit"), [("param", "token"), ("param", "document"), ("row", "token"), ("row", "sequence")])  # fmt: skip
+def test_chunks_that_do_not_divide_are_masked(group, unit, chunk_size):
+    with jax.enable_x64(True):
+        check(2.0, jnp.float64, "true", group, unit, jnp.asarray(problem(2.0)[3]), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("options", ["empirical", "true", "capped true"])
+def test_given_log_sum_exp_gives_the_same(options):
+    hidden, head, _, weights, bias = problem(2.0)
+    with jax.enable_x64(True):
+        z = oracles.head_logits(head, hidden.reshape(-1, H).T, bias[:, None], OPTIONS[options].get("soft_cap"))
+        lse = jnp.asarray(np.log(np.exp(z).sum(0)).reshape(B, S))
+        check(2.0, jnp.float64, options, "param", "token", jnp.asarray(weights), log_sum_exp=lse)
+
+
+def test_both_kinds_at_once_equal_each_alone():
+    hidden, head, targets, weights, _ = problem(1.0)
+    args = (jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32), targets, jnp.asarray(weights > 0))
+    both = fj.lm_head.moments(*args, kind=("empirical", "true"), unit="sequence")
+    for kind, found in zip(("empirical", "true"), both, strict=True):
+        alone = fj.lm_head.moments(*args, kind=kind, unit="sequence")
+        np.testing.assert_array_equal(fj.welford.mean(found), fj.welford.mean(alone))
+    assert not np.array_equal(fj.welford.mean(both[0]), fj.welford.mean(both[1]))
+
+
+def test_true_fisher_needs_no_targets():
+    hidden, head, targets, _, _ = problem(1.0)
+    hidden, head = jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32)
+    without = fj.lm_head.moments(hidden, head, None, kind="true")
+    np.testing.assert_allclose(
+        fj.welford.mean(without), fj.welford.mean(fj.lm_head.moments(hidden, head, targets, kind="true")), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("group", ["row", "param"])
+def test_confident_predictions_do_not_cancel(group):
+    """Where ``p_y`` rounds to 1 in float32, ``1 - p_y`` is still right to rounding."""
+    head = np.array([[20.0], [3.0], [-4.0]])
+    hidden, targets = np.array([[1.0]]), np.array([0])
+    for kind in ("empirical", "true"):
+        f = oracles.over_group(oracles.head_squared_scores(hidden, head, targets, kind), group)[0]
+        found = fj.lm_head.moments(
+            jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32), targets, groups=group, kind=kind
+        )
+        np.testing.assert_allclose(fj.welford.mean(found), f, rtol=1e-4)
+
+
+def test_fourth_powers_of_small_probabilities_survive():
+    """Without the power-of-two scale the second moment of a token of probability 1e-11 is flushed to zero."""
+    head = np.zeros((3, 1))
+    head[2] = -25.0
+    hidden = np.array([[1.0], [1.1], [0.9]])
+    found = fj.lm_head.moments(jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32), np.zeros(3, int))
+    f = oracles.over_group(oracles.head_squared_scores(hidden, head, np.zeros(3, int), "empirical"), "row")
+    _, error, _, _ = oracles.moments(f, np.ones(3), np.arange(3))
+    assert 0 < error[2] < 1e-19
+    np.testing.assert_allclose(fj.welford.standard_error(found), error, rtol=1e-4)
+
+
+def test_bfloat16_head_is_read_in_float32():
+    hidden, head, targets, _, _ = problem(1.0)
+    low = jnp.asarray(head, jnp.bfloat16)
+    found = fj.lm_head.moments(jnp.asarray(hidden, jnp.float32), low, targets)
+    same = fj.lm_head.moments(jnp.asarray(hidden, jnp.float32), low.astype(jnp.float32), targets)
+    assert fj.welford.mean(found).dtype == jnp.float32
+    np.testing.assert_array_equal(fj.welford.mean(found), fj.welford.mean(same))

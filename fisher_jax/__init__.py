@@ -1,6 +1,6 @@
 """Fisher information of neural networks in JAX, language models first."""
 
-from fisher_jax import groups, lm_head, moving_average, welford
+from fisher_jax import checkpoint, groups, lm_head, moving_average, welford
 from fisher_jax.batch import Batch, next_token_batch
 from fisher_jax.errors import InputError, RejectedBatchError
 from fisher_jax.estimator import FisherEstimator
@@ -13,6 +13,7 @@ __all__ = [
     "InputError",
     "RejectedBatchError",
     "check",
+    "checkpoint",
     "ema",
     "groups",
     "lm_head",

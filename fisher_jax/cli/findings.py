@@ -41,7 +41,7 @@ def lead(found: Findings) -> str:
     total = found.main.mean.sum()
     share = np.sort(found.main.mean)[::-1].cumsum() / total if total > 0 else np.ones_like(found.main.mean)
     half = int(np.searchsorted(share, 0.5)) + 1
-    top = ", ".join(found.vocabulary[row] for row in found.main.order[:5])
+    top = ", ".join(f"“{found.vocabulary[row]}”" for row in found.main.order[:5])
     text = (
         f"Half of the Fisher information of the head lies in {half:,} of {len(found.main.mean):,} vocabulary "
         f"rows; the five that matter most are {top}."

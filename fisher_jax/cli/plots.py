@@ -14,7 +14,7 @@ from fisher_jax.cli.style import Theme, drawable, log_axis, theme_context
 __all__ = ["columns_figure", "comparison_figure", "dots_figure", "frequency_figure", "rank_figure"]
 
 UNIT = "Fisher information per token"
-_WIDTH = 5.4
+_WIDTH = 4.9
 
 
 def _figure(height: float, rows: int = 1, ratios: Sequence[float] | None = None) -> tuple[Figure, list[Axes]]:

@@ -35,7 +35,7 @@ def _strokes(theme: Theme, name: str) -> dict:
 def zeroed_figure(theme: Theme, result: PruningResult) -> Figure:
     """Held-out loss when the logits of pruned rows become 0."""
     with theme_context(theme):
-        figure = Figure(figsize=(5.4, 4.8), layout="constrained")
+        figure = Figure(figsize=(4.9, 4.7), layout="constrained")
         axes = figure.subplots()
         highest = max(float(np.nanmax(curve.zeroed)) for curve in result.curves)
         for curve in result.curves:
@@ -55,7 +55,7 @@ def zeroed_figure(theme: Theme, result: PruningResult) -> Figure:
 def removed_figure(theme: Theme, result: PruningResult) -> Figure:
     """Loss on kept targets when pruned tokens are impossible, above the share of targets that are kept."""
     with theme_context(theme):
-        figure = Figure(figsize=(5.4, 7.4), layout="constrained")
+        figure = Figure(figsize=(4.9, 7.2), layout="constrained")
         loss, kept = figure.subplots(2, 1)
         for curve in result.curves:
             _line(loss, theme, result.shares, curve, curve.removed, curve.removed_error)

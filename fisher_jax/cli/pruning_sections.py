@@ -10,7 +10,7 @@ from fisher_jax.cli.style import picture
 
 __all__ = ["pruning_blocks"]
 
-_TABLE_SHARES = (0.2, 0.5, 0.8, 0.9, 0.95)
+_TABLE_SHARES = (0.2, 0.5, 0.8, 0.95)
 
 
 def pruning_blocks(found: Findings) -> list[Block]:
@@ -84,7 +84,7 @@ def _loss_table(result: PruningResult) -> Table:
         "area under that curve",
         ["chosen by", *(f"{100 * result.shares[c]:.0f}%" for c in columns), "area"],
         [
-            [curve.name, *(f"{curve.zeroed[c] - result.loss:+.3f}" for c in columns), f"{curve.area:.3f}"]
+            [curve.name, *(f"{curve.zeroed[c] - result.loss:+.2f}" for c in columns), f"{curve.area:.2f}"]
             for curve in sorted(result.curves, key=lambda curve: curve.area)
         ],
     )

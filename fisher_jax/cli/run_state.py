@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fisher_jax as fj
 from fisher_jax.cli.settings import Settings
 from fisher_jax.errors import InputError
 
@@ -41,16 +42,16 @@ class StateStore:
         self.out = out
         self.tasks: dict[str, Progress] = {}
         self._restored: dict[str, Any] | None = None
-        if self.path.exists():
-            import fisher_jax as fj
-
+        try:
             metadata = fj.checkpoint.metadata(self.path)
-            try:
-                self.tasks = {name: Progress(**saved) for name, saved in metadata["tasks"].items()}
-            except (KeyError, TypeError):
-                raise InputError(
-                    f"{self.path} is not the state of a fisher-jax report; choose another --out."
-                ) from None
+        except InputError:
+            if self.path.exists():
+                raise
+            return  # no save was ever finished here
+        try:
+            self.tasks = {name: Progress(**saved) for name, saved in metadata["tasks"].items()}
+        except (KeyError, TypeError, AttributeError):
+            raise InputError(f"{self.path} is not the state of a fisher-jax report; choose another --out.") from None
 
     def check_before_loading(self, settings: Settings) -> None:
         """What can be refused before the model is loaded."""
@@ -96,15 +97,11 @@ class StateStore:
     def restore(self) -> dict[str, Any]:
         """{task: arrays} as they lie on disk."""
         if self._restored is None:
-            import fisher_jax as fj
-
-            self._restored = fj.checkpoint.restore(self.path) if self.path.exists() else {}
+            self._restored = fj.checkpoint.restore(self.path) if self.tasks else {}
         return dict(self._restored)
 
     def save(self, task: str, arrays: Any, progress: Progress) -> None:
         """One checkpoint of every task, this one replaced."""
-        import fisher_jax as fj
-
         states = {**self.restore(), task: arrays}
         tasks = {**self.tasks, task: progress}
         self.out.mkdir(parents=True, exist_ok=True)

@@ -94,7 +94,7 @@ def unfinished(stopped, tmp_path):
         (["--resume", "--unit", "token"], "had --unit document, and this one has token"),
         (["--resume", "--groups", "param"], "had --groups row, and this one has param"),
         (["--resume", "--dtype", "bfloat16"], "had --dtype float32, and this one has bfloat16"),
-        (["--resume", "--max-tokens", "999"], "had --max-tokens 120000, and this one has 999"),
+        (["--resume", "--max-tokens", "999"], "had --max-tokens 100000, and this one has 999"),
         (["--resume", "--task", "unknown"], "nothing to resume for the task 'unknown'"),
         (["--resume", "--overwrite"], "give one of them"),
         ([], "holds an unfinished run of the task 'first'"),

@@ -35,6 +35,11 @@ def resolve(group: "Group | str") -> Group:
 
     Raises:
         ValueError: an unknown name.
+
+    Example:
+        >>> import fisher_jax as fj
+        >>> fj.groups.resolve("row") is fj.groups.row
+        True
     """
     name = group.name if isinstance(group, Group) else group
     if name not in _ALL:

@@ -115,7 +115,8 @@ jax.tree_util.register_pytree_node(
 def start(like: Tree, unit: str, scale: int = 0) -> Fold:
     """An empty fold for row values shaped like ``like`` (arrays or ShapeDtypeStructs)."""
     check_unit(unit)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    # zeros_like, not zeros: on a mesh of explicit axes a scan's carry keeps the layout of the rows.
+    zeros = jax.tree.map(jnp.zeros_like, like)
     zero = jnp.zeros((), jax.tree.leaves(zeros)[0].dtype)
     none = Fragment(zeros, zero, jnp.zeros((), jnp.int32))
     document = unit == "document"
@@ -238,8 +239,8 @@ def observe(
         if unit == "document" and units is None:
             raise ValueError("the unit 'document' needs units, one id per observation")
         ids = jnp.zeros(size, jnp.int32) if units is None else jnp.asarray(units).astype(jnp.int32)
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), values)
         totals = jax.tree.map(lambda x: x * _over(weights, x), values)
+        like = jax.eval_shape(lambda rows: jax.tree.map(lambda x: x.sum(0), rows), totals)
         carry, _ = jax.lax.scan(
             lambda c, row: (fold(c, *row), None), start(like, unit, scale), (totals, weights, ids)
         )

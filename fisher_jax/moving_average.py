@@ -46,14 +46,19 @@ def init(like: Tree, decay: float) -> MovingAverage:
 
     Raises:
         ValueError: a decay outside [0, 1).
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> fj.moving_average.init({"kernel": jnp.ones((3, 2))}, decay=0.9).average["kernel"].shape
+        (3, 2)
     """
     if not 0 <= decay < 1:
         raise ValueError(f"decay is the share of the past that stays, in [0, 1), found {decay}")
     tree = like.mean if isinstance(like, Moments) else like
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)), tree)
     zero = jnp.zeros((), jax.tree.leaves(zeros)[0].dtype)
-    count = jnp.zeros((), jnp.int32)
-    return MovingAverage(zeros, zero, count, count, float(decay))
+    # One array for both counters could not be donated: a buffer is given away once.
+    return MovingAverage(zeros, zero, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), float(decay))
 
 
 def add(state: MovingAverage, moments: Moments) -> MovingAverage:
@@ -62,6 +67,9 @@ def add(state: MovingAverage, moments: Moments) -> MovingAverage:
     The average moves by ``(f - average) (1 - decay) w / D``, so a constant stream reads back that very constant from
     the first step on.
 
+    Raises:
+        ValueError: moments of another tree, shape or dtype than the state.
+
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> moments = fj.welford.observe(jnp.array([0.1, 0.3]))
@@ -69,6 +77,7 @@ def add(state: MovingAverage, moments: Moments) -> MovingAverage:
         >>> bool(fj.moving_average.mean(state) == fj.welford.mean(moments))
         True
     """
+    _check_alike(state.average, moments.mean)
     batch_mean, batch_weight = welford.mean(moments), welford.total_weight(moments)
     weight = state.decay * state.weight + (1 - state.decay) * batch_weight
     rate = jnp.where(weight > 0, (1 - state.decay) * batch_weight / jnp.where(weight > 0, weight, 1), 0)
@@ -83,8 +92,30 @@ def add(state: MovingAverage, moments: Moments) -> MovingAverage:
     )  # fmt: skip
 
 
+def _check_alike(average: Tree, other: Tree) -> None:
+    if jax.tree.structure(average) != jax.tree.structure(other):
+        raise ValueError(
+            f"the average and the moments have different trees: {jax.tree.structure(average)} and "
+            f"{jax.tree.structure(other)}; start the average with fj.moving_average.init(moments, decay)"
+        )
+    found = [[(x.shape, x.dtype.name) for x in jax.tree.leaves(t)] for t in (average, other)]
+    if found[0] != found[1]:
+        raise ValueError(
+            f"the average and the moments have different shapes or dtypes: {found[0]} and {found[1]}; start the "
+            f"average with fj.moving_average.init(moments, decay)"
+        )
+
+
 def mean(state: MovingAverage) -> Tree:
-    """The average per weighted token; zero where nothing was observed."""
+    """The average per weighted token; zero where nothing was observed.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> moments = fj.welford.observe(jnp.array([[1.0, 2.0], [3.0, 2.0]]))
+        >>> state = fj.moving_average.add(fj.moving_average.init(moments, decay=0.9), moments)
+        >>> fj.moving_average.mean(state).tolist()
+        [2.0, 2.0]
+    """
     return state.average
 
 
@@ -115,7 +146,7 @@ def ema(estimator: FisherEstimator, decay: float) -> FisherEstimator:
 
     def start(params):
         pairs = estimator.init(params).mean
-        return init(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), pairs), decay)
+        return init(jax.tree.map(lambda pair: pair[0], pairs), decay)
 
     def update(state, params, batch, key=None):
         return add(state, estimator.observe(params, batch, key))

@@ -86,7 +86,9 @@ def init(like: Tree, *, unit: str = "token", scale: int = 0) -> State:
         tree, squares = like, True
 
     def zeros():
-        return jax.tree.map(lambda x: jnp.zeros((2, *x.shape), jnp.promote_types(x.dtype, jnp.float32)), tree)
+        # zeros_like, not zeros: on a mesh of explicit axes the state is laid out as the statistic is.
+        tree_zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)), tree)
+        return jax.tree.map(compensated.from_value, tree_zeros)
 
     def scalar():
         return jnp.zeros(2, jnp.promote_types(jax.tree.leaves(tree)[0].dtype, jnp.float32))
@@ -398,15 +400,34 @@ def spread(x: State | Moments, num_std: float = 1.96) -> tuple[Tree, Tree]:
 
 
 def count(x: State | Moments) -> int:
-    """Number of observations with weight, exact, on the host."""
+    """Number of observations with weight, exact, on the host.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> fj.welford.count(fj.welford.observe(jnp.array([1.0, 2.0, 6.0]), jnp.array([1.0, 0.0, 2.5])))
+        2
+    """
     return round(float(np.asarray(_closed(x).count, np.float64).sum()))
 
 
 def total_weight(x: State | Moments) -> Array:
-    """``sum w`` as a scalar array, also inside ``jit``."""
+    """``sum w`` as a scalar array, also inside ``jit``.
+
+    Example:
+        >>> import fisher_jax as fj, jax, jax.numpy as jnp
+        >>> moments = fj.welford.observe(jnp.array([1.0, 2.0, 6.0]), jnp.array([1.0, 0.0, 2.5]))
+        >>> jax.jit(fj.welford.total_weight)(moments).item()
+        3.5
+    """
     return compensated.value(_closed(x).weight)
 
 
 def weight(x: State | Moments) -> float:
-    """``sum w``: the number of weighted tokens, exact up to 2**48, on the host."""
+    """``sum w``: the number of weighted tokens, exact up to 2**48, on the host.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> fj.welford.weight(fj.welford.observe(jnp.array([1.0, 2.0, 6.0]), jnp.array([1.0, 0.0, 2.5])))
+        3.5
+    """
     return float(np.asarray(_closed(x).weight, np.float64).sum())

@@ -59,3 +59,15 @@ def variance(values, weights, kind):
     mean = np.tensordot(weights, values, 1) / total
     m2 = np.tensordot(weights, (values - mean) ** 2, 1)
     return m2 / (total - 1 if kind == "frequency" else total - (weights**2).sum() / total)
+
+
+def observations(values, weights, ids):
+    """Values and weights of the observations formed by *consecutive* rows of one id; rows without weight are void."""
+    f, w, current = [], [], None
+    for value, weight, unit in zip(np.asarray(values, np.float64), np.asarray(weights, np.float64), ids, strict=True):
+        if weight == 0:
+            continue
+        if unit != current:
+            f, w, current = [*f, 0.0], [*w, 0.0], unit
+        f[-1], w[-1] = f[-1] + weight * value, w[-1] + weight
+    return np.array([total / weight for total, weight in zip(f, w, strict=True)]), np.array(w)

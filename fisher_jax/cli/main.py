@@ -1,6 +1,7 @@
 """The command line: options in, exit code out. Heavy imports wait until the first line is printed."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -63,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fisher-jax: interrupted before anything was measured; nothing was written", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our lines went away, as in `fisher-jax report | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

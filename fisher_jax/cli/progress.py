@@ -84,7 +84,8 @@ class StreamProgress:
         if not self._console.is_terminal and (finished or now - self._last_line > _SECONDS_BETWEEN_LINES):
             self._last_line = now
             ending = f", {duration(left)} left" if left and not finished else ""
+            speed = f", {rate:,.0f} tokens/s" if rate else ""
             self._console.print(
-                f"  {tokens:,} / {self._total:,} tokens, {rate:,.0f} tokens/s, loss {loss:.3f}{ending}",
+                f"  {tokens:,} / {self._total:,} tokens{speed}, loss {loss:.3f}{ending}",
                 highlight=False,
             )

@@ -3,6 +3,7 @@
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ OTHER_KIND = {"empirical": "true", "true": "empirical"}
 # One Welford state in float32 per row or entry, with its corrections, twice on disk while it is replaced.
 _STATE_BYTES = 2 * 40
 _REPORT_BYTES = 20 * 2**20
+FIGURE_PREFIXES = ("importance-", "most-", "least-", "pruning-", "tasks-")
 
 
 class _Clock:
@@ -79,17 +81,31 @@ def run(settings: Settings) -> int:
         arrays = _stream(console, clock, settings, model, packed.stream, store, progress, state)
         found = _findings(clock, settings, model, packed, store, progress, arrays)
         with clock.stage("report", "pictures and tables"):
-            _write(settings, found, clock)
+            _write(settings.out, found)
     except InterruptedRunError:
         console.print(
             f"stopped after batch {progress.batches_done} of {progress.num_batches}; the state is saved in "
             f"{store.path}. Give the same command with --resume to go on."
         )
         return 130
+    except KeyboardInterrupt:
+        console.print(_after_interrupt(store, settings))
+        return 130
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise disk_error(error, settings.out) from error
     summary(console, found, time.monotonic() - began)
     return 0
+
+
+def _after_interrupt(store: StateStore, settings: Settings) -> str:
+    saved = store.tasks.get(settings.task)
+    if saved is None:
+        return "interrupted before the first checkpoint; nothing was saved."
+    if saved.finished:
+        return "interrupted after measuring; give the same command again to write the report."
+    return f"interrupted; {saved.batches_done} of {saved.num_batches} batches are saved, --resume goes on with them."
 
 
 def _check_fits(settings: Settings, model: LanguageModel) -> None:
@@ -215,13 +231,19 @@ def _prune(
     )
 
 
-def _write(settings: Settings, found: Findings, clock: _Clock) -> None:
-    started = time.monotonic()
+def _write(out: Path, found: Findings) -> None:
+    """Everything is drawn and worded before the first file is written; pictures of an earlier report go."""
     parts = blocks(found)
-    for block in parts:
-        if isinstance(block, Picture):
-            write_atomically(settings.out / "figures" / f"{block.name}.png", block.light)
-    clock.seconds["report"] = time.monotonic() - started
-    write_atomically(settings.out / "importance.csv", importance_csv(found.main, found.vocabulary))
-    write_atomically(settings.out / "report.md", markdown.render(title(found), lead(found), parts))
-    write_atomically(settings.out / "report.html", html.render(title(found), lead(found), parts))
+    pictures = {f"{block.name}.png": block.light for block in parts if isinstance(block, Picture)}
+    pages = {
+        "importance.csv": importance_csv(found.main, found.vocabulary),
+        "report.md": markdown.render(title(found), lead(found), parts),
+        "report.html": html.render(title(found), lead(found), parts),
+    }
+    for name, raw in pictures.items():
+        write_atomically(out / "figures" / name, raw)
+    for name, text in pages.items():
+        write_atomically(out / name, text)
+    for path in (out / "figures").glob("*.png"):
+        if path.name.startswith(FIGURE_PREFIXES) and path.name not in pictures:
+            path.unlink()

@@ -9,7 +9,7 @@ from fisher_jax.errors import InputError
 __all__ = ["Settings", "add_report_options", "settings_from"]
 
 DEFAULT_MODEL = "smollm2"
-DEFAULT_MAX_TOKENS = 100_000
+DEFAULT_MAX_TOKENS = 80_000
 
 
 @dataclass(frozen=True)

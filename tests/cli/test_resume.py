@@ -94,7 +94,7 @@ def unfinished(stopped, tmp_path):
         (["--resume", "--unit", "token"], "had --unit document, and this one has token"),
         (["--resume", "--groups", "param"], "had --groups row, and this one has param"),
         (["--resume", "--dtype", "bfloat16"], "had --dtype float32, and this one has bfloat16"),
-        (["--resume", "--max-tokens", "999"], "had --max-tokens 100000, and this one has 999"),
+        (["--resume", "--max-tokens", "999"], "had --max-tokens 80000, and this one has 999"),
         (["--resume", "--task", "unknown"], "nothing to resume for the task 'unknown'"),
         (["--resume", "--overwrite"], "give one of them"),
         ([], "holds an unfinished run of the task 'first'"),
@@ -123,6 +123,18 @@ def test_resume_with_another_model_or_text_is_refused(unfinished, report_argumen
 def test_overwrite_starts_again(unfinished, report_arguments, finished_report, same_bits, without_pictures):
     assert main(report_arguments(unfinished, *OFTEN, "--overwrite")) == 0
     assert same_bits(unfinished, finished_report, "first")
+
+
+def test_an_interrupt_after_measuring_loses_nothing(tmp_path, report_arguments, capsys, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    monkeypatch.setattr("fisher_jax.cli.report.prune", interrupt)
+    assert main(report_arguments(out, "--task", "first", "--max-tokens", "500")) == 130
+    assert "give the same command again" in capsys.readouterr().out
+    done, total = _batches_done(out)
+    assert done == total
 
 
 def test_resume_without_a_run_is_refused(tmp_path, report_arguments, capsys):

@@ -81,10 +81,9 @@ def importance_csv(result: Importance, tokens: list[str]) -> str:
     return stream.getvalue()
 
 
-def outliers(result: Importance, *, minimum_count: int = 5, for_each_octave: int = 2) -> np.ndarray:
-    """Rows whose importance is furthest from that of equally frequent ones: a few for each doubling of the count.
-
-    Half of them lie above the median of their octave, half below.
+def outliers(result: Importance, *, minimum_count: int = 5) -> np.ndarray:
+    """Rows whose importance is furthest from that of equally frequent ones: two or four for each doubling of the
+    count, half of them above the others and half below.
     """
     counts, mean = result.counts, result.mean
     seen = np.flatnonzero((counts >= minimum_count) & (mean > 0))
@@ -94,7 +93,7 @@ def outliers(result: Importance, *, minimum_count: int = 5, for_each_octave: int
         rows = seen[octaves == octave]
         # Within an octave importance still grows with the count: judge importance for each occurrence.
         ordered = rows[np.argsort(np.log(mean[rows] / counts[rows]), kind="stable")]
-        number = min(for_each_octave, len(ordered) // 2) or len(ordered)
+        number = min(2 if octave < 3 else 1, len(ordered) // 2) or len(ordered)
         found += [*ordered[:number], *ordered[-number:]]
     return np.array(list(dict.fromkeys(found)), int)
 

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fisher_jax.cli.pruning import Curve, PruningResult
-from fisher_jax.cli.style import Theme, percent_axis, spread, theme_context
+from fisher_jax.cli.style import Theme, log_axis, percent_axis, spread, theme_context
 
 __all__ = ["removed_figure", "zeroed_figure"]
 
@@ -33,22 +33,31 @@ def _strokes(theme: Theme, name: str) -> dict:
 
 
 def zeroed_figure(theme: Theme, result: PruningResult) -> Figure:
-    """Held-out loss when the logits of pruned rows become 0."""
+    """Held-out loss when the logits of pruned rows become 0, and its increase on a logarithmic axis."""
     with theme_context(theme):
-        figure = Figure(figsize=(4.9, 4.7), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=(4.9, 7.6), layout="constrained")
+        loss, increase = figure.subplots(2, 1)
         highest = max(float(np.nanmax(curve.zeroed)) for curve in result.curves)
-        for curve in result.curves:
-            _line(axes, theme, result.shares, curve, curve.zeroed, curve.zeroed_error)
-        axes.axhline(result.loss, color=theme.muted, linewidth=1, linestyle=(0, (2, 3)))
         lowest = min(float(np.nanmin(curve.zeroed)) for curve in result.curves)
-        axes.set_ylim(lowest - 0.12 * (highest - lowest), highest + 0.05 * (highest - lowest))
-        _share_axis(axes)
-        axes.set_ylabel("held-out loss, nats per token")
-        axes.set_title("Pruned rows set to zero (logit = 0)")
+        for curve in result.curves:
+            _line(loss, theme, result.shares, curve, curve.zeroed, curve.zeroed_error)
+        loss.axhline(result.loss, color=theme.muted, linewidth=1, linestyle=(0, (2, 3)))
+        loss.set_ylim(lowest - 0.12 * (highest - lowest), highest + 0.05 * (highest - lowest))
         below = result.loss - 0.01 * (highest - lowest)
-        axes.text(0.02, below, f"nothing pruned: {result.loss:.2f}", va="top", fontsize=9, color=theme.muted)
-        _labels(axes, theme, result.shares, [(c.name, c.zeroed) for c in result.curves])
+        loss.text(0.02, below, f"nothing pruned: {result.loss:.2f}", va="top", fontsize=9, color=theme.muted)
+        loss.set_ylabel("held-out loss, nats per token")
+        loss.set_title("Pruned rows set to zero (logit = 0)")
+        _labels(loss, theme, result.shares, [(c.name, c.zeroed) for c in result.curves])
+
+        floor = 0.01  # a change below this, or for the better, lies on the axis
+        log_axis(increase, "y", floor, max(2 * (highest - result.loss), 10 * floor), compact=True)
+        for curve in result.curves:
+            change, error = curve.zeroed[1:] - result.loss, curve.zeroed_error[1:]
+            _line(increase, theme, result.shares[1:], curve, np.clip(change, floor, None), error)
+        increase.set_ylabel("increase, nats per token (log)")
+        increase.set_title("The same as increase, small ones magnified")
+        for axes in (loss, increase):
+            _share_axis(axes)
         return figure
 
 

@@ -108,3 +108,6 @@ def test_the_digest_sees_tokens_and_documents():
     assert base == _pack([20] * 9).stream.digest()
     assert base != _pack([20] * 10).stream.digest()
     assert base != _pack([20] * 9, max_targets=20).stream.digest()
+    rows = _pack([20] * 9).stream
+    assert base != rows._replace(documents=np.zeros_like(rows.documents)).digest()
+    assert base != rows._replace(lengths=rows.lengths - 1).digest()

@@ -66,6 +66,16 @@ def test_curves_equal_a_slow_loop(scale, offset, with_bias):
     assert result.loss == pytest.approx(result.curves[0].zeroed[0])
 
 
+def test_kept_logits_far_below_the_largest_pruned_one_do_not_vanish():
+    """Removing the one token that the model is sure of leaves a loss over 100 nats further down."""
+    head = np.array([[120.0], [0.0], [-3.0], [-20.0]], np.float32)
+    ranked = [Ordering("one", np.array([[0, 3, 2, 1]]))]
+    result = prune(
+        np.ones((1, 1), np.float32), np.array([2]), np.array([0]), jnp.asarray(head), ranked, shares=(0.0, 0.25)
+    )
+    np.testing.assert_allclose(result.curves[0].removed[1], np.log1p(np.exp(-3.0)) + 3, rtol=1e-5)
+
+
 def test_levels_prune_nested_sets_of_the_right_size():
     permutation = np.random.default_rng(1).permutation(1000)
     levels = prune_levels(permutation, SHARES)

@@ -24,7 +24,8 @@ def divide(x: Array, scalar: Array) -> Array:
     XLA turns an array divided by a scalar into a product with the rounded reciprocal, which is off by up to an ulp
     in the same direction in every batch: a bias that no compensated sum can remove.
     """
-    return x / runtime(jnp.broadcast_to(scalar.astype(x.dtype), x.shape))
+    # 0 * x makes the divisor an array in the compiler's eyes, and costs no memory.
+    return x / (scalar.astype(x.dtype) + 0 * x)
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:

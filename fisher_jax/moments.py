@@ -184,9 +184,14 @@ def finish(carry: Fold) -> Moments:
 
 def reject_if(moments: Moments, mask: Array) -> Moments:
     """Mark the batch as not usable if the reason mask or its own values say so."""
-    leaves = jax.tree.leaves(moments)
+    # The largest magnitude is NaN or infinite if any is; asking every entry would materialise a mask.
     finite = functools.reduce(
-        jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+        jnp.logical_and,
+        [
+            jnp.isfinite(jnp.max(jnp.abs(x), initial=0))
+            for x in jax.tree.leaves(moments)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+        ],
     )
     mask = mask | rejection.reason_mask(non_finite=~finite)
     return dataclasses.replace(moments, rejected=(mask != 0).astype(jnp.int32), reasons=mask)
@@ -275,13 +280,14 @@ def from_sums(sums: tuple[Tree | None, ...], weights: Array, scale: int = 0) -> 
 def _centred(first: Tree, second: Tree, weights: Array) -> tuple[Tree, Tree]:
     total = weights.sum()
     safe = jnp.where(total > 0, total, 1)
-    mean = jax.tree.map(lambda x: compensated.divide(x, safe), first)
 
-    def m2(s1, s2, mu):
-        square = s1 * mu
+    def m2(s1, s2):
+        square = compensated.divide(s1, safe) * s1
         return jnp.where(s2 - square > 4 * jnp.finfo(s2.dtype).eps * square, s2 - square, 0)
 
-    return mean, jax.tree.map(m2, first, second, mean)
+    # In this order each result can take the memory of one sum; the other way XLA keeps a third array.
+    squares, first = compensated.runtime((jax.tree.map(m2, first, second), first))
+    return jax.tree.map(lambda x: compensated.divide(x, safe), first), squares
 
 
 def _over(weights: Array, x: Array) -> Array:

@@ -69,7 +69,7 @@ def moments(
         temperature: labels come from ``softmax(z / temperature)`` while scores stay untempered; ``kind="true"`` only.
         log_sum_exp: ``[...]``, of the final logits, as the loss has it. Saves one of four matrix products for
             ``groups="param", unit="token"``; the other ways need the exponentials anyway and do without it.
-        chunk_size: tokens at a time for ``row``, ``column`` and ``tensor`` (default 128), vocabulary rows at a time
+        chunk_size: tokens at a time for ``row``, ``column`` and ``tensor`` (default 64), vocabulary rows at a time
             for ``param`` (default: about half a million logits).
         axis_name: under ``jax.shard_map``, the mesh axis over which the vocabulary is split evenly; ``targets`` are
             indices in the whole vocabulary, results the device's own rows. The head is never gathered.

@@ -13,7 +13,7 @@ from fisher_jax.moments import Fold, Moments, finish, fold, from_sums, start
 
 __all__ = ["DEFAULT_CHUNK", "Rows", "moments_by_token"]
 
-DEFAULT_CHUNK = 128  # tokens; [128, 50k] logits are 25 MB
+DEFAULT_CHUNK = 64  # tokens; [64, 50k] logits are 12 MB
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 

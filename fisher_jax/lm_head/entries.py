@@ -61,7 +61,8 @@ def token_moments(
             sums, seen = carry
             begin, fresh, (h, y, s), w = take_block(i)
             f, found = _chunk_values(local, h, y - head.offset - begin_row, s, counted, kinds)
-            found = found._replace(top=(jnp.where(found.top >= 0, found.top + begin_row + head.offset, -1)).astype(jnp.int32))
+            top = jnp.where(found.top >= 0, found.top + begin_row + head.offset, -1)
+            found = found._replace(top=top.astype(jnp.int32))
             old = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, block.size), seen)
             new = _Seen(old.rest + found.rest, *map(jnp.maximum, old[1:], found[1:]))
             new = jax.tree.map(lambda a, b: jnp.where(fresh, a, b), new, old)
@@ -87,8 +88,8 @@ def token_moments(
         return {k: _add_specials(whole[k], _specials(part, y, s, head, k), h, w, head) for k in kinds}, None
 
     whole, _ = jax.lax.scan(special_step, whole, jnp.arange(block.number))
-    found = {k: [*whole[k], *[None] * (4 - powers)] for k in kinds}
-    moments = {k: from_sums(tuple(found[k]), rows.weights, scale=VALUE_BITS) for k in kinds}
+    found = {k: (*whole[k], *[None] * (4 - powers)) for k in kinds}
+    moments = {k: from_sums(found[k], rows.weights, scale=VALUE_BITS) for k in kinds}
     return moments, (seen.label_logit - lse).reshape(rows.targets.shape)
 
 
@@ -121,7 +122,8 @@ def _specials(part: _Seen, targets: Array, lse: Array, head: Head, kind: str):
     values = (label_rest**2, top**2) if kind == "empirical" else (label * label_rest, top * top_rest)
     if head.soft_cap is not None:
         logits = (part.label_logit, part.top_logit)
-        values = tuple(v * head.squared_slope(jnp.where(jnp.isfinite(z), z, 0)) for v, z in zip(values, logits, strict=True))
+        slopes = (head.squared_slope(jnp.where(jnp.isfinite(z), z, 0)) for z in logits)
+        values = tuple(v * slope for v, slope in zip(values, slopes, strict=True))
     return tuple((i, v * _VALUE_SCALE) for i, v in zip((targets, part.top), values, strict=True))
 
 
@@ -129,8 +131,25 @@ def _add_specials(sums: list[Array], specials, hidden: Array, weights: Array, he
     squares = hidden.astype(sums[0].dtype) ** 2
     for index, value in specials:
         local = index - head.offset
-        local = jnp.where((index >= 0) & (local >= 0), local, head.size)
-        f = value[:, None] * squares
+        here = (index >= 0) & (local >= 0) & (local < head.size)
+        f = jnp.where(here, value, 0)[:, None] * squares
         terms = [w[:, None] * x for w in (weights, weights**2)[: len(sums) // 2] for x in (f, f * f)]
-        sums = [a.at[local].add(x, mode="drop") for a, x in zip(sums, terms, strict=True)]
+        sums = jax.lax.platform_dependent(sums, terms, jnp.where(here, local, 0), cpu=_row_by_row, default=_at_once)
     return sums
+
+
+def _at_once(sums: list[Array], terms: list[Array], local: Array) -> list[Array]:
+    return [a.at[local].add(x) for a, x in zip(sums, terms, strict=True)]
+
+
+def _row_by_row(sums: list[Array], terms: list[Array], local: Array) -> list[Array]:
+    """In place, where XLA's CPU scatter copies its operand."""
+
+    def step(i, sums):
+        def add(a, x):
+            row = jax.lax.dynamic_slice_in_dim(a, local[i], 1) + jax.lax.dynamic_slice_in_dim(x, i, 1)
+            return jax.lax.dynamic_update_slice_in_dim(a, row, local[i], 0)
+
+        return [add(a, x) for a, x in zip(sums, terms, strict=True)]
+
+    return jax.lax.fori_loop(0, local.shape[0], step, sums)

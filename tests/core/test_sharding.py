@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.core.sharded_script import MESHES, VOCABULARY, WAYS, WIDTH
+from tests.core.sharded_script import MESHES, VOCABULARY, WAYS, WELFORD, WIDTH
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def finding(found, key):
     return found[key]
 
 
-VOCABULARY_CASES = [f"auto {way}" for way in WAYS] + ["explicit row", "explicit param"]
+VOCABULARY_CASES = [f"auto {way}" for way in WAYS] + ["explicit param"]
 
 
 @pytest.mark.parametrize("case", VOCABULARY_CASES)
@@ -54,8 +54,7 @@ def test_rows_split_over_devices_are_one_batch(found, mesh, unit):
     assert finding(found, f"data {mesh} {unit}")["error"] < 1e-6
 
 
-@pytest.mark.parametrize("unit", ["token", "document"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(("mesh", "unit"), WELFORD)
 def test_states_keep_types_and_sharding_from_step_to_step(found, mesh, unit):
     result = finding(found, f"welford {mesh} {unit}")
     assert result["sharded"]

@@ -190,7 +190,8 @@ def _encode(x: Any, where: str, arrays: dict, dtype: Any) -> dict:
         }
         return {"class": _name(x), "fields": encoded}
     if isinstance(x, tuple) and hasattr(x, "_fields") and _is_ours(x):
-        encoded = {k: _encode(v, f"{where}.{k}", arrays, dtype) for k, v in x._asdict().items()}
+        named = zip(x._fields, x, strict=True)
+        encoded = {k: _encode(v, f"{where}.{k}", arrays, dtype) for k, v in named}
         return {"class": _name(x), "fields": encoded}
     if type(x) in (list, tuple):
         items = [_encode(v, f"{where}[{i}]", arrays, dtype) for i, v in enumerate(x)]
@@ -365,10 +366,8 @@ def _decode(node: dict, arrays: dict, leaves: list, build: bool) -> Any:
     if "value" in node:
         return node["value"]
     if "array" in node:
-        if node["array"] is None:
-            array = jnp.zeros(node["shape"], node["dtype"])
-        else:
-            array = arrays[node["array"]]
+        empty = node["array"] is None
+        array = jnp.zeros(node["shape"], node["dtype"]) if empty else arrays[node["array"]]
         if "pair_of" in node:
             return compensated.from_value(array.astype(node["pair_of"]))
         return np.asarray(array) if node["host"] else array

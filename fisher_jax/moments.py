@@ -63,9 +63,9 @@ class Moments:
     weight: Array
     weight_sq: Array
     count: Array
-    first: Fragment | None
-    last: Fragment | None
-    several: Array | None
+    first: Tree  # Fragment | None
+    last: Tree  # Fragment | None
+    several: Tree  # Array | None
     rejected: Array
     reasons: Array
     unit: str = "token"
@@ -103,7 +103,7 @@ def join_fragments(a: Fragment, b: Fragment) -> Fragment:
 class Fold:
     """Rows of one batch on their way to moments: a scan carry (see `start`, `fold`, `finish`)."""
 
-    def __init__(self, moments: Moments, current: Fragment | None):
+    def __init__(self, moments: Moments, current: Any):  # Fragment | None
         self.moments, self.current = moments, current
 
 

@@ -93,7 +93,7 @@ def add(state: MovingAverage, moments: Moments) -> MovingAverage:
 
 
 def _check_alike(average: Tree, other: Tree) -> None:
-    if jax.tree.structure(average) != jax.tree.structure(other):
+    if jax.tree.structure(average) != jax.tree.structure(other):  # type: ignore[operator]
         raise ValueError(
             f"the average and the moments have different trees: {jax.tree.structure(average)} and "
             f"{jax.tree.structure(other)}; start the average with fj.moving_average.init(moments, decay)"

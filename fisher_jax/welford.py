@@ -55,7 +55,7 @@ class State:
     weight: Array
     weight_sq: Array
     count: Array
-    open: Fragment | None
+    open: Tree  # Fragment | None
     rejected: Array
     reasons: Array
     unit: str = "token"
@@ -168,7 +168,8 @@ def _as_state(moments: Moments) -> State:
 
 
 def _fragment(part: Fragment) -> Fragment:
-    return Fragment(*jax.tree.map(compensated.from_value, (part.mean, part.weight)), part.unit_id)
+    pairs = functools.partial(jax.tree.map, compensated.from_value)
+    return Fragment(pairs(part.mean), pairs(part.weight), part.unit_id)
 
 
 def _check_alike(a: State, b: State | Moments, one: str, other: str) -> None:
@@ -183,7 +184,7 @@ def _check_alike(a: State, b: State | Moments, one: str, other: str) -> None:
             f"{other} carry fractional weights (float weights), {one} only weights of 0 and 1; start the state with "
             f"fj.welford.init(moments) of weighted moments, or pass bool weights"
         )
-    if jax.tree.structure(a.mean) != jax.tree.structure(b.mean):
+    if jax.tree.structure(a.mean) != jax.tree.structure(b.mean):  # type: ignore[operator]
         raise ValueError(
             f"{one} and {other} have different trees: {jax.tree.structure(a.mean)} and {jax.tree.structure(b.mean)}"
         )

@@ -158,8 +158,10 @@ def _deal(documents: list[_Tokenised], seq_len: int, budget: int) -> Rows:
         if sizes.sum() > left:
             # As many evenly spread documents as fit, at least one.
             count = max(int(len(candidates) * left / sizes.sum()), 1)
-            chosen = candidates[np.unique(np.linspace(0, len(candidates) - 1, count).round().astype(int))]
-            rows[chosen] += 1
+            chosen = np.unique(np.linspace(0, len(candidates) - 1, count).round().astype(int))
+            fits = np.cumsum(sizes[chosen]) <= left
+            fits[0] |= not rows.any()  # one row at least, whatever the budget
+            rows[candidates[chosen[fits]]] += 1
             break
         rows[candidates] += 1
         left -= int(sizes.sum())

@@ -167,7 +167,7 @@ def comparison_figure(
         axes.set(
             xlabel=f"importance in {result.other}",
             ylabel=f"importance in {result.task}",
-            title=f"{result.task} against {result.other}: rank correlation {result.rank_correlation:.2f}",
+            title=f"Two tasks: rank correlation {result.rank_correlation:.2f}",
         )  # fmt: skip
         return figure
 

@@ -131,8 +131,8 @@ def moments(
     mask = rejection.reason_mask(negative_weight=bad_weight, target_out_of_range=outside)
     # Where a label is out of range its log-likelihood is not a number for that reason alone.
     mask = mask | rejection.reason_mask(non_finite=not_finite & ~outside & ~bad_weight)
-    result = tuple(reject_if(found[k], mask) for k in kinds)
-    result = result[0] if isinstance(kind, str) else result
+    each = tuple(reject_if(found[k], mask) for k in kinds)
+    result = each[0] if isinstance(kind, str) else each
     return (result, log_likelihood.reshape(lead)) if with_log_likelihood else result
 
 

@@ -30,10 +30,10 @@ class Rows(NamedTuple):
 class _Sums(NamedTuple):
     """Sums over the tokens of each row ``[R, ...]``: of ``w f`` and, for the unit token, of ``w f**2``, ..."""
 
-    first: Array
-    second: Array | None = None
-    square_first: Array | None = None  # the same with weights w**2
-    square_second: Array | None = None
+    first: Any
+    second: Any = None
+    square_first: Any = None  # the same with weights w**2
+    square_second: Any = None
 
 
 def moments_by_token(
@@ -49,7 +49,7 @@ def moments_by_token(
     scale = VALUE_BITS if group == "row" else 0
     sums_like = _sums_like(rows, head, group, unit, rows_at_once)
     fold_like = jax.ShapeDtypeStruct(sums_like.first.shape[1:], head.dtype)
-    folds = {kind: None if unit == "token" else start(fold_like, unit, scale) for kind in kinds}
+    folds: Any = {kind: None if unit == "token" else start(fold_like, unit, scale) for kind in kinds}
     totals = {kind: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums_like) for kind in kinds}
 
     def piece(carry, index, first_row):
@@ -87,7 +87,7 @@ def moments_by_token(
         folds, _ = jax.lax.scan(row_step, folds, (part_weights, part_units, sums))
         return (folds, kept, log_likelihood), None
 
-    kept = totals if unit == "token" else None
+    kept: Any = totals if unit == "token" else None
     log_likelihood = jnp.zeros(rows.targets.shape, head.dtype)
     (folds, kept, log_likelihood), _ = jax.lax.scan(
         rows_step,
@@ -152,7 +152,7 @@ def _add_specials(sums: Array, indices, values, head: Head) -> Array:
 
 def _row_sums(scores: SquaredScores, base: Array, head: Head) -> Array:
     parts = zip(scores.matrices, scores.coefficients, strict=True)
-    sums = sum(_weighted_rows(m, base * c.reshape(base.shape)) for m, c in parts)
+    sums = sum((_weighted_rows(m, base * c.reshape(base.shape)) for m, c in parts), jnp.zeros((), base.dtype))
     values = [v * base.reshape(-1) for v in scores.special_values]
     return _add_specials(sums, scores.special_indices, values, head)
 
@@ -166,6 +166,6 @@ def _row_square_sums(scores: SquaredScores, base: Array, head: Head) -> Array:
 
 def _over_vocabulary(scores: SquaredScores, head: Head) -> Array:
     parts = zip(scores.matrices, scores.coefficients, strict=True)
-    inside = head.gather_sum(sum(m.sum(1) * c for m, c in parts))
+    inside = head.gather_sum(jnp.stack([m.sum(1) * c for m, c in parts]).sum(0))
     special = sum(jnp.where(i >= 0, v, 0) for i, v in zip(scores.special_indices, scores.special_values, strict=True))
     return (inside + special) * 2.0**-VALUE_BITS

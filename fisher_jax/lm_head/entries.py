@@ -123,7 +123,7 @@ def _specials(part: _Seen, targets: Array, lse: Array, head: Head, kind: str):
     if head.soft_cap is not None:
         logits = (part.label_logit, part.top_logit)
         slopes = (head.squared_slope(jnp.where(jnp.isfinite(z), z, 0)) for z in logits)
-        values = tuple(v * slope for v, slope in zip(values, slopes, strict=True))
+        values = (values[0] * next(slopes), values[1] * next(slopes))
     return tuple((i, v * _VALUE_SCALE) for i, v in zip((targets, part.top), values, strict=True))
 
 

@@ -79,6 +79,16 @@ def test_a_budget_below_one_row_each_spreads_over_the_corpus():
     assert numbers[-1] > 780
 
 
+@pytest.mark.parametrize("budget", [1, 5, 40, 111, 250, 399, 5000])
+def test_the_budget_is_a_limit(budget):
+    lengths = np.random.default_rng(budget).integers(2, 60, 50).tolist()
+    packed = _pack(lengths, max_targets=budget, held_out_targets=33)
+    assert packed.stream.num_targets <= max(budget, 7)
+    assert 0 < packed.held_out.num_targets <= 33
+    if budget == 5000:
+        assert packed.stream.num_targets == sum(n - 1 for i, n in enumerate(lengths) if i % 8 != 7)
+
+
 def test_held_out_documents_are_whole_and_disjoint():
     packed = _pack([20] * 24)
     assert packed.held_out.names == ("d7", "d15", "d23")

@@ -102,7 +102,9 @@ def test_float64_is_exact_with_temperature_and_soft_cap(options, group, unit):
 
 
 @pytest.mark.parametrize("scale", [1.0, 12.0])
-@pytest.mark.parametrize(("group", "unit"), [("param", "token"), ("param", "sequence"), ("row", "token"), ("row", "document")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("group", "unit"), [("param", "token"), ("param", "sequence"), ("row", "token"), ("row", "document")]
+)
 @pytest.mark.parametrize("options", ["empirical", "true"])
 def test_float32_error_grows_with_the_logits_only(options, group, unit, scale):
     weights = problem(scale)[3]
@@ -110,7 +112,9 @@ def test_float32_error_grows_with_the_logits_only(options, group, unit, scale):
 
 
 @pytest.mark.parametrize("chunk_size", [4, 11])
-@pytest.mark.parametrize(("group", "unit"), [("param", "token"), ("param", "document"), ("row", "token"), ("row", "sequence")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("group", "unit"), [("param", "token"), ("param", "document"), ("row", "token"), ("row", "sequence")]
+)
 def test_chunks_that_do_not_divide_are_masked(group, unit, chunk_size):
     with jax.enable_x64(True):
         check(2.0, jnp.float64, "true", group, unit, jnp.asarray(problem(2.0)[3]), chunk_size=chunk_size)

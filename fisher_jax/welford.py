@@ -215,7 +215,7 @@ def add(state: State, moments: Moments) -> State:
         (3.0, 3)
     """
     _check_alike(state, moments, "the state", "the moments")
-    moments = compensated.runtime(moments)
+    state, moments = compensated.runtime((state, moments))
     if state.unit == "document":
         opened, first = state.open, _fragment(moments.first)
         present = moments.first.weight > 0

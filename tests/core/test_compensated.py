@@ -1,5 +1,6 @@
 """Compensated sums stay exact under XLA: in every loop, and with constants that the compiler can see."""
 
+import dataclasses
 from fractions import Fraction
 
 import jax
@@ -72,32 +73,69 @@ def test_pairs_add_subtract_and_read_back():
     assert float(compensated.value(compensated.from_value(jnp.float32(0.1)))) == np.float32(0.1)
 
 
-def test_a_batch_that_the_compiler_can_see_adds_up_exactly():
-    # 0.1 three times per batch: weight 0.1f * 3 is no float, and the state sees the same moments every time.
+def test_a_constant_operand_is_folded_away_unless_it_is_hidden():
+    # Why `runtime` exists: (c + a) - c is simplified to a if c is known to the compiler.
+    a = np.random.default_rng(4).lognormal(0, 5, 10_000).astype(np.float32)
+    constant = np.full(a.shape, 0.1, np.float32)
+
+    def inexact(hide):
+        s, e = jax.jit(lambda a: compensated.two_sum(hide(jnp.asarray(constant)), a))(a)
+        return np.mean(exact(s, e) != a.astype(np.float64) + constant)
+
+    assert inexact(lambda x: x) > 0.1
+    assert inexact(compensated.runtime) == 0
+
+
+def batches_of_equal_weight():
+    """Two batches of one weight: their merge halves, which no product rounds."""
+    rng = np.random.default_rng(5)
+    return [
+        fj.welford.observe(rng.lognormal(0, 5, (1, 5000)).astype(np.float32), jnp.ones(1, bool)) for _ in range(2)
+    ]
+
+
+def assert_exact_merge(state, one, other):
+    half = (np.asarray(one.mean, np.float64) + np.asarray(other.mean, np.float64)) / 2
+    np.testing.assert_allclose(exact(*state.mean), half, rtol=1e-13)
+
+
+def test_a_batch_that_the_compiler_can_see_is_joined_exactly():
+    one, other = batches_of_equal_weight()
+    state = fj.welford.add(fj.welford.init(one), one)
+    assert_exact_merge(jax.jit(lambda s: fj.welford.add(s, other))(state), one, other)
+
+
+def test_a_state_that_the_compiler_can_see_is_joined_exactly():
+    one, other = batches_of_equal_weight()
+    state, second = (fj.welford.add(fj.welford.init(m), m) for m in (one, other))
+    for joined in (
+        jax.jit(lambda m: fj.welford.add(state, m))(other),
+        jax.jit(lambda b: fj.welford.merge(state, b))(second),
+        jax.jit(lambda b: fj.welford.merge(b, state))(second),
+    ):
+        assert_exact_merge(joined, one, other)
+
+    large = dataclasses.replace(state, weight=jnp.array([2.0**24, 0.1]))
+    for join in (
+        lambda w: fj.welford.add(large, dataclasses.replace(other, weight=w)),
+        lambda w: fj.welford.merge(
+            large, fj.welford.add(fj.welford.init(other), dataclasses.replace(other, weight=w))
+        ),
+    ):
+        weight = jax.jit(join)(jnp.float32(0.7)).weight
+        assert exact(*weight) == exact(2.0**24, np.float32(0.1)) + np.float64(np.float32(0.7))
+
+
+def test_a_constant_batch_adds_up_exactly_thousands_of_times():
     steps = 5000
-    values, weights = jnp.array([0.1, 0.7, 1.3]), jnp.array([0.1, 0.3, 0.7])
-    moments = fj.welford.observe(values, weights)
-
-    @jax.jit
-    def run(state):
-        # A closure: the batch is a constant of the compiled program.
-        return jax.lax.fori_loop(0, steps, lambda _, s: fj.welford.add(s, moments), state)
-
-    state = run(fj.welford.init(moments))
-    batch = {name: float(getattr(moments, name)) for name in ("mean", "m2", "weight", "weight_sq")}
-    assert abs(fj.welford.weight(state) / (steps * batch["weight"]) - 1) < 1e-13
-    assert abs(exact(*state.weight_sq) / (steps * batch["weight_sq"]) - 1) < 1e-13
-    assert abs(exact(*state.m2) / (steps * batch["m2"]) - 1) < 1e-12
-    assert abs(exact(*state.mean) / batch["mean"] - 1) < 1e-13
-    assert fj.welford.count(state) == 3 * steps
-
-
-def test_merging_states_that_the_compiler_can_see_is_exact():
     moments = fj.welford.observe(jnp.array([0.1, 0.7, 1.3]), jnp.array([0.1, 0.3, 0.7]))
-    one = fj.welford.add(fj.welford.init(moments), moments)
-    state = jax.jit(lambda s: jax.lax.fori_loop(0, 3000, lambda _, s: fj.welford.merge(s, one), s))(one)
-    assert abs(fj.welford.weight(state) / (3001 * float(moments.weight)) - 1) < 1e-13
-    assert abs(exact(*state.m2) / (3001 * float(moments.m2)) - 1) < 1e-12
+    run = jax.jit(lambda s: jax.lax.fori_loop(0, steps, lambda _, s: fj.welford.add(s, moments), s))
+    state = run(fj.welford.init(moments))
+    assert abs(fj.welford.weight(state) / (steps * float(moments.weight)) - 1) < 1e-13
+    assert abs(exact(*state.weight_sq) / (steps * float(moments.weight_sq)) - 1) < 1e-13
+    assert abs(exact(*state.m2) / (steps * float(moments.m2)) - 1) < 1e-12
+    assert abs(exact(*state.mean) / float(moments.mean) - 1) < 1e-13
+    assert fj.welford.count(state) == 3 * steps
 
 
 def test_divide_is_correctly_rounded():

@@ -113,7 +113,7 @@ def restore(path: str | os.PathLike, like: Any = None, *, metadata: dict | None 
         if found != wanted:
             raise InputError(f"the checkpoint {path} has {name} {found!r}, wanted {wanted!r}")
     structure = description["structure"]
-    targets: dict[str, jax.ShapeDtypeStruct] = {}
+    targets: dict[str, Any] = {}
     if like is not None:
         _match(path, structure, like)
     _targets(structure, targets)
@@ -124,8 +124,9 @@ def restore(path: str | os.PathLike, like: Any = None, *, metadata: dict | None 
         try:
             with orbax.checkpoint.StandardCheckpointer() as checkpointer:
                 arrays = checkpointer.restore(folder / "arrays", targets)
-        except (ValueError, OSError, KeyError) as error:
-            raise InputError(f"the checkpoint {path} is damaged: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # orbax raises bare Exceptions for damaged files
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise InputError(f"the checkpoint {path} is damaged: {reason}") from error
     leaves: list = []
     state = _decode(structure, arrays, leaves, build=like is None)
     return state if like is None else jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -279,7 +280,12 @@ def _targets(structure: dict, targets: dict) -> None:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for node in _array_nodes(structure):
         if node["array"] is not None:
-            targets[node["array"]] = jax.ShapeDtypeStruct(node["shape"], jnp.dtype(node["dtype"]), sharding=device)
+            # A NumPy target keeps what jax would narrow (int64 without x64).
+            targets[node["array"]] = (
+                np.empty(node["shape"], node["dtype"])
+                if node["host"]
+                else jax.ShapeDtypeStruct(node["shape"], jnp.dtype(node["dtype"]), sharding=device)
+            )
 
 
 def _reshard(structure: dict, like: Any, targets: dict) -> None:

@@ -24,7 +24,9 @@ def welford_state(unit="document"):
 def state():
     return {
         "wikipedia": welford_state(),
-        "recent": fj.moving_average.add(fj.moving_average.init(jnp.zeros(2), 0.9), fj.welford.observe(jnp.ones((3, 2)))),
+        "recent": fj.moving_average.add(
+            fj.moving_average.init(jnp.zeros(2), 0.9), fj.welford.observe(jnp.ones((3, 2)))
+        ),
         "mixed": [jnp.arange(3, dtype=jnp.bfloat16), (np.arange(4), None, 1.5, "text", True), jnp.zeros((0, 3))],
         "key": jax.random.key(7),
     }

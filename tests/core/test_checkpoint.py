@@ -22,11 +22,10 @@ def welford_state(unit="document"):
 
 @pytest.fixture(scope="module")
 def state():
+    average = fj.moving_average.init(jnp.zeros(2), 0.9)
     return {
         "wikipedia": welford_state(),
-        "recent": fj.moving_average.add(
-            fj.moving_average.init(jnp.zeros(2), 0.9), fj.welford.observe(jnp.ones((3, 2)))
-        ),
+        "recent": fj.moving_average.add(average, fj.welford.observe(jnp.ones((3, 2)))),
         "mixed": [jnp.arange(3, dtype=jnp.bfloat16), (np.arange(4), None, 1.5, "text", True), jnp.zeros((0, 3))],
         "key": jax.random.key(7),
     }

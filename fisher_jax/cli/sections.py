@@ -148,8 +148,8 @@ def _tasks(found: Findings) -> list[Block]:
         Heading("Tasks side by side"),
         Paragraph(
             "The tokens whose importance differs most, by difference over its standard error, among those that "
-            "occur five times or more in one of the tasks; and the rank correlation (Spearman) of all rows. Tokens that are a label in one text and never "
-            "in the other lie in bands of their own."
+            "occur five times or more in one of the tasks; and the rank correlation (Spearman) of all rows. "
+            "Tokens that are a label in one text and never in the other lie in bands of their own."
         ),
         Table(
             f"{task} beside the other tasks of this folder",

@@ -75,6 +75,7 @@ def _observe(model: LanguageModel, settings: Settings, params, tokens, mask, uni
     """(moments by name, log-likelihood, batch) of one batch: one forward pass and one logits product for rows."""
     batch = fj.next_token_batch(tokens, mask, units=units)
     hidden, head = model.hidden(params, batch.inputs), model.head(params)
+    scored = batch.weights > 0  # bool: all weights are 0 or 1, which halves the state of token units
     options = {
         "unit": settings.unit,
         "units": batch.units,
@@ -85,7 +86,7 @@ def _observe(model: LanguageModel, settings: Settings, params, tokens, mask, uni
         hidden,
         head,
         batch.targets,
-        batch.weights,
+        scored,
         groups="row",
         kind=KINDS,
         with_log_likelihood=True,
@@ -94,7 +95,7 @@ def _observe(model: LanguageModel, settings: Settings, params, tokens, mask, uni
     observed = {"empirical": empirical, "true": true}
     if settings.groups == "param":
         observed["param"] = fj.lm_head.moments(
-            hidden, head, batch.targets, batch.weights, groups="param", kind=settings.kind, **options
+            hidden, head, batch.targets, scored, groups="param", kind=settings.kind, **options
         )
     return observed, log_likelihood, batch
 

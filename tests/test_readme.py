@@ -1,0 +1,36 @@
+"""The README says what is so: its library example runs, its pictures and files are there."""
+
+import pathlib
+import re
+
+import numpy as np
+
+import fisher_jax as fj
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_library_example_runs(shipped_model, monkeypatch):
+    monkeypatch.setattr("fisher_jax.models.load", lambda: shipped_model)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    importance = np.asarray(names["importance"])
+    assert importance.shape == (shipped_model.config.vocab_size,)
+    # The model can tell that a capital follows: the names of cities and countries matter more than most tokens.
+    paris = shipped_model.tokenizer.encode(" Paris")
+    assert importance[paris].mean() > np.quantile(importance, 0.99)
+    assert fj.welford.weight(names["state"]) == names["tokens"].size - 1
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).is_file(), target
+
+
+def test_the_rooms_of_the_architecture_are_there():
+    rooms = re.findall(r"`([a-z_]+(?:\.py|/))`", README.split("## Architecture")[1].split("##")[0])
+    for room in rooms:
+        found = list((ROOT / "fisher_jax").rglob(room.rstrip("/"))) + list(ROOT.glob(room.rstrip("/")))
+        assert found, room

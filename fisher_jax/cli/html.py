@@ -28,7 +28,8 @@ th, td { padding: .38rem .6rem; text-align: right; vertical-align: top; border-b
 th { color: var(--muted); font-weight: 600; }
 th.left, td.left { text-align: left; overflow-wrap: break-word; min-width: 6.5rem; }
 caption { text-align: left; color: var(--muted); padding: 0 .6rem .5rem; }
-@media (max-width: 30rem) { table { font-size: .82rem; } th, td { padding: .34rem .35rem; } }
+@media (max-width: 30rem) { table { font-size: .78rem; } th, td { padding: .34rem .28rem; }
+  th.left, td.left { min-width: 4.8rem; } }
 tbody tr:nth-child(even) { background: var(--band); }
 footer { color: var(--muted); font-size: .9rem; margin-top: 3rem; }
 """

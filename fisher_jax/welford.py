@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from jaxtyping import Array
 
 from fisher_jax import compensated
@@ -377,6 +376,8 @@ def confidence_interval(x: State | Moments, level: float = 0.95) -> tuple[Tree, 
     """
     if not 0 < level < 1:
         raise ValueError(f"level is a probability between 0 and 1, found {level}")
+    import scipy.stats  # slow to import, and wanted here only
+
     n = count(x)
     quantile = scipy.stats.t.ppf(0.5 + level / 2, n - 1) if n > 1 else np.nan
     centre = jax.tree.map(lambda v: np.asarray(v, np.float64), mean(x))

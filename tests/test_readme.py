@@ -34,3 +34,9 @@ def test_the_rooms_of_the_architecture_are_there():
     for room in rooms:
         found = list((ROOT / "fisher_jax").rglob(room.rstrip("/"))) + list(ROOT.glob(room.rstrip("/")))
         assert found, room
+
+
+def test_every_public_name_is_there():
+    assert sorted([*fj._MODULES, *fj._NAMES]) == fj.__all__ == dir(fj)
+    for name in fj.__all__:
+        assert getattr(fj, name) is not None

@@ -26,7 +26,8 @@ def test_a_constant_reads_back_from_the_first_step_on(decay):
     constant = np.array([0.1, 1 / 3, 1e-30, 7e20, 0.0], np.float32)
     rng = np.random.default_rng(0)
     state = fj.moving_average.init(jnp.zeros(5), decay)
-    for w in rng.lognormal(0, 3, 12).astype(np.float32):
+    # The first weight times 1 - decay is below what float32 holds.
+    for w in [np.float32(2e-38), *rng.lognormal(0, 3, 12).astype(np.float32)]:
         # Weighted by hand: w x / w is not always x.
         state = add(
             state, dataclasses.replace(fj.welford.observe(jnp.asarray(constant)[None]), weight=jnp.asarray(w))

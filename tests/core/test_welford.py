@@ -243,6 +243,9 @@ def test_merge_of_open_documents():
     assert (fj.welford.count(apart), int(apart.open.unit_id)) == (3, 5)
     finished = fj.welford.merge(document([1.0, 2.0], [3, 4]), document([6.0, 1.0], [4, 5]))
     assert (fj.welford.count(finished), float(finished.weight.sum())) == (4, 3.0)
+    # The document of the second state's end is not that of the first one's end: something else came before it.
+    again = fj.welford.merge(document([1.0, 2.0], [3, 4]), document([6.0, 1.0], [5, 4]))
+    assert (fj.welford.count(again), float(again.weight.sum()), float(again.open.mean[0])) == (4, 3.0, 1.0)
     # A second state that has nothing open leaves the first one's document open.
     assert int(fj.welford.merge(joined, fj.welford.init(jnp.zeros(()), unit="document")).open.unit_id) == 4
 
@@ -325,16 +328,18 @@ def test_types_do_not_change_under_jit_scan_and_donation(unit):
 
 
 def test_scaled_values_read_back_without_the_scale():
-    # Squares of these underflow float32; times 2**64 they do not.
-    tiny = np.array([3.0, 5.0, 1.0]) * 1e-25
-    scaled = jnp.asarray(tiny * 2.0**64, jnp.float32)
-    moments = fj.welford.observe(scaled, jnp.array([1.0, 2.0, 0.5]), scale=64)
+    tiny = np.array([3.0, 5.0, 1.0]) * 1e-17
+    scaled = jnp.asarray(tiny * 2.0**40, jnp.float32)
+    moments = fj.welford.observe(scaled, jnp.array([1.0, 2.0, 0.5]), scale=40)
     state = fj.welford.add(fj.welford.init(moments), moments)
     mean, error, *_ = oracles.moments(tiny, [1.0, 2.0, 0.5], np.arange(3))
     for seen in (moments, state):
         np.testing.assert_allclose(fj.welford.mean(seen), mean, rtol=1e-6)
         np.testing.assert_allclose(fj.welford.standard_error(seen), error, rtol=1e-6)
-    assert state.scale == 64
+        for kind in ("frequency", "reliability"):
+            variance = oracles.variance(tiny, [1.0, 2.0, 0.5], kind)
+            np.testing.assert_allclose(fj.welford.variance(seen, kind), variance, rtol=1e-6)
+    assert state.scale == 40
 
 
 def test_statistics_are_float32_at_least_and_float64_if_the_values_are():

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fisher_jax.estimator import FisherEstimator
     from fisher_jax.moving_average import ema
     from fisher_jax.rejection import check
+    from fisher_jax.taps import capture, coverage, gradients_from_taps, value_grad_and_taps
 
 # Where each public name lives. Loaded on first use, so that the command line answers before jax is imported.
 _MODULES = ("checkpoint", "groups", "lm_head", "moving_average", "welford")
@@ -18,9 +19,13 @@ _NAMES = {
     "FisherEstimator": "estimator",
     "InputError": "errors",
     "RejectedBatchError": "errors",
+    "capture": "taps",
     "check": "rejection",
+    "coverage": "taps",
     "ema": "moving_average",
+    "gradients_from_taps": "taps",
     "next_token_batch": "batch",
+    "value_grad_and_taps": "taps",
 }
 
 __all__ = [
@@ -28,13 +33,17 @@ __all__ = [
     "FisherEstimator",
     "InputError",
     "RejectedBatchError",
+    "capture",
     "check",
     "checkpoint",
+    "coverage",
     "ema",
+    "gradients_from_taps",
     "groups",
     "lm_head",
     "moving_average",
     "next_token_batch",
+    "value_grad_and_taps",
     "welford",
 ]
 

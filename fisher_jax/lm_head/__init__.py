@@ -80,7 +80,7 @@ def moments(
         ``(moments, log_likelihood)``. A NaN, a label out of range or a negative weight marks them as rejected.
         Edge cases: no tokens of positive weight give weight 0 and mean 0.
 
-    Precision: in float32 an entry is off by at most ``30 eps (1 + max |z|)``, relative; about 4e-6 for logits of
+    Precision: in float32 an entry is off by at most ``30 eps (1 + max |z|)``, relative; about 1e-5 for logits of
     scale 1, more at scale 40. In float64 the same code is exact to 1e-12.
 
     Raises:

@@ -1,6 +1,7 @@
 """The command line: options in, exit code out. Heavy imports wait until the first line is printed."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fisher-jax {_version()}: starting up", flush=True)
         from fisher_jax.cli.report import run
 
+        # Errors are told once, by us; orbax would print a traceback of each of its threads as well.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         return run(settings)
     except (InputError, RejectedBatchError) as error:
         print(f"fisher-jax: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from fisher_jax import groups as groups_room
-from fisher_jax import rejection, welford
+from fisher_jax import meshes, rejection, welford
 from fisher_jax.batch import Batch
 from fisher_jax.estimator import FisherEstimator
 from fisher_jax.lm_head import by_token, by_vocabulary, entries
@@ -100,40 +100,47 @@ def moments(
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
     hidden, head, lead = _check_arrays(hidden, head, targets, weights, bias, log_sum_exp)
     _check_options(kinds, unit, units, temperature, soft_cap, chunk_size, lead, targets)
-    dtype = jnp.promote_types(jnp.promote_types(hidden.dtype, head.dtype), jnp.float32)
     binary = weights is None or jnp.asarray(weights).dtype == bool
-    weights = jnp.ones(lead, dtype) if weights is None else jnp.asarray(weights).astype(dtype)
-    softmax_head = Head(head, bias, soft_cap, axis_name, dtype)
 
-    bad_weight = ~jnp.all((weights >= 0) & jnp.isfinite(weights))
+    def run(hidden, head, targets, weights, units, bias, log_sum_exp):
+        dtype = jnp.promote_types(jnp.promote_types(hidden.dtype, head.dtype), jnp.float32)
+        softmax_head = Head(head, bias, soft_cap, axis_name, dtype)
+        rows, mask = _rows(hidden, softmax_head, targets, weights, units, unit, binary)
+        found, log_likelihood = _run(rows, softmax_head, group, kinds, unit, temperature, log_sum_exp, chunk_size)
+        if targets is not None:
+            log_likelihood = jnp.where(rows.weights != 0, log_likelihood, 0)
+            # Where another reason is known, a log-likelihood that is not a number has that reason.
+            broken = (mask == 0) & ~jnp.all(jnp.isfinite(log_likelihood))
+            mask = mask | rejection.reason_mask(non_finite=broken)
+        return tuple(reject_if(found[k], mask) for k in kinds), log_likelihood.reshape(lead)
+
+    each, log_likelihood = meshes.automatic(run, hidden, head, targets, weights, units, bias, log_sum_exp)
+    result = each[0] if isinstance(kind, str) else each
+    return (result, log_likelihood) if with_log_likelihood else result
+
+
+def _rows(hidden, head: Head, targets, weights, units, unit: str, binary: bool) -> tuple[by_token.Rows, Array]:
+    """Tokens in rows of one observation each, cleaned where the weight is 0, and a mask of reasons to reject them."""
+    lead = hidden.shape[:-1]
+    weights = jnp.ones(lead, head.dtype) if weights is None else jnp.asarray(weights).astype(head.dtype)
     active = weights != 0
+    mask = rejection.reason_mask(negative_weight=~jnp.all((weights >= 0) & jnp.isfinite(weights)))
     labels = jnp.full(lead, -1, jnp.int32)
-    outside = jnp.zeros((), bool)
     if targets is not None:
         targets = jnp.asarray(targets)
-        outside = jnp.any(active & ((targets < 0) | (targets >= softmax_head.total_size)))
+        outside = jnp.any(active & ((targets < 0) | (targets >= head.total_size)))
+        mask = mask | rejection.reason_mask(target_out_of_range=outside)
         labels = jnp.where(active & (targets >= 0), targets, -1).astype(jnp.int32)
-    hidden = jnp.where(active[..., None], hidden, 0)
-
     whole = unit in ("token", "batch")
-    shape = (1, -1) if whole else (lead[0], -1)
+    number = 1 if whole or not lead else lead[0]
     rows = by_token.Rows(
-        hidden.reshape(*(shape if lead else (1, 1)), hidden.shape[-1]), labels.reshape(shape), weights.reshape(shape),
-        jnp.zeros(1 if whole else lead[0], jnp.int32) if units is None or whole else jnp.asarray(units, jnp.int32),
+        jnp.where(active[..., None], hidden, 0).reshape(number, -1, hidden.shape[-1]),
+        labels.reshape(number, -1),
+        weights.reshape(number, -1),
+        jnp.zeros(number, jnp.int32) if units is None or whole else jnp.asarray(units, jnp.int32),
         binary,
-    )  # fmt: skip
-    found, log_likelihood = _run(rows, softmax_head, group, kinds, unit, temperature, log_sum_exp, chunk_size)
-    if targets is not None:
-        log_likelihood = jnp.where(active.reshape(shape), log_likelihood, 0)
-        not_finite = ~jnp.all(jnp.isfinite(log_likelihood))
-    else:
-        not_finite = jnp.zeros((), bool)
-    mask = rejection.reason_mask(negative_weight=bad_weight, target_out_of_range=outside)
-    # Where a label is out of range its log-likelihood is not a number for that reason alone.
-    mask = mask | rejection.reason_mask(non_finite=not_finite & ~outside & ~bad_weight)
-    each = tuple(reject_if(found[k], mask) for k in kinds)
-    result = each[0] if isinstance(kind, str) else each
-    return (result, log_likelihood.reshape(lead)) if with_log_likelihood else result
+    )
+    return rows, mask
 
 
 def _run(rows, head, group, kinds, unit, temperature, log_sum_exp, chunk_size):

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fisher_jax import checkpoint, groups, lm_head, moving_average, welford
     from fisher_jax.batch import Batch, next_token_batch
+    from fisher_jax.diagonal import group_fisher
     from fisher_jax.errors import InputError, RejectedBatchError
     from fisher_jax.estimator import FisherEstimator
+    from fisher_jax.likelihoods import Likelihood, bernoulli, categorical, gaussian
     from fisher_jax.moving_average import ema
     from fisher_jax.rejection import check
     from fisher_jax.taps import capture, coverage, gradients_from_taps, value_grad_and_taps
+    from fisher_jax.tracking import track_fisher
 
 # Where each public name lives. Loaded on first use, so that the command line answers before jax is imported.
 _MODULES = ("checkpoint", "groups", "lm_head", "moving_average", "welford")
@@ -19,12 +22,18 @@ _NAMES = {
     "FisherEstimator": "estimator",
     "InputError": "errors",
     "RejectedBatchError": "errors",
+    "Likelihood": "likelihoods",
+    "bernoulli": "likelihoods",
     "capture": "taps",
+    "categorical": "likelihoods",
     "check": "rejection",
     "coverage": "taps",
     "ema": "moving_average",
+    "gaussian": "likelihoods",
     "gradients_from_taps": "taps",
+    "group_fisher": "diagonal",
     "next_token_batch": "batch",
+    "track_fisher": "tracking",
     "value_grad_and_taps": "taps",
 }
 
@@ -32,17 +41,23 @@ __all__ = [
     "Batch",
     "FisherEstimator",
     "InputError",
+    "Likelihood",
     "RejectedBatchError",
+    "bernoulli",
     "capture",
+    "categorical",
     "check",
     "checkpoint",
     "coverage",
     "ema",
+    "gaussian",
     "gradients_from_taps",
+    "group_fisher",
     "groups",
     "lm_head",
     "moving_average",
     "next_token_batch",
+    "track_fisher",
     "value_grad_and_taps",
     "welford",
 ]

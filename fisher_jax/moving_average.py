@@ -151,4 +151,4 @@ def ema(estimator: FisherEstimator, decay: float) -> FisherEstimator:
     def update(state, params, batch, key=None):
         return add(state, estimator.observe(params, batch, key))
 
-    return FisherEstimator(start, estimator.observe, update)
+    return FisherEstimator(start, estimator.observe, update, add)

@@ -267,8 +267,9 @@ def merge(a: State, b: State) -> State:
     return dataclasses.replace(_union(a, b), open=opened, rejected=rejected, reasons=reasons)
 
 
-def _closed(x: State | Moments) -> State:
+def _closed(x: Any) -> State:
     """A state in which every observation is finished, as the read-outs see it."""
+    x = getattr(x, "fisher", x)  # an optax state that keeps a Fisher state (`fj.track_fisher`)
     if isinstance(x, Moments):
         state = _as_state(x)
         if x.first is not None:

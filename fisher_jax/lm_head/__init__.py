@@ -209,7 +209,7 @@ def estimator(
     def update(state, params, batch: Batch, key=None):
         return welford.add(state, observe(params, batch, key))
 
-    return FisherEstimator(init, observe, update)
+    return FisherEstimator(init, observe, update, welford.add)
 
 
 def _check_arrays(hidden, head, targets, weights, bias, log_sum_exp):

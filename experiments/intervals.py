@@ -174,7 +174,7 @@ def picture(results, path):
                 y = [100 * r["coverage"] for r in rows]
                 x = [BANDS.index(tuple(r["labels"])) for r in rows]
                 axis.plot(x, y, style, color=colours[unit], mfc="white" if kind == "true" else None, lw=1.5, ms=5)
-                if kind == "empirical":
+                if kind == "empirical" and axis is axes[0]:
                     axis.annotate(unit, (x[-1], y[-1]), (6, 0), textcoords="offset points", color=colours[unit])
         axis.axhspan(90, 97, color="0.9", zorder=0)
         axis.axhline(95, color="0.5", lw=1)

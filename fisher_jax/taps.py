@@ -7,80 +7,20 @@ perturbations. No parameter gradient is formed, and the model is not changed.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jaxpr_core
+import numpy as np
 from jaxtyping import Array
 
-from fisher_jax.jaxprs import bind, user_line
+from fisher_jax.jaxprs import zeros
+from fisher_jax.tracing import Recorder, Spec, Use, View, evaluate, zero
 
-__all__ = ["Tap", "capture", "coverage", "gradients_from_taps", "value_grad_and_taps"]
+__all__ = ["Coverage", "Tap", "Use", "capture", "coverage", "gradients_from_taps", "value_grad_and_taps"]
 
 Tree = Any
-
-# Operations that only move a parameter's numbers around, or change their type.
-_LAYOUT = {
-    "transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "convert_element_type", "copy", "copy_p",
-    "sharding_constraint", "slice", "rev", "reduce_precision", "layout_constraint", "reshard", "pvary", "pcast",
-}  # fmt: skip
-
-# Where a parameter meets data: the kind of tap, by primitive.
-_USES = {
-    "dot_general": "dense", "gather": "embedding", "mul": "scale", "add": "bias", "add_any": "bias", "sub": "bias",
-    "conv_general_dilated": "conv",
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class _Segment:
-    """A chain of layout operations, from one array to one array."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    steps: tuple[Callable[[Array], Array], ...] = ()
-
-    def __call__(self, x: Array) -> Array:
-        return functools.reduce(lambda value, step: step(value), self.steps, x)
-
-    def transpose(self, cotangent: Array) -> Array:
-        if not self.steps:
-            return cotangent
-        (result,) = jax.linear_transpose(self, jax.ShapeDtypeStruct(self.shape, self.dtype))(cotangent)
-        return result
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Use:
-    """Static facts of one use: how the parameter got there, and the operation that is linear in it.
-
-    Attributes:
-        kind: ``dense``, ``embedding``, ``scale``, ``bias``, ``conv`` or ``generic``.
-        primitive, where: the JAX operation and the line of the user's code.
-        segments: layout chains; between two of them lies a loop.
-        loops: for every loop, outermost first, ``"stacked"`` (each iteration has its own slice: layers) or
-            ``"shared"`` (all iterations use the same numbers: time). Inputs and cotangents have these leading axes.
-        apply: ``apply(operand, *inputs) -> output``, linear in the operand up to a constant; ``None`` for generic.
-    """
-
-    kind: str
-    primitive: str
-    where: str
-    segments: tuple[_Segment, ...]
-    loops: tuple[str, ...]
-    operand: jax.ShapeDtypeStruct
-    apply: Callable | None
-
-    def _key(self):
-        return (self.kind, self.primitive, self.where, self.loops, self.operand.shape, str(self.operand.dtype))
-
-    def __eq__(self, other):
-        return isinstance(other, Use) and self._key() == other._key()
-
-    def __hash__(self):
-        return hash(self._key())
 
 
 @functools.partial(
@@ -112,232 +52,6 @@ class Tap:
 
 
 @dataclasses.dataclass(frozen=True)
-class _View:
-    """A parameter leaf on its way through the program."""
-
-    value: Array
-    leaf: int
-    segments: tuple[_Segment, ...]
-    loops: tuple[str, ...]
-
-    def through(self, step: Callable) -> "_View":
-        last = dataclasses.replace(self.segments[-1], steps=(*self.segments[-1].steps, step))
-        return dataclasses.replace(self, value=step(self.value), segments=(*self.segments[:-1], last))
-
-    def inside(self, value: Array, loop: str) -> "_View":
-        """The view that the body of a loop has of this one."""
-        return _View(value, self.leaf, (*self.segments, _Segment(value.shape, value.dtype)), (*self.loops, loop))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Spec:
-    """A use found by tracing: its leaf, static facts and the shapes that its tap will have."""
-
-    leaf: int
-    use: Use
-    output: jax.ShapeDtypeStruct
-    inputs: tuple[jax.ShapeDtypeStruct, ...]
-
-
-class _Recorder:
-    """Meets every use in program order: notes it, and adds its perturbation if there are any."""
-
-    def __init__(self, perturb: Iterator[Callable] | None):
-        self.perturb, self.specs, self.inputs = perturb, [], []
-
-    def use(self, view: _View, kind: str, eqn: Any, apply: Callable | None, inputs: tuple[Array, ...]) -> Array:
-        output = view.value if apply is None else apply(view.value, *inputs)
-        operand = jax.ShapeDtypeStruct(view.value.shape, view.value.dtype)
-        name, where = ("output", "") if eqn is None else (eqn.primitive.name, user_line(eqn))
-        facts = Use(kind, name, where, view.segments, view.loops, operand, apply)
-        self.specs.append(_Spec(view.leaf, facts, _abstract(output), tuple(map(_abstract, inputs))))
-        self.inputs.append(inputs)
-        return output if self.perturb is None else next(self.perturb)(output, inputs)
-
-    def generic(self, x: Any, eqn: Any) -> Any:
-        """A parameter where no tap fits: its own perturbation, and plain data from here on."""
-        return self.use(x, "generic", eqn, None, ()) if isinstance(x, _View) else x
-
-
-def _abstract(x: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype)
-
-
-def _run(jaxpr: Any, consts: list, args: list, recorder: _Recorder) -> list:
-    """Evaluate a jaxpr; parameters among the arguments are `_View`s."""
-    env: dict = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
-
-    def read(atom):
-        return atom.val if isinstance(atom, jaxpr_core.Literal) else env[atom]
-
-    for eqn in jaxpr.eqns:
-        values = [read(atom) for atom in eqn.invars]
-        meets = any(isinstance(v, _View) for v in values)
-        outs = _meet(eqn, values, recorder) if meets else bind(eqn, values)
-        env |= zip(eqn.outvars, outs, strict=True)
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _meet(eqn: Any, values: list, recorder: _Recorder) -> list:
-    """An equation with a parameter among its operands."""
-    name = eqn.primitive.name
-    views = [i for i, v in enumerate(values) if isinstance(v, _View)]
-    if name == "jit":
-        closed = eqn.params["jaxpr"]
-        return _run(closed.jaxpr, closed.consts, values, recorder)
-    if name in ("remat2", "checkpoint"):
-        return _remat(eqn, values, recorder)
-    if name == "scan":
-        return _scan(eqn, values, recorder)
-    if name in _LAYOUT and views == [0] and len(values) == 1:
-        return [values[0].through(lambda x: bind(eqn, [x])[0])]
-    if name in _USES and len(views) == 1 and _fits(name, views[0], eqn):
-        (index,) = views
-        inputs = tuple(v for i, v in enumerate(values) if i != index)
-        arrays = tuple(jnp.asarray(v) for v in inputs)
-
-        def apply(operand, *others):
-            return bind(eqn, [*others[:index], operand, *others[index:]])[0]
-
-        return [recorder.use(values[index], _USES[name], eqn, apply, arrays)]
-    return bind(eqn, [recorder.generic(v, eqn) for v in values])
-
-
-def _fits(name: str, index: int, eqn: Any) -> bool:
-    """Whether a use is of the known form: positions on the data's side, the parameter where parameters stand."""
-    if name == "gather":
-        return index == 0
-    if name == "conv_general_dilated":
-        return index == 1
-    # A constant is not data: 1 + scale is a function of the parameter alone.
-    other = eqn.invars[1 - index]
-    return name == "dot_general" or not isinstance(other, jaxpr_core.Literal)
-
-
-def _remat(eqn: Any, values: list, recorder: _Recorder) -> list:
-    """Keep a rematerialised part rematerialised; its perturbations become arguments."""
-    jaxpr = eqn.params["jaxpr"]
-    shell = [dataclasses.replace(v, value=None) if isinstance(v, _View) else None for v in values]
-    count: list[int] = []
-
-    def body(perturbations, *arrays):
-        inner = _Recorder(None if perturbations is None else iter(perturbations))
-        args = [a if s is None else dataclasses.replace(s, value=a) for s, a in zip(shell, arrays, strict=True)]
-        outs = [inner.generic(v, eqn) for v in _run(jaxpr, [], args, inner)]
-        specs.append(inner.specs)
-        return outs, inner.inputs
-
-    specs: list = []
-    arrays = [v.value if isinstance(v, _View) else v for v in values]
-    jax.eval_shape(functools.partial(body, None), *arrays)
-    recorder.specs += specs[-1]
-    count.append(len(specs[-1]))
-    if recorder.perturb is None:
-        outs, inputs = body(None, *arrays)
-    else:
-        perturbations = [next(recorder.perturb) for _ in range(count[0])]
-        policy, prevent = eqn.params["policy"], eqn.params["prevent_cse"]
-        outs, inputs = jax.checkpoint(body, policy=policy, prevent_cse=prevent)(perturbations, *arrays)
-    recorder.inputs += inputs
-    return outs
-
-
-def _scan(eqn: Any, values: list, recorder: _Recorder) -> list:
-    """A loop: perturbations and inputs of its body are stacked over the iterations."""
-    closed, p = eqn.params["jaxpr"], eqn.params
-    num_consts, num_carry = p["num_consts"], p["num_carry"]
-    head = num_consts + num_carry
-    consts, carry, xs = values[:num_consts], values[num_consts:head], values[head:]
-    carry = [recorder.generic(v, eqn) for v in carry]
-
-    def arrays(part):
-        return [v.value if isinstance(v, _View) else v for v in part]
-
-    def views(part, slices, loop):
-        return [v.inside(a, loop) if isinstance(v, _View) else a for v, a in zip(part, slices, strict=True)]
-
-    specs: list = []
-
-    def body(carry, x):
-        perturbations, slices = x
-        inner = _Recorder(None if perturbations is None else iter(perturbations))
-        args = [*views(consts, arrays(consts), "shared"), *carry, *views(xs, slices, "stacked")]
-        outs = [inner.generic(v, eqn) for v in _run(closed.jaxpr, closed.consts, args, inner)]
-        specs.append(inner.specs)
-        return outs[:num_carry], (outs[num_carry:], inner.inputs)
-
-    first = [jax.eval_shape(lambda a: a[0], a) for a in arrays(xs)]
-    jax.eval_shape(lambda c, x: body(c, (None, x)), carry, first)
-    length = p["length"]
-    recorder.specs += [_stacked(spec, length) for spec in specs[-1]]
-    perturbations = None if recorder.perturb is None else [next(recorder.perturb) for _ in specs[-1]]
-    carry, (ys, inputs) = jax.lax.scan(
-        body, carry, (perturbations, arrays(xs)), length=length, reverse=p["reverse"], unroll=p["unroll"]
-    )
-    recorder.inputs += inputs
-    return [*carry, *ys]
-
-
-def _stacked(spec: _Spec, length: int) -> _Spec:
-    def stack(x):
-        return jax.ShapeDtypeStruct((length, *x.shape), x.dtype)
-
-    return dataclasses.replace(spec, output=stack(spec.output), inputs=tuple(map(stack, spec.inputs)))
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["zero"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class _Add:
-    """A zero that is added to a use's output; its gradient is the cotangent."""
-
-    zero: Array
-
-    def __call__(self, output: Array, inputs: tuple) -> Array:
-        del inputs
-        return output + self.zero
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["zero"], meta_fields=["reduce"])
-@dataclasses.dataclass(frozen=True)
-class _Reduce:
-    """A zero whose gradient is ``reduce(inputs, cotangent)``, formed inside the backward pass of the use."""
-
-    zero: Tree
-    reduce: Callable
-
-    def __call__(self, output: Array, inputs: tuple) -> Array:
-        return _reduced(self.reduce, output, jax.lax.stop_gradient(inputs), self.zero)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _reduced(reduce, output, inputs, zero):
-    del reduce, inputs, zero
-    return output
-
-
-def _reduced_forward(reduce, output, inputs, zero):
-    del reduce, zero
-    return output, inputs
-
-
-def _reduced_backward(reduce, inputs, cotangent):
-    def no_gradient(x):
-        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jax.dtypes.float0
-        return jnp.zeros(x.shape, dtype) if dtype != jax.dtypes.float0 else _float0(x.shape)
-
-    return cotangent, jax.tree.map(no_gradient, inputs), reduce(inputs, cotangent)
-
-
-def _float0(shape):
-    import numpy as np
-
-    return np.zeros(shape, jax.dtypes.float0)
-
-
-_reduced.defvjp(_reduced_forward, _reduced_backward)
-
-
-@dataclasses.dataclass(frozen=True)
 class _Program:
     """A traced loss, ready to run with perturbations."""
 
@@ -345,40 +59,85 @@ class _Program:
     leaves: list
     arguments: list
     paths: list[str]
-    specs: list[_Spec]
+    probe: Recorder
 
-    def run(self, leaves: list, perturbations: list | None) -> tuple[Array, list]:
-        """The loss, and the inputs of every use."""
-        views = [_View(x, i, (_Segment(x.shape, x.dtype),), ()) for i, x in enumerate(leaves)]
-        views = [v if jnp.issubdtype(v.value.dtype, jnp.inexact) else v.value for v in views]
-        recorder = _Recorder(None if perturbations is None else iter(perturbations))
-        outs = _run(self.jaxpr.jaxpr, self.jaxpr.consts, [*views, *self.arguments], recorder)
-        (value,) = [recorder.generic(v, None) for v in outs]
-        self.specs[:] = recorder.specs
-        return value, recorder.inputs
+    def run(self, leaves: list, arguments: list, recorder: Recorder) -> Array:
+        views = [View.of(x, i) if jnp.issubdtype(x.dtype, jnp.floating) else x for i, x in enumerate(leaves)]
+        (value,) = evaluate(self.jaxpr.jaxpr, self.jaxpr.consts, [*views, *arguments], recorder)
+        return jnp.asarray(recorder.generic(value, None))
 
 
-def _program(loss_fn: Callable, params: Tree, args: tuple) -> _Program:
-    paths, leaves = (
-        zip(*jax.tree_util.tree_leaves_with_path(params), strict=True) if jax.tree.leaves(params) else ((), ())
-    )
-    arrays = [jnp.asarray(x) for x in leaves]
-    treedef = jax.tree.structure(params)
-    flat_args, args_tree = jax.tree.flatten(args)
-    flat_args = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in flat_args]
+_SCALARS = (bool, int, float, complex)
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 
-    def flat(leaves, arguments):
-        value = loss_fn(jax.tree.unflatten(treedef, leaves), *jax.tree.unflatten(args_tree, arguments))
-        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+
+def _is_array(x: Any) -> bool:
+    if isinstance(x, np.ndarray | np.generic):
+        return x.dtype.kind not in "OUSMm"
+    return isinstance(x, _SCALARS + _ARRAYS)
+
+
+def _array(x: Any) -> Any:
+    return x if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else jnp.asarray(x)
+
+
+def _program(loss_fn: Callable, reduce: Callable | None, params: Tree, args: tuple, kwargs: dict) -> _Program:
+    """Trace the loss, and probe it for uses."""
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths = [jax.tree_util.keystr(path) for path, _ in with_paths]
+    leaves = [_parameter(path, x) for path, (_, x) in zip(paths, with_paths, strict=True)]
+    flat, args_tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    for path, x in flat:
+        if not isinstance(x, _SCALARS + _ARRAYS) or (
+            isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "OUSV"
+        ):
             raise ValueError(
-                f"the loss is one real number, found shape {list(jnp.shape(value))} and dtype {jnp.result_type(value)}"
+                f"{_name(path)} of the loss is of type {type(x).__name__}; arguments are pytrees of arrays and "
+                "Python numbers: bind anything else first, as in functools.partial(loss_fn, mode=...)"
             )
-        return value
+    # Python numbers stay what they are, as in jax.grad: a model may loop over them.
+    traced = [not isinstance(x, _SCALARS) for _, x in flat]
+    arguments = [_array(x) for (_, x), is_traced in zip(flat, traced, strict=True) if is_traced]
 
-    jaxpr = jax.make_jaxpr(flat)(arrays, flat_args)
-    program = _Program(jaxpr, arrays, flat_args, [jax.tree_util.keystr(p) for p in paths], [])
-    jax.eval_shape(lambda leaves: program.run(leaves, None)[0], arrays)
+    def loss(leaves, arguments):
+        moving = iter(arguments)
+        values = [next(moving) if is_traced else x for (_, x), is_traced in zip(flat, traced, strict=True)]
+        positional, named = jax.tree.unflatten(args_tree, values)
+        return _real_scalar(loss_fn(jax.tree.unflatten(treedef, leaves), *positional, **named))
+
+    jaxpr = jax.make_jaxpr(loss)(leaves, arguments)
+    program = _Program(jaxpr, leaves, arguments, paths, Recorder(reduce))
+    jax.eval_shape(lambda leaves, arguments: program.run(leaves, arguments, program.probe), leaves, arguments)
     return program
+
+
+def _parameter(path: str, x: Any) -> Any:
+    if not _is_array(x):
+        raise ValueError(
+            f"parameter {path} is of type {type(x).__name__}; parameters are arrays: split off the rest of the model "
+            "first (nnx.split, equinox.partition)"
+        )
+    x = _array(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise ValueError(f"parameter {path} has dtype {x.dtype}; store its real and imaginary part as two parameters")
+    return x
+
+
+def _name(path: tuple) -> str:
+    """``argument 1``, ``argument 1['x']`` or ``argument mode``, of a path in ``(args, kwargs)``."""
+    first = getattr(path[1], "idx", None)
+    # The parameters come before the arguments.
+    name = path[1].key if first is None else first + 1
+    return f"argument {name}{jax.tree_util.keystr(path[2:])}"
+
+
+def _real_scalar(value: Any) -> Any:
+    if not isinstance(value, _SCALARS + _ARRAYS):
+        raise ValueError(f"the loss returns one real number, found {type(value).__name__}: return the number alone")
+    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        shape = list(jnp.shape(value))
+        raise ValueError(f"the loss returns one real number, found shape {shape} and dtype {jnp.result_type(value)}")
+    return value
 
 
 def capture(loss_fn: Callable, reduce: Callable | None = None) -> Callable:
@@ -412,9 +171,8 @@ def capture(loss_fn: Callable, reduce: Callable | None = None) -> Callable:
         [("['w']", 'dense', (4, 3), (4, 2))]
     """
 
-    def run(params: Tree, *args: Any) -> tuple[Array, list[Tap]]:
-        program = _program(loss_fn, params, args)
-        value, taps, _ = _differentiate(program, reduce, with_gradients=False)
+    def run(params: Tree, *args: Any, **kwargs: Any) -> tuple[Array, list[Tap]]:
+        value, _, taps = _differentiate(_program(loss_fn, reduce, params, args, kwargs), with_gradients=False)
         return value, taps
 
     return run
@@ -431,51 +189,41 @@ def value_grad_and_taps(loss_fn: Callable) -> Callable:
         [[4.0, 4.0], [4.0, 4.0], [4.0, 4.0]]
     """
 
-    def run(params: Tree, *args: Any) -> tuple[Array, Tree, list[Tap]]:
-        program = _program(loss_fn, params, args)
-        value, taps, grads = _differentiate(program, None, with_gradients=True)
+    def run(params: Tree, *args: Any, **kwargs: Any) -> tuple[Array, Tree, list[Tap]]:
+        value, grads, taps = _differentiate(_program(loss_fn, None, params, args, kwargs), with_gradients=True)
         return value, jax.tree.unflatten(jax.tree.structure(params), grads), taps
 
     return run
 
 
-def _differentiate(program: _Program, reduce: Callable | None, with_gradients: bool):
-    specs = list(program.specs)
+def _differentiate(program: _Program, with_gradients: bool) -> tuple[Array, list, list[Tap]]:
+    probe = program.probe
+    moves = [with_gradients and jnp.issubdtype(x.dtype, jnp.floating) for x in program.leaves]
 
-    def zeros(spec):
-        if reduce is None:
-            return _Add(jnp.zeros(spec.output.shape, spec.output.dtype))
-        depth = len(spec.use.loops)
-        inner = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[depth:], x.dtype), (spec.inputs, spec.output))
-        lead = spec.output.shape[:depth]
-        found = jax.eval_shape(reduce, *inner)
-        return _Reduce(jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), found), reduce)
+    def loss(perturbations, moving):
+        following = iter(moving)
+        leaves = [next(following) if moved else x for x, moved in zip(program.leaves, moves, strict=True)]
+        recorder = probe.replay(perturbations)
+        return program.run(leaves, program.arguments, recorder), recorder.inputs
 
-    perturbations = [zeros(spec) for spec in specs]
-    inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in program.leaves]
-    free = [x for x, ok in zip(program.leaves, inexact, strict=True) if ok and with_gradients]
-
-    def loss(perturbations, free):
-        moving = iter(free)
-        leaves = [next(moving) if ok and with_gradients else x for x, ok in zip(program.leaves, inexact, strict=True)]
-        value, inputs = program.run(leaves, perturbations)
-        return value, inputs if reduce is None else None
-
-    value, pullback, inputs = jax.vjp(loss, perturbations, free, has_aux=True)
-    cotangents, free_grads = pullback(jnp.ones_like(value))
+    moving = [x for x, moved in zip(program.leaves, moves, strict=True) if moved]
+    value, pullback, inputs = jax.vjp(loss, [zero(spec) for spec in probe.specs], moving, has_aux=True)
+    found, moved_grads = pullback(jnp.ones_like(value))
     taps = []
-    for index, (spec, found) in enumerate(zip(specs, cotangents, strict=True)):
-        path = program.paths[spec.leaf]
-        if reduce is None:
-            taps.append(Tap(path, spec.use.kind, spec.leaf, spec.use, tuple(inputs[index]), found.zero))
+    for index, (spec, result) in enumerate(zip(probe.specs, found, strict=True)):
+        tap = Tap(program.paths[spec.leaf], spec.use.kind, spec.leaf, spec.use)
+        if probe.reduce is None:
+            taps.append(dataclasses.replace(tap, inputs=tuple(inputs[index]), cotangents=result))
         else:
-            taps.append(Tap(path, spec.use.kind, spec.leaf, spec.use, reduced=found.zero))
-    moving = iter(free_grads)
-    grads = [
-        (next(moving) if ok else _float0(x.shape)) if with_gradients else None
-        for x, ok in zip(program.leaves, inexact, strict=True)
-    ]
-    return value, taps, grads
+            taps.append(dataclasses.replace(tap, reduced=result))
+    following = iter(moved_grads)
+    grads = [next(following) if moved else _frozen(x) for x, moved in zip(program.leaves, moves, strict=True)]
+    return value, grads, taps
+
+
+def _frozen(x: Any) -> np.ndarray:
+    """What ``jax.grad(allow_int=True)`` gives for a leaf that is not a real number."""
+    return np.zeros(jnp.shape(x), jax.dtypes.float0)
 
 
 def gradients_from_taps(taps: list[Tap], params: Tree) -> Tree:
@@ -498,7 +246,7 @@ def gradients_from_taps(taps: list[Tap], params: Tree) -> Tree:
         True
     """
     leaves, treedef = jax.tree.flatten(params)
-    grads = [jnp.zeros_like(x) for x in leaves]
+    grads = [jnp.zeros_like(x) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else _frozen(x) for x in leaves]
     for tap in taps:
         if tap.cotangents is None:
             raise ValueError(f"the tap of {tap.path} was reduced; capture without reduce= to rebuild gradients")
@@ -511,10 +259,10 @@ def _gradient(use: Use, depth: int, inputs: tuple, cotangent: Array) -> Array:
     if depth < len(use.loops):
         inside = jax.vmap(functools.partial(_gradient, use, depth + 1))(inputs, cotangent)
         found = inside.sum(0).astype(inside.dtype) if use.loops[depth] == "shared" else inside
-    elif use.apply is None:
+    elif (apply := use.apply) is None:
         found = cotangent
     else:
-        _, pullback = jax.vjp(lambda w: use.apply(w, *inputs), jnp.zeros(use.operand.shape, use.operand.dtype))
+        _, pullback = jax.vjp(lambda w: apply(w, *inputs), zeros(use.operand))
         (found,) = pullback(cotangent)
     return use.segments[depth].transpose(found)
 
@@ -524,26 +272,38 @@ class Coverage:
     """How every parameter leaf was recognised; ``print`` it.
 
     Attributes:
-        rows: ``(path, shape, kinds)`` of each leaf, kinds a tuple of `Tap.kind` in program order, empty where the
-            loss does not use the leaf.
+        rows: ``(path, shape, kinds)`` of each leaf, kinds a tuple of `Tap.kind` in program order, empty where no
+            gradient of the loss reaches the leaf.
         lines: for every leaf the lines of the user's code, aligned with its kinds.
+        loops: for every leaf, aligned with its kinds, the loops that the use is in, outermost first, as
+            ``("stacked", 16)`` (16 layers) or ``("shared", 7)`` (the same numbers in 7 iterations).
     """
 
     rows: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...]
     lines: tuple[tuple[str, ...], ...]
+    loops: tuple[tuple[tuple[tuple[str, int], ...], ...], ...]
 
     def __str__(self) -> str:
         width = max([len(path) for path, _, _ in self.rows], default=4)
         shapes = max([len(str(list(shape))) for _, shape, _ in self.rows], default=5)
         lines = []
-        for (path, shape, kinds), where in zip(self.rows, self.lines, strict=True):
-            shown = ", ".join(f"{k} at {w}" if k == "generic" and w else k for k, w in zip(kinds, where, strict=True))
-            lines.append(f"{path:{width}}  {list(shape)!s:{shapes}}  {shown or 'not used by the loss'}")
+        for (path, shape, kinds), where, loops in zip(self.rows, self.lines, self.loops, strict=True):
+            shown = ", ".join(map(_shown, kinds, where, loops)) or "not used by the loss"
+            lines.append(f"{path:{width}}  {list(shape)!s:{shapes}}  {shown}")
         return "\n".join(lines)
 
 
-def coverage(loss_fn: Callable, params: Tree, *args: Any) -> Coverage:
+def _shown(kind: str, where: str, loops: tuple[tuple[str, int], ...]) -> str:
+    """``dense (16 stacked)``, ``generic at model.py:12``."""
+    place = f" at {where}" if kind == "generic" and where else ""
+    inside = f" ({', '.join(f'{length} {loop}' for loop, length in loops)})" if loops else ""
+    return kind + inside + place
+
+
+def coverage(loss_fn: Callable, params: Tree, *args: Any, **kwargs: Any) -> Coverage:
     """A table that says how `capture` recognises every parameter leaf; nothing is computed.
+
+    Parameters and arguments may be ``jax.ShapeDtypeStruct``s.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
@@ -553,10 +313,13 @@ def coverage(loss_fn: Callable, params: Tree, *args: Any) -> Coverage:
         ['c']  [1]     not used by the loss
         ['w']  [3, 2]  dense
     """
-    program = _program(loss_fn, params, args)
-    found: list[list[_Spec]] = [[s for s in program.specs if s.leaf == i] for i in range(len(program.leaves))]
+    program = _program(loss_fn, None, params, args, kwargs)
+    found: list[list[Spec]] = [[s for s in program.probe.specs if s.leaf == i] for i in range(len(program.leaves))]
     rows = tuple(
         (path, tuple(leaf.shape), tuple(s.use.kind for s in specs))
         for path, leaf, specs in zip(program.paths, program.leaves, found, strict=True)
     )
-    return Coverage(rows, tuple(tuple(s.use.where for s in specs) for specs in found))
+    lines = tuple(tuple(s.use.where for s in specs) for specs in found)
+    return Coverage(
+        rows, lines, tuple(tuple(tuple(zip(s.use.loops, s.lengths, strict=True)) for s in specs) for specs in found)
+    )

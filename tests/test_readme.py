@@ -3,7 +3,10 @@
 import pathlib
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 import fisher_jax as fj
 
@@ -13,15 +16,29 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_library_example_runs(shipped_model, monkeypatch):
     monkeypatch.setattr("fisher_jax.models.load", lambda: shipped_model)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
-    exec(code, names)
+    exec(code[0], names)
     importance = np.asarray(names["importance"])
     assert importance.shape == (shipped_model.config.vocab_size,)
     # The model can tell that a capital follows: the names of cities and countries matter more than most tokens.
     paris = shipped_model.tokenizer.encode(" Paris")
     assert importance[paris].mean() > np.quantile(importance, 0.99)
     assert fj.welford.weight(names["state"]) == names["tokens"].size - 1
+
+
+def test_the_training_example_runs():
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    params = {"kernel": jnp.zeros((2, 3))}
+    names = {
+        "fj": fj, "optax": optax, "params": params, "grads": params, "key": jax.random.key(0),
+        "apply_fn": lambda params, x: x @ params["kernel"],
+        "batch": fj.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 2, 2])),
+    }  # fmt: skip
+    first, second, *rest = code.splitlines()
+    exec("\n".join([first, second, "opt_state = tx.init(params)", *rest]), names)
+    assert names["fisher"]["kernel"].shape == (2, 3)
+    assert float(names["fisher"]["kernel"].min()) > 0
 
 
 def test_links_lead_somewhere():

@@ -62,5 +62,5 @@ def zeros(x: jax.ShapeDtypeStruct) -> Array:
 
 
 def _named(sharding: Any) -> NamedSharding | None:
-    """A sharding that is part of a type; ``None`` where it says nothing."""
-    return sharding if isinstance(sharding, NamedSharding) and any(p is not None for p in sharding.spec) else None
+    """A sharding that is part of a type; ``None`` without a mesh."""
+    return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None

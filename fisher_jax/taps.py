@@ -1,8 +1,8 @@
 """Capture: run a loss once, forward and backward, and hand back a tap for every use of every parameter.
 
-The loss is traced to a jaxpr. Every parameter leaf is followed through layout and dtype operations to where it meets
-data; there a zero perturbation is added to the result, and the loss is differentiated with respect to the
-perturbations. No parameter gradient is formed, and the model is not changed.
+The loss is traced to a jaxpr. Every parameter leaf is followed through layout and dtype operations to where it
+meets data (`fisher_jax.tracing`); there a perturbation is put beside the result, and the loss is differentiated
+with respect to the perturbations. No parameter gradient is formed, and the model and its value are not changed.
 """
 
 import dataclasses
@@ -143,25 +143,34 @@ def _real_scalar(value: Any) -> Any:
 def capture(loss_fn: Callable, reduce: Callable | None = None) -> Callable:
     """``capture(loss_fn)(params, *args) -> (value, taps)``: the loss, and a tap for every use of every parameter.
 
-    A use is ``y = op(w, x)``, linear in the parameter ``w`` (after pure layout and dtype operations) and in the data
-    ``x``. Its tap holds ``x`` and ``d loss / d y``; a parameter used twice has two taps. Recognised: ``dot_general``
-    (``dense``), ``gather`` (``embedding``), ``mul`` (``scale``), ``add`` (``bias``), convolution (``conv``); anything
-    else is ``generic``, with the gradient of the parameter at that place. Followed into ``jit``, ``checkpoint``
-    (which stays rematerialised) and ``scan``; in ``cond``, ``while``, ``shard_map`` and custom derivatives parameters
-    are generic.
+    A use is ``y = op(w, x)``, linear in the parameter ``w`` (after pure layout and dtype operations, and arithmetic
+    with numbers of the program: ``1 + w``, ``w / 2``, whose factor goes into the cotangent) and in the data
+    ``x``. Its tap holds ``x`` and ``d loss / d y``; a parameter used twice has two taps. Recognised:
+    ``dot_general`` (``dense``), ``gather`` of whole slices (``embedding``), ``mul`` (``scale``), ``add`` and
+    ``sub`` (``bias``), convolution (``conv``); anything else, and every function of parameters alone (weight
+    decay, weight normalisation, ``w + a b``), is ``generic``, with the gradient of the parameter at that place.
+    Followed into ``jit``, ``checkpoint`` (which stays rematerialised) and ``scan``; in ``cond``, ``while``,
+    ``shard_map``, custom derivatives and where Explicit mesh axes become Auto
+    (``.at[i].get(out_sharding=...)``) parameters are generic.
+
+    Leaves of integers, booleans and PRNG keys are frozen: no taps, and float0 zeros for gradients, as in
+    ``jax.grad(allow_int=True)``. A leaf that no gradient can reach (unused, ``stop_gradient``) has no taps; a
+    use whose result the loss ignores has a tap of zeros (also with ``reduce``, which is then not called).
 
     Args:
-        loss_fn: ``loss_fn(params, *args)`` returns one real number. Use a *sum* over tokens where cotangents are to
-            be per-token scores.
+        loss_fn: ``loss_fn(params, *args, **kwargs)`` returns one real number. Use a *sum* over tokens where
+            cotangents are to be per-token scores. Arguments are pytrees of arrays, traced as under ``jax.jit``; Python
+            numbers stay what they are.
         reduce: ``reduce(inputs, cotangents)`` returns a tree of floating arrays; it is formed inside the backward
             pass of each use, so that rematerialised and scanned layers never hold their activations together. It
-            sees one iteration of a loop at a time.
+            sees one iteration of a loop at a time, and may close over traced arrays.
 
     Returns:
         ``(value, taps)``: a list of `Tap`, in program order. Leading axes of a tap are loops, see `Use`.
 
     Raises:
-        ValueError: a loss that is not a real scalar.
+        ValueError: a loss that is not a real scalar, complex parameters, leaves that are no arrays, a reduction to
+            integers; each names the leaf or the argument.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
@@ -231,7 +240,7 @@ def gradients_from_taps(taps: list[Tap], params: Tree) -> Tree:
 
     Args:
         taps: from `capture` without ``reduce``.
-        params: the tree that was captured; a leaf that was never used gets zeros.
+        params: the tree that was captured; a leaf that was never used gets zeros, a frozen one float0 zeros.
 
     Raises:
         ValueError: taps that were reduced.

@@ -236,8 +236,10 @@ class Recorder:
             return output
         if self.reduce is None:
             self.inputs.append(inputs)
-            return _tapped(None, view.factor, output, (), next(self.perturbations))
-        return _tapped(self.reduce, view.factor, output, jax.lax.stop_gradient(inputs), next(self.perturbations))
+            return _tapped(None, view.factor, output, None, next(self.perturbations))
+        backward, constants = _Reduction.trace(self.reduce, inputs, output)
+        kept = jax.lax.stop_gradient((inputs, constants))
+        return _tapped(backward, view.factor, output, kept, next(self.perturbations))
 
     def generic(self, x: Any, eqn: Any) -> Any:
         """A parameter where no tap fits: its own perturbation, and plain data from here on."""
@@ -255,21 +257,39 @@ def _result(reduce: Callable, inputs: tuple, cotangent: jax.ShapeDtypeStruct) ->
     return result
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Reduction:
+    """``reduce`` as a function of all that it reads: a backward pass cannot close over traced arrays."""
+
+    jaxpr: Any
+    structure: Any
+
+    @classmethod
+    def trace(cls, reduce: Callable, inputs: tuple, cotangent: Array) -> tuple["_Reduction", list]:
+        closed, result = jax.make_jaxpr(reduce, return_shape=True)(inputs, cotangent)
+        return cls(closed.jaxpr, jax.tree.structure(result)), closed.consts
+
+    def __call__(self, kept: tuple, cotangent: Array) -> Tree:
+        inputs, constants = kept
+        outs = evaluate(self.jaxpr, constants, [*inputs, cotangent], Recorder(None))
+        return jax.tree.unflatten(self.structure, map(_plain, outs))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tapped(reduce, factor, output, inputs, perturbation):
+def _tapped(reduction, factor, output, kept, perturbation):
     """``output``; the gradient of ``perturbation`` is what is kept of this use, formed in the backward pass."""
-    del reduce, factor, inputs, perturbation
+    del reduction, factor, kept, perturbation
     return output
 
 
-def _tapped_forward(reduce, factor, output, inputs, perturbation):
-    del reduce, factor, perturbation
-    return output, inputs
+def _tapped_forward(reduction, factor, output, kept, perturbation):
+    del reduction, factor, perturbation
+    return output, kept
 
 
-def _tapped_backward(reduce, factor, inputs, cotangent):
+def _tapped_backward(reduction, factor, kept, cotangent):
     own = cotangent if factor == 1 else cotangent * jnp.asarray(factor, cotangent.dtype)
-    return cotangent, None, own if reduce is None else reduce(inputs, own)
+    return cotangent, None, own if reduction is None else reduction(kept, own)
 
 
 _tapped.defvjp(_tapped_forward, _tapped_backward)
@@ -323,8 +343,7 @@ def _meet(eqn: Any, values: list, recorder: Recorder) -> list:
         return [first.scaled(bind(eqn, [first.value])[0])]
     if name in _LAYOUT and len(values) == 1:
         outs = bind(eqn, [first.value])
-        # A parameter cast to integers has no gradient; a complex one is no longer a real parameter.
-        if all(jnp.issubdtype(x.dtype, jnp.floating) for x in outs):
+        if all(map(functools.partial(_stays_a_parameter, first.value), outs)):
             return [first.through(x, _Step(eqn, i)) for i, x in enumerate(outs)]
     factor = _factor(name, values)
     if factor is not None:
@@ -332,6 +351,16 @@ def _meet(eqn: Any, values: list, recorder: Recorder) -> list:
     if name in _USES and len(views) == 1 and _fits(eqn, views[0], values):
         return [_use(eqn, views[0], values, recorder)]
     return bind(eqn, [recorder.generic(v, eqn) for v in values])
+
+
+def _stays_a_parameter(before: Array, after: Array) -> bool:
+    """Whether a tap can follow a parameter through a layout operation.
+
+    Cast to integers it has no gradient; a complex one is no longer a real parameter. Where Explicit axes turn into
+    Auto ones (``x.at[i].get(out_sharding=...)`` does it inside) a perturbation from outside has another type.
+    """
+    same_mesh = jax.typeof(before).sharding.mesh == jax.typeof(after).sharding.mesh
+    return same_mesh and bool(jnp.issubdtype(after.dtype, jnp.floating))
 
 
 def _factor(name: str, values: list) -> float | None:

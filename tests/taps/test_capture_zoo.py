@@ -21,7 +21,7 @@ def float64():
 def keep(inputs, cotangents):
     """A reduction that sees everything: squares per row, and a number of each input."""
     return {
-        "rows": jnp.sum(cotangents.reshape(cotangents.shape[:1] + (-1,)) ** 2, axis=-1),
+        "rows": jnp.sum(cotangents.reshape((*cotangents.shape[:1], -1)) ** 2, axis=-1),
         "inputs": [jnp.sum(jnp.cos(x.astype(cotangents.dtype)) * 2) for x in inputs],
     }
 

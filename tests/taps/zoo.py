@@ -1,7 +1,7 @@
 """Losses of every shape that a model may have, with how each parameter is to be recognised.
 
-A case is made by a function without arguments that returns ``(loss, params, args, kinds)``; ``kinds`` maps the path of
-a leaf to the kinds of its uses. Shapes are as small as can be, and no two axes of a parameter are equal.
+A case is made by a function without arguments that returns ``(loss, params, args, kinds)``; ``kinds`` maps the path
+of a leaf to the kinds of its uses. Shapes are as small as can be, and no two axes of a parameter are equal.
 """
 
 import functools
@@ -142,7 +142,7 @@ def block_params(*lead):
     return {name: draw(*lead, *shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
 
 
-BLOCK = {"norm": ["scale"], **dict.fromkeys(["q", "k", "v", "o", "up", "down"], ["dense"])}
+BLOCK = {"norm": ["scale"], **{name: ["dense"] for name in ("q", "k", "v", "o", "up", "down")}}
 
 
 @case

@@ -159,8 +159,8 @@ def capture(loss_fn: Callable, reduce: Callable | None = None) -> Callable:
 
     Args:
         loss_fn: ``loss_fn(params, *args, **kwargs)`` returns one real number. Use a *sum* over tokens where
-            cotangents are to be per-token scores. Arguments are pytrees of arrays, traced as under ``jax.jit``; Python
-            numbers stay what they are.
+            cotangents are to be per-token scores. Arguments are pytrees of arrays, traced as under ``jax.jit``;
+            Python numbers stay what they are.
         reduce: ``reduce(inputs, cotangents)`` returns a tree of floating arrays; it is formed inside the backward
             pass of each use, so that rematerialised and scanned layers never hold their activations together. It
             sees one iteration of a loop at a time, and may close over traced arrays.

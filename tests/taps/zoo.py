@@ -312,7 +312,7 @@ def embedding_under_vmap():
 def functions_of_parameters_alone():
     def loss(p, x):
         kernel = p["v"] / jnp.sqrt(jnp.sum(p["v"] ** 2, axis=0)) * p["g"]
-        merged = p["w"] + p["a"] @ p["b"]
+        merged = p["w"] + p["a"] @ jnp.tanh(p["b"])
         return jnp.sum(jnp.tanh(x @ kernel) @ merged) + 0.1 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(p))
 
     params = {"v": draw(3, 4), "g": draw(4), "w": draw(4, 2), "a": draw(4, 1), "b": draw(1, 2)}

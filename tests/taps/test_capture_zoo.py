@@ -1,5 +1,6 @@
 """Taps rebuild the gradient of every parameter, whatever the model looks like (see ``zoo``)."""
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,7 +135,6 @@ def test_values_and_gradients_are_those_of_jax_to_the_bit():
 
 
 def test_equinox_modules():
-    equinox = pytest.importorskip("equinox")
     model = equinox.nn.MLP(3, 2, 4, depth=1, key=jax.random.key(0))
     params, static = equinox.partition(model, equinox.is_inexact_array)
 

@@ -7,17 +7,17 @@ __all__ = ["FisherEstimator"]
 
 
 class FisherEstimator(NamedTuple):
-    """Four pure functions, in the manner of an optax transformation.
+    """Pure functions, in the manner of an optax transformation.
 
     Attributes:
         init: ``init(params) -> state``.
         observe: ``observe(params, batch, key=None) -> Moments``, of one batch.
         update: ``update(state, params, batch, key=None) -> state``: observe and add.
         add: ``add(state, moments) -> state``. One observation can feed several states: ``observe`` once, then
-            ``fj.welford.add`` and ``fj.moving_average.add``.
+            ``fj.welford.add`` and ``fj.moving_average.add``. ``None`` where that cannot be.
     """
 
     init: Callable[[Any], Any]
     observe: Callable[..., Any]
     update: Callable[..., Any]
-    add: Callable[[Any, Any], Any]
+    add: Callable[[Any, Any], Any] | None = None

@@ -82,8 +82,11 @@ def track_fisher(estimator: FisherEstimator, every: int = 1) -> optax.GradientTr
             )
 
         def observe(fisher):
-            moments = estimator.observe(params, batch, key)
-            return estimator.add(fisher, moments if whole else _restrict(moments, given))
+            if whole:
+                return estimator.update(fisher, params, batch, key)
+            if estimator.add is None:
+                raise ValueError("an estimator without add= cannot measure a part of the parameters")
+            return estimator.add(fisher, _restrict(estimator.observe(params, batch, key), given))
 
         fisher = jax.lax.cond(state.step % every == 0, observe, lambda fisher: fisher, state.fisher)
         return updates, TrackFisherState(fisher, optax.safe_increment(state.step))

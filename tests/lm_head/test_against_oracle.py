@@ -148,17 +148,38 @@ def test_true_fisher_needs_no_targets():
     )
 
 
+@pytest.mark.parametrize("target", [0, 1])  # the confident prediction is the label, or it is not
 @pytest.mark.parametrize("group", ["row", "param"])
-def test_confident_predictions_do_not_cancel(group):
-    """Where ``p_y`` rounds to 1 in float32, ``1 - p_y`` is still right to rounding."""
+def test_confident_predictions_do_not_cancel(group, target):
+    """Where a probability rounds to 1 in float32, ``1 - p`` is still right to rounding."""
     head = np.array([[20.0], [3.0], [-4.0]])
-    hidden, targets = np.array([[1.0]]), np.array([0])
+    hidden, targets = np.array([[1.0]]), np.array([target])
     for kind in ("empirical", "true"):
         f = oracles.over_group(oracles.head_squared_scores(hidden, head, targets, kind), group)[0]
         found = fj.lm_head.moments(
             jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32), targets, groups=group, kind=kind
         )
         np.testing.assert_allclose(fj.welford.mean(found), f, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("group", "unit"), [("row", "token"), ("param", "token"), ("param", "sequence")])
+def test_every_product_asks_for_full_precision(group, unit):
+    """A CPU multiplies in float32 anyway; a GPU or TPU does not unless it is told."""
+
+    def products(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                yield eqn.params["precision"]
+            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from products(inner)
+
+    hidden, head, targets, _, _ = problem(1.0)
+    traced = jax.make_jaxpr(lambda h: fj.lm_head.moments(h, jnp.asarray(head), targets, groups=group, unit=unit).mean)
+    found = list(products(traced(jnp.asarray(hidden)).jaxpr))
+    assert len(found) >= 2
+    assert all(p is not None and set(p) == {jax.lax.Precision.HIGHEST} for p in found)
 
 
 def test_fourth_powers_of_small_probabilities_survive():

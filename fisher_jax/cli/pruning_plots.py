@@ -110,5 +110,7 @@ def _labels(axes: Axes, theme: Theme, shares: np.ndarray, lines: list[tuple[str,
         axes.annotate(
             _SHORT_NAMES[name], (share, value), xytext=(1.04, place), textcoords=("axes fraction", "data"),
             color=colour, fontsize=9, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0},
+            arrowprops={
+                "arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5),
+            },
         )  # fmt: skip

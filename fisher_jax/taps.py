@@ -12,135 +12,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from fisher_jax.jaxprs import zeros
-from fisher_jax.tracing import Recorder, Spec, Use, View, evaluate, zero
+from fisher_jax.program import Tap, differentiate, frozen, trace
+from fisher_jax.provenance import Spec, Use
 
 __all__ = ["Coverage", "Tap", "Use", "capture", "coverage", "gradients_from_taps", "value_grad_and_taps"]
 
 Tree = Any
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["inputs", "cotangents", "reduced"],
-    meta_fields=["path", "kind", "leaf", "use"],
-)
-@dataclasses.dataclass(frozen=True)
-class Tap:
-    """One use of one parameter leaf.
-
-    Attributes:
-        path: of the leaf, as ``jax.tree_util.keystr`` writes it.
-        kind: what the use is, see `Use`.
-        leaf: index of the leaf in ``jax.tree.leaves(params)``.
-        inputs: what the parameter met: a tuple of arrays (activations of a dense use, indices of an embedding).
-        cotangents: of the use's output; for ``generic`` of the parameter itself.
-        reduced: the result of ``reduce`` where one was given; ``inputs`` and ``cotangents`` are then ``None``.
-        use: the static facts.
-    """
-
-    path: str
-    kind: str
-    leaf: int
-    use: Use
-    inputs: tuple[Array, ...] | None = None
-    cotangents: Array | None = None
-    reduced: Tree = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    """A traced loss, ready to run with perturbations."""
-
-    jaxpr: Any
-    leaves: list
-    arguments: list
-    paths: list[str]
-    probe: Recorder
-
-    def run(self, leaves: list, arguments: list, recorder: Recorder) -> Array:
-        views = [View.of(x, i) if jnp.issubdtype(x.dtype, jnp.floating) else x for i, x in enumerate(leaves)]
-        (value,) = evaluate(self.jaxpr.jaxpr, self.jaxpr.consts, [*views, *arguments], recorder)
-        return jnp.asarray(recorder.generic(value, None))
-
-
-_SCALARS = (bool, int, float, complex)
-_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
-
-
-def _is_array(x: Any) -> bool:
-    if isinstance(x, np.ndarray | np.generic):
-        return x.dtype.kind not in "OUSMm"
-    return isinstance(x, _SCALARS + _ARRAYS)
-
-
-def _array(x: Any) -> Any:
-    return x if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else jnp.asarray(x)
-
-
-def _program(loss_fn: Callable, reduce: Callable | None, params: Tree, args: tuple, kwargs: dict) -> _Program:
-    """Trace the loss, and probe it for uses."""
-    with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    paths = [jax.tree_util.keystr(path) for path, _ in with_paths]
-    leaves = [_parameter(path, x) for path, (_, x) in zip(paths, with_paths, strict=True)]
-    flat, args_tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
-    for path, x in flat:
-        if not isinstance(x, _SCALARS + _ARRAYS) or (
-            isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "OUSV"
-        ):
-            raise ValueError(
-                f"{_name(path)} of the loss is of type {type(x).__name__}; arguments are pytrees of arrays and "
-                "Python numbers: bind anything else first, as in functools.partial(loss_fn, mode=...)"
-            )
-    # Python numbers stay what they are, as in jax.grad: a model may loop over them.
-    traced = [not isinstance(x, _SCALARS) for _, x in flat]
-    arguments = [_array(x) for (_, x), is_traced in zip(flat, traced, strict=True) if is_traced]
-
-    def loss(leaves, arguments):
-        moving = iter(arguments)
-        values = [next(moving) if is_traced else x for (_, x), is_traced in zip(flat, traced, strict=True)]
-        positional, named = jax.tree.unflatten(args_tree, values)
-        return _real_scalar(loss_fn(jax.tree.unflatten(treedef, leaves), *positional, **named))
-
-    jaxpr = jax.make_jaxpr(loss)(leaves, arguments)
-    program = _Program(jaxpr, leaves, arguments, paths, Recorder(reduce))
-    jax.eval_shape(lambda leaves, arguments: program.run(leaves, arguments, program.probe), leaves, arguments)
-    return program
-
-
-def _parameter(path: str, x: Any) -> Any:
-    if not _is_array(x):
-        raise ValueError(
-            f"parameter {path} is of type {type(x).__name__}; parameters are arrays: split off the rest of the model "
-            "first (nnx.split, equinox.partition)"
-        )
-    x = _array(x)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise ValueError(f"parameter {path} has dtype {x.dtype}; store its real and imaginary part as two parameters")
-    return x
-
-
-def _name(path: tuple) -> str:
-    """``argument 1``, ``argument 1['x']`` or ``argument mode``, of a path in ``(args, kwargs)``."""
-    first = getattr(path[1], "idx", None)
-    # The parameters come before the arguments.
-    name = path[1].key if first is None else first + 1
-    return f"argument {name}{jax.tree_util.keystr(path[2:])}"
-
-
-def _real_scalar(value: Any) -> Any:
-    if not isinstance(value, _SCALARS + _ARRAYS):
-        raise ValueError(f"the loss returns one real number, found {type(value).__name__}: return the number alone")
-    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        shape = list(jnp.shape(value))
-        raise ValueError(f"the loss returns one real number, found shape {shape} and dtype {jnp.result_type(value)}")
-    return value
-
-
-def capture(loss_fn: Callable, reduce: Callable | None = None) -> Callable:
+def capture(
+    loss_fn: Callable, reduce: Callable | None = None, *, reduce_tap: Callable[[Tap], Tree] | None = None
+) -> Callable:
     """``capture(loss_fn)(params, *args) -> (value, taps)``: the loss, and a tap for every use of every parameter.
 
     A use is ``y = op(w, x)``, linear in the parameter ``w`` (after pure layout and dtype operations, and arithmetic
@@ -164,13 +49,14 @@ def capture(loss_fn: Callable, reduce: Callable | None = None) -> Callable:
         reduce: ``reduce(inputs, cotangents)`` returns a tree of floating arrays; it is formed inside the backward
             pass of each use, so that rematerialised and scanned layers never hold their activations together. It
             sees one iteration of a loop at a time, and may close over traced arrays.
+        reduce_tap: the same as a function of the whole `Tap`, for statistics that depend on the leaf or the use.
 
     Returns:
         ``(value, taps)``: a list of `Tap`, in program order. Leading axes of a tap are loops, see `Use`.
 
     Raises:
         ValueError: a loss that is not a real scalar, complex parameters, leaves that are no arrays, a reduction to
-            integers; each names the leaf or the argument.
+            integers, each naming the leaf or the argument; both ways to reduce.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
@@ -179,16 +65,27 @@ def capture(loss_fn: Callable, reduce: Callable | None = None) -> Callable:
         >>> [(tap.path, tap.kind, tap.inputs[0].shape, tap.cotangents.shape) for tap in taps]
         [("['w']", 'dense', (4, 3), (4, 2))]
     """
+    kept = _reduction(reduce, reduce_tap)
 
     def run(params: Tree, *args: Any, **kwargs: Any) -> tuple[Array, list[Tap]]:
-        value, _, taps = _differentiate(_program(loss_fn, reduce, params, args, kwargs), with_gradients=False)
+        value, _, taps = differentiate(trace(loss_fn, params, args, kwargs, kept))
         return value, taps
 
     return run
 
 
-def value_grad_and_taps(loss_fn: Callable) -> Callable:
+def _reduction(reduce: Callable | None, reduce_tap: Callable[[Tap], Tree] | None) -> Callable[[Tap], Tree] | None:
+    if reduce is not None and reduce_tap is not None:
+        raise ValueError("reduce= and reduce_tap= are two forms of one argument: give one of them")
+    return reduce_tap if reduce is None else lambda tap: reduce(tap.inputs, tap.cotangents)
+
+
+def value_grad_and_taps(
+    loss_fn: Callable, reduce: Callable | None = None, *, reduce_tap: Callable[[Tap], Tree] | None = None
+) -> Callable:
     """``value_grad_and_taps(loss_fn)(params, *args) -> (value, grads, taps)``, from one forward and backward pass.
+
+    Args, taps and errors are those of `capture`; gradients those of ``jax.grad(allow_int=True)``.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
@@ -197,42 +94,13 @@ def value_grad_and_taps(loss_fn: Callable) -> Callable:
         >>> grads["w"].tolist()
         [[4.0, 4.0], [4.0, 4.0], [4.0, 4.0]]
     """
+    kept = _reduction(reduce, reduce_tap)
 
     def run(params: Tree, *args: Any, **kwargs: Any) -> tuple[Array, Tree, list[Tap]]:
-        value, grads, taps = _differentiate(_program(loss_fn, None, params, args, kwargs), with_gradients=True)
+        value, grads, taps = differentiate(trace(loss_fn, params, args, kwargs, kept), lambda leaf: True)
         return value, jax.tree.unflatten(jax.tree.structure(params), grads), taps
 
     return run
-
-
-def _differentiate(program: _Program, with_gradients: bool) -> tuple[Array, list, list[Tap]]:
-    probe = program.probe
-    moves = [with_gradients and jnp.issubdtype(x.dtype, jnp.floating) for x in program.leaves]
-
-    def loss(perturbations, moving):
-        following = iter(moving)
-        leaves = [next(following) if moved else x for x, moved in zip(program.leaves, moves, strict=True)]
-        recorder = probe.replay(perturbations)
-        return program.run(leaves, program.arguments, recorder), recorder.inputs
-
-    moving = [x for x, moved in zip(program.leaves, moves, strict=True) if moved]
-    value, pullback, inputs = jax.vjp(loss, [zero(spec) for spec in probe.specs], moving, has_aux=True)
-    found, moved_grads = pullback(jnp.ones_like(value))
-    taps = []
-    for index, (spec, result) in enumerate(zip(probe.specs, found, strict=True)):
-        tap = Tap(program.paths[spec.leaf], spec.use.kind, spec.leaf, spec.use)
-        if probe.reduce is None:
-            taps.append(dataclasses.replace(tap, inputs=tuple(inputs[index]), cotangents=result))
-        else:
-            taps.append(dataclasses.replace(tap, reduced=result))
-    following = iter(moved_grads)
-    grads = [next(following) if moved else _frozen(x) for x, moved in zip(program.leaves, moves, strict=True)]
-    return value, grads, taps
-
-
-def _frozen(x: Any) -> np.ndarray:
-    """What ``jax.grad(allow_int=True)`` gives for a leaf that is not a real number."""
-    return np.zeros(jnp.shape(x), jax.dtypes.float0)
 
 
 def gradients_from_taps(taps: list[Tap], params: Tree) -> Tree:
@@ -255,7 +123,7 @@ def gradients_from_taps(taps: list[Tap], params: Tree) -> Tree:
         True
     """
     leaves, treedef = jax.tree.flatten(params)
-    grads = [jnp.zeros_like(x) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else _frozen(x) for x in leaves]
+    grads = [jnp.zeros_like(x) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else frozen(x) for x in leaves]
     for tap in taps:
         if tap.cotangents is None:
             raise ValueError(f"the tap of {tap.path} was reduced; capture without reduce= to rebuild gradients")
@@ -322,7 +190,7 @@ def coverage(loss_fn: Callable, params: Tree, *args: Any, **kwargs: Any) -> Cove
         ['c']  [1]     not used by the loss
         ['w']  [3, 2]  dense
     """
-    program = _program(loss_fn, None, params, args, kwargs)
+    program = trace(loss_fn, params, args, kwargs)
     found: list[list[Spec]] = [[s for s in program.probe.specs if s.leaf == i] for i in range(len(program.leaves))]
     rows = tuple(
         (path, tuple(leaf.shape), tuple(s.use.kind for s in specs))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -71,6 +71,8 @@ class Use:
         roles: what each axis of the operand is: ``row`` (output unit), ``column`` (input), ``both`` (scales, and
             axes that a product keeps apart), ``window`` (of a convolution), ``grouped`` (inputs of one group of a
             grouped convolution); empty for generic.
+        index, options: which operand of the operation the parameter is, and the operation's own options (a
+            ``dot_general``'s ``dimension_numbers``).
         signature: of the operation, for comparison.
     """
 
@@ -82,6 +84,8 @@ class Use:
     operand: jax.ShapeDtypeStruct
     apply: Callable | None
     roles: tuple[str, ...] = ()
+    index: int = 0
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     signature: tuple = ()
 
     def _key(self):

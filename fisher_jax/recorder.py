@@ -84,7 +84,8 @@ def _facts(view: View, kind: str, eqn: Any, index: int, apply: Callable | None) 
     operand, chain = abstract(view.value), (view.segments, view.loops)
     if apply is None:
         return Use(kind, name, where, *chain, operand, None)
-    return Use(kind, name, where, *chain, operand, apply, _roles(eqn, kind, index), (index, *signature(eqn)))
+    roles, key = _roles(eqn, kind, index), (index, *signature(eqn))
+    return Use(kind, name, where, *chain, operand, apply, roles, index, eqn.params, key)
 
 
 def _roles(eqn: Any, kind: str, index: int) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fisher_jax import checkpoint, groups, lm_head, moving_average, welford
+    from fisher_jax import checkpoint, groups, lm_head, moving_average, operators, welford
     from fisher_jax.batch import Batch, next_token_batch
     from fisher_jax.diagonal import group_fisher
     from fisher_jax.errors import InputError, RejectedBatchError
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fisher_jax.tracking import track_fisher
 
 # Where each public name lives. Loaded on first use, so that the command line answers before jax is imported.
-_MODULES = ("checkpoint", "groups", "lm_head", "moving_average", "welford")
+_MODULES = ("checkpoint", "groups", "lm_head", "moving_average", "operators", "welford")
 _NAMES = {
     "Batch": "batch",
     "FisherEstimator": "estimator",
@@ -57,6 +57,7 @@ __all__ = [
     "lm_head",
     "moving_average",
     "next_token_batch",
+    "operators",
     "track_fisher",
     "value_grad_and_taps",
     "welford",

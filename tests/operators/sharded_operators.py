@@ -1,0 +1,103 @@
+"""Run in a process of its own with eight virtual devices; writes one JSON object of findings to standard output."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import fisher_jax as fj
+
+MESHES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+OPTIONS = {"plain": {}, "micro-batches": {"microbatch_size": 4}, "kept": {"keep_linearization": True}}
+CASES = [
+    ("ggn", "plain"), ("ggn", "micro-batches"), ("ggn", "kept"), ("empirical_fisher", "plain"), ("hessian", "plain"),
+    ("hessian", "micro-batches"),
+]  # fmt: skip
+SPECS = {
+    "embed": P(None, "model"), "layers": {"up": P(None, None, "model"), "down": P(None, "model", None)}, "scale": P(),
+}  # fmt: skip
+
+
+def problem():
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape) * 0.3, jnp.float32)
+
+    params = {"embed": draw(8, 4), "layers": {"up": draw(2, 4, 8), "down": draw(2, 8, 4)}, "scale": draw(4)}
+    tokens, weights = rng.integers(0, 8, (8, 3)), (rng.integers(0, 3, (8, 3)) * 0.5).astype(np.float32)
+    return params, jnp.asarray(tokens, jnp.int32), jnp.asarray(weights)
+
+
+def model(place):
+    """Places of results that Explicit axes ask for are given by ``place``."""
+
+    def apply_fn(p, tokens):
+        x = place(p["embed"], P()).at[tokens].get(out_sharding=place(None, P("data")))
+
+        def layer(x, w):
+            hidden = jnp.einsum("bsd,df->bsf", x, w["up"], out_sharding=place(None, P("data", None, "model")))
+            down = jnp.einsum("bsf,fd->bsd", jnp.tanh(hidden), w["down"], out_sharding=place(None, P("data")))
+            return x + down, None
+
+        x = jax.lax.scan(layer, x, p["layers"])[0] * (1 + p["scale"])
+        return jnp.einsum("bsd,vd->bsv", x, place(p["embed"], P()), out_sharding=place(None, P("data")))
+
+    return apply_fn
+
+
+def products(apply_fn, params, tokens, weights, kind, options, lay=lambda x: x):
+    batch = fj.Batch(tokens, jnp.roll(tokens, -1, 1), weights)
+    matvec = getattr(fj.operators, kind)(apply_fn, fj.categorical, params, batch, **options)
+    return jax.jit(lambda matvec, v: matvec(v))(matvec, jax.tree.map(lambda x: lay(jnp.cos(x)), params))
+
+
+def distance(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.max(np.abs(np.asarray(x) - np.asarray(y))) / np.abs(np.asarray(y)).max()) for x, y in pairs)
+
+
+def on_mesh(kind, wanted, name, options):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+
+    def place(x, spec):
+        if kind == AxisType.Auto:
+            return x
+        return spec if x is None else jax.reshard(x, spec)
+
+    params, tokens, weights = problem()
+    params = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), params, SPECS)
+    tokens, weights = (jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (tokens, weights))
+    with jax.set_mesh(mesh):
+        # With automatic axes the vector may lie anywhere; its place must not become that of the product.
+        lay = (lambda x: jax.device_put(x, NamedSharding(mesh, P()))) if kind == AxisType.Auto else lambda x: x
+        found = products(model(place), params, tokens, weights, name, options, lay)
+    leaves = zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True)
+    placed = all(x.sharding.is_equivalent_to(p.sharding, p.ndim) for x, p in leaves)
+    return {"error": distance(found, wanted), "placed": placed}
+
+
+def attempt(function, *arguments):
+    try:
+        return function(*arguments)
+    except Exception as error:  # a finding like any other: the test that reads it fails with these words
+        return {"failed": f"{type(error).__name__}: {error}"[:1500]}
+
+
+def main():
+    assert jax.device_count() == 8
+    found = {}
+    wanted = {name: products(model(lambda x, spec: x), *problem(), name, {}) for name in {name for name, _ in CASES}}
+    for name, option in CASES:
+        for mesh, kind in MESHES.items():
+            key = f"{mesh} {name} {option}"
+            found[key] = attempt(on_mesh, kind, wanted[name], name, OPTIONS[option])
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Factors of a Kronecker block, each in a form whose damped inverse is cheap.
+
+A block is a matrix ``M [out, in]``; its curvature is ``M -> G M A`` with ``G [out, out]`` (second moment of output
+gradients) and ``A [in, in]`` (second moment of inputs). Each of the two is one of the forms below.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+__all__ = [
+    "Diagonal",
+    "Eigen",
+    "Factor",
+    "LowRank",
+    "diagonal",
+    "eigen",
+    "low_rank",
+    "product",
+    "subsample",
+    "trace",
+    "wide",
+]
+
+
+class Eigen(NamedTuple):
+    """``vectors diag(values) vectors^T``.
+
+    Attributes:
+        values: ``[n]``, not negative, ascending.
+        vectors: ``[n, n]``, orthonormal columns.
+    """
+
+    values: Array
+    vectors: Array
+
+
+class Diagonal(NamedTuple):
+    """``diag(values)``: the input factor of an embedding, whose inputs are one-hot.
+
+    Attributes:
+        values: ``[n]``, not negative; frequencies of the tokens.
+    """
+
+    values: Array
+
+
+class LowRank(NamedTuple):
+    """``columns columns^T``, never formed; ``columns^T columns = vectors diag(values) vectors^T``.
+
+    Attributes:
+        columns: ``U [n, T]``, float32 or bfloat16.
+        values: ``s [T]``, not negative, ascending.
+        vectors: ``Q [T, T]``, orthonormal columns.
+    """
+
+    columns: Array
+    values: Array
+    vectors: Array
+
+
+Factor = Eigen | Diagonal | LowRank
+
+
+def wide(x: Any) -> Array:
+    """At least float32."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def product(a: Array, b: Array) -> Array:
+    """``a @ b`` in full precision, at least float32."""
+    return jnp.matmul(wide(a), wide(b), precision=jax.lax.Precision.HIGHEST)
+
+
+def eigen(matrix: Float[Array, "n n"]) -> Eigen:
+    """Eigendecomposition of a positive semi-definite matrix; eigenvalues below zero are rounding, and zero."""
+    values, vectors = jnp.linalg.eigh(wide(matrix))
+    return Eigen(jnp.maximum(values, 0), vectors)
+
+
+def diagonal(values: Float[Array, " n"]) -> Diagonal:
+    """A diagonal factor."""
+    return Diagonal(wide(values))
+
+
+def low_rank(columns: Float[Array, "n T"], storage: Any = None) -> LowRank:
+    """``U U^T`` from ``U``, with the eigendecomposition of the Gram matrix ``U^T U``.
+
+    ``storage=jnp.bfloat16`` halves the memory: each entry of ``U`` then has a relative error of up to ``2**-8``, and
+    ``U U^T`` of the rounded ``U`` is what is inverted, exactly.
+    """
+    columns = wide(columns) if storage is None else jnp.asarray(columns).astype(storage)
+    values, vectors = eigen(product(columns.T, columns))
+    return LowRank(columns, values, vectors)
+
+
+def subsample(columns: Float[Array, "n T"], cap: int, offsets: Float[Array, " cap"]) -> Float[Array, "n cap"]:
+    """At most ``cap`` columns ``V`` with ``E[V V^T] = U U^T``.
+
+    The ``N`` columns that are not zero, in order, are cut into ``cap`` strata of length ``N / cap``; from each one
+    column is taken, at the place ``offsets`` (uniform in [0, 1)) says, and scaled by ``sqrt(N / cap)``. With
+    ``N <= cap`` all are kept as they are.
+    """
+    if columns.shape[1] <= cap:
+        return columns
+    alive = jnp.any(columns != 0, axis=0)
+    order, number = jnp.argsort(~alive, stable=True), jnp.sum(alive)
+    place = (jnp.arange(cap) + offsets) * (number / cap)
+    index = jnp.where(number <= cap, jnp.arange(cap), jnp.minimum(place.astype(jnp.int32), number - 1))
+    scale = jnp.where(number <= cap, 1, jnp.sqrt(number / cap))
+    return columns[:, order[index]] * scale.astype(columns.dtype)
+
+
+def trace(factor: Factor) -> Array:
+    """Sum of the eigenvalues."""
+    return jnp.sum(factor.values)
+
+
+def size(factor: Factor) -> int:
+    """``n`` of the ``[n, n]`` matrix."""
+    return factor.columns.shape[0] if isinstance(factor, LowRank) else factor.values.shape[0]
+
+
+def is_complete(factor: Factor) -> bool:
+    """Whether the basis of the factor spans the whole space."""
+    return not isinstance(factor, LowRank)
+
+
+def to_basis(factor: Factor, M: Float[Array, "n k"]) -> Array:
+    """``B^T M`` with ``B`` the eigenvectors, not normalised (``U Q``) for a low-rank factor."""
+    if isinstance(factor, Diagonal):
+        return wide(M)
+    if isinstance(factor, Eigen):
+        return product(factor.vectors.T, M)
+    return product(factor.vectors.T, product(factor.columns.T, M))
+
+
+def from_basis(factor: Factor, C: Float[Array, "r k"]) -> Array:
+    """``B C``."""
+    if isinstance(factor, Diagonal):
+        return C
+    if isinstance(factor, Eigen):
+        return product(factor.vectors, C)
+    return product(factor.columns, product(factor.vectors, C))

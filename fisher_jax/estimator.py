@@ -15,9 +15,11 @@ class FisherEstimator(NamedTuple):
         update: ``update(state, params, batch, key=None) -> state``: observe and add.
         add: ``add(state, moments) -> state``. One observation can feed several states: ``observe`` once, then
             ``fj.welford.add`` and ``fj.moving_average.add``. ``None`` where that cannot be.
+        group_sizes: ``group_sizes(params) -> tree`` like the statistic: how many parameters each group has.
     """
 
     init: Callable[[Any], Any]
     observe: Callable[..., Any]
     update: Callable[..., Any]
     add: Callable[[Any, Any], Any] | None = None
+    group_sizes: Callable[[Any], Any] | None = None

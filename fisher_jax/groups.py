@@ -1,8 +1,9 @@
 """Groups of parameters: over which axes of a kernel squared scores are summed."""
 
 import dataclasses
+import re
 
-__all__ = ["Group", "column", "param", "resolve", "row", "tensor"]
+__all__ = ["Group", "Heads", "column", "head", "param", "resolve", "row", "tensor"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +22,94 @@ class Group:
 param = Group("param")
 """Every entry is its own group."""
 row = Group("row")
-"""One group per output unit; for ``lm_head`` one per vocabulary token."""
+"""One group per output unit, whatever the axis order of the kernel; for an embedding and ``lm_head`` one per
+vocabulary token; every entry of a bias or scale is its own."""
 column = Group("column")
-"""One group per input feature."""
+"""One group per input feature; for an embedding one per feature of its vectors. A bias is one column, every entry of
+a scale its own."""
 tensor = Group("tensor")
-"""The whole kernel is one group."""
+"""The whole kernel is one group; of a stack of layers, the kernel of each layer."""
 
 _ALL = {group.name: group for group in (param, row, column, tensor)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads(Group):
+    """Attention heads, see `head`."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int | None
+    query: str
+    key: str
+    value: str
+    output: str
+    fused: str
+    fused_layout: str | None
+
+    def part_of(self, path: str) -> str | None:
+        """``query``, ``key``, ``value``, ``output`` or ``fused``, by the last name that tells; otherwise ``None``.
+
+        Args:
+            path: names joined by ``/``.
+        """
+        last: dict[int, str] = {}
+        for part in ("query", "key", "value", "output", "fused"):
+            for match in re.finditer(f"(?:^|/)(?:{getattr(self, part)})(?=/|$)", path):
+                last[match.end()] = part
+        return last[max(last)] if last else None
+
+
+def head(
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    *,
+    query: str = "q|query|q_proj|query_proj|wq|to_q",
+    key: str = "k|key|k_proj|key_proj|wk|to_k",
+    value: str = "v|value|v_proj|value_proj|wv|to_v",
+    output: str = "o|out|o_proj|out_proj|output|wo|to_out",
+    fused: str = "qkv|qkv_proj|c_attn|query_key_value|in_proj",
+    fused_layout: str | None = None,
+) -> Heads:
+    """One group per attention head: rows of the query, key and value kernels, columns of the output kernel.
+
+    Sums are ``[num_heads]`` for query and output and ``[num_kv_heads]`` for key and value, after the axes of stacked
+    layers. Biases of query, key and value belong to the heads; every other parameter, the output bias too, is one
+    group, as in ``tensor``.
+
+    Args:
+        num_heads: query heads.
+        num_kv_heads: key and value heads (grouped-query attention); ``None``: as many as query heads.
+        head_dim: size of a head; ``None``: what all kernels agree on, units / heads.
+        query, key, value, output: regular expressions for whole names of a path like ``layers/attention/q/kernel``;
+            the last name that matches counts, and ``attention/(o|out)`` asks for two names in a row.
+        fused: the same for a kernel that holds query, key and value together.
+        fused_layout: how it holds them along its output units: ``"q k v"``, all queries, then all keys, then all
+            values; ``"heads"``, for every key-value head its queries, its key and its value. There is no default:
+            both are in use.
+
+    Raises:
+        ValueError: numbers of heads that are not positive or do not divide, an unknown layout.
+
+    Example:
+        >>> import fisher_jax as fj
+        >>> fj.groups.head(9, 3).part_of("layers/attention/k/kernel")
+        'key'
+    """
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads is a positive multiple of num_kv_heads, found num_heads={num_heads}, "
+            f"num_kv_heads={num_kv_heads}"
+        )
+    if head_dim is not None and head_dim < 1:
+        raise ValueError(f"head_dim is positive, found {head_dim}")
+    if fused_layout not in (None, "q k v", "heads"):
+        raise ValueError(f"fused_layout is 'q k v' or 'heads', found {fused_layout!r}")
+    return Heads(
+        "head", num_heads, num_kv_heads, head_dim, query, key, value, output, fused, fused_layout
+    )  # fmt: skip
 
 
 def resolve(group: "Group | str") -> Group:

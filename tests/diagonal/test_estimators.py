@@ -234,7 +234,7 @@ def test_groups_are_sums_of_squares():
         ({"estimator": "hutchinson"}, "estimator is one of exact, sequence, signs, sampled"),
         ({"kind": "joint"}, "kind is 'empirical' or 'true'"),
         ({"estimator": "sampled", "kind": "empirical"}, "kind is 'true'"),
-        ({"estimator": "signs", "unit": "token"}, "observes by batch, not by 'token'"),
+        ({"estimator": "signs", "unit": "token"}, "observes by batch or sequence or document, not by 'token'"),
         ({"num_samples": 0}, "at least 1"),
         ({"temperature": 2.0}, "needs sampled labels"),
         ({"temperature": -1.0}, "temperature is positive"),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -60,24 +60,30 @@ def groupings(
         average: divide by the number of entries in a group.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    chosen = [_choose(groups, path, x) for path, x in leaves]
-    oriented = [isinstance(c, Group) and c.name != "param" for c in chosen]
-    if any(oriented) and specs is None:
-        name = next(c.name for c, o in zip(chosen, oriented, strict=True) if o)
+    several = isinstance(groups, Mapping)
+    named = dict(groups) if several else {"": groups}
+    chosen = [{k: _choose(g, path, x) for k, g in named.items()} for path, x in leaves]
+    oriented = [c.name for choice in chosen for c in choice.values() if isinstance(c, Group) and c.name != "param"]
+    if oriented and specs is None:
+        name = oriented[0]
         raise ValueError(
             f"groups={name!r} needs example=, a batch of arrays or jax.ShapeDtypeStructs: it is traced to find the "
             "orientation of every kernel; without it only fj.groups.param works"
         )
-    found = specs() if specs is not None and any(oriented) else []
+    found = specs() if specs is not None and oriented else []
     result: list[Grouping | None] = []
+    heads: list[tuple[int, str]] = []
     for i, ((path, x), choice) in enumerate(zip(leaves, chosen, strict=True)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             result.append(None)
             continue
-        one = _leaf(jax.tree_util.keystr(path), _slashed(path), x, choice, [s for s in found if s.leaf == i])
-        result.append(_averaged(one, x) if average else one)
-    if isinstance(groups, Heads):
-        _check_heads(groups, leaves, result)
+        names = jax.tree_util.keystr(path), _slashed(path)
+        own = {k: _leaf(*names, x, c, [s for s in found if s.leaf == i]) for k, c in choice.items()}
+        own = {k: _averaged(one, x) if average else one for k, one in own.items()}
+        heads += [(one.head_dim, one.path) for one in own.values() if one.head_dim]
+        result.append(_several(names[0], own) if several else own[""])
+    if any(isinstance(c, Heads) for choice in chosen for c in choice.values()):
+        _check_heads(dict(heads), leaves)
     return result
 
 
@@ -188,8 +194,23 @@ def _heads(path: str, slashed: str, x: Any, heads: Heads, roles: Roles) -> Group
     return Grouping(path, keep, finish, "column" if part == "output" else "row", head_dim)
 
 
-def _check_heads(heads: Heads, leaves: list, found: list[Grouping | None]) -> None:
-    sizes = {one.head_dim: one.path for one in found if one is not None and one.head_dim is not None}
+def _several(path: str, parts: dict[str, Grouping]) -> Grouping:
+    """Several groups of one leaf, as a dict; from the sums of the finest where the others are coarser."""
+    finest = max(parts.values(), key=lambda one: -1 if one.keep is None else len(one.keep))
+    if finest.keep is None or any(p.keep is None or not set(p.keep) <= set(finest.keep) for p in parts.values()):
+        return Grouping(path, None, lambda squares: {name: one(squares) for name, one in parts.items()})
+    kept = finest.keep
+
+    def finish(sums: Array) -> Tree:
+        return {
+            name: one.finish(jnp.sum(sums, tuple(i for i, axis in enumerate(kept) if axis not in (one.keep or ()))))
+            for name, one in parts.items()
+        }
+
+    return Grouping(path, kept, finish, finest.side)
+
+
+def _check_heads(sizes: dict[int, str], leaves: list) -> None:
     if len(sizes) > 1:
         told = " and ".join(f"{path} of size {size}" for size, path in sizes.items())
         raise ValueError(f"attention kernels have heads of one size, found {told}: give head_dim= or name patterns")

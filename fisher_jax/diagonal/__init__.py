@@ -37,6 +37,7 @@ def group_fisher(
     *,
     example: Batch | None = None,
     groups: Any = groups_room.param,
+    combine: Callable[[Any], Any] | None = None,
     average: bool = False,
     estimator: str = "signs",
     kind: str | None = None,
@@ -68,7 +69,9 @@ def group_fisher(
             groups but ``param`` need.
         groups: ``fj.groups.param``, ``.row``, ``.column``, ``.tensor``, ``.head(...)``, or a function
             ``(path, shape) -> group or reduction``; a reduction is a function of the squares of this leaf, which it
-            sums, to an array or a tree.
+            sums, to an array or a tree. A dict of such gives every leaf a dict of statistics.
+        combine: a linear function of one observation's tree of sums, applied before it is accumulated: for statistics
+            over several parameters, such as totals of layers, with intervals of their own.
         average: divide each sum by the size of its group, which ``estimator.group_sizes(params)`` tells.
         estimator: see above.
         kind: ``"empirical"`` (labels of the batch) or ``"true"`` (labels from the model). ``None``: empirical, and
@@ -118,7 +121,7 @@ def group_fisher(
     def problem(params: Tree) -> Problem:
         found = grouped(params, average)
         return Problem(
-            apply_fn, likelihood, found, estimator, kind, unit, num_samples, temperature, chunk_size
+            apply_fn, likelihood, found, combine, estimator, kind, unit, num_samples, temperature, chunk_size
         )  # fmt: skip
 
     def init(params: Tree):

@@ -11,7 +11,16 @@ from fisher_jax import moments as moments_room
 from fisher_jax import program, rejection
 from fisher_jax.batch import Batch
 from fisher_jax.diagonal import gram
-from fisher_jax.diagonal.problem import Problem, Tokens, signed_total, split, tokens_of, unit_ids, zeros_like
+from fisher_jax.diagonal.problem import (
+    Problem,
+    Tokens,
+    signed_total,
+    split,
+    square,
+    tokens_of,
+    unit_ids,
+    zeros_like,
+)
 from fisher_jax.moments import Moments
 
 __all__ = ["by_row"]
@@ -67,7 +76,7 @@ class _Plan(NamedTuple):
 
 def _squares(problem: Problem, free: Tree, loss: Callable, row: Tree, key: Array) -> tuple[Callable, _Plan]:
     """``squares(row, key) -> (groups of squared gradients, whether the loss is finite)``, and the plan."""
-    groupings = [one for one in problem.groupings if one is not None]
+    groupings = problem.free
     treedef = jax.tree.structure(free)
     plan = _plan(groupings, free, program.trace(loss, free, (row, key), {}).probe.specs)
 
@@ -78,16 +87,11 @@ def _squares(problem: Problem, free: Tree, loss: Callable, row: Tree, key: Array
         value, grads, taps = program.differentiate(traced, lambda leaf: leaf not in plan.at_use)
         reduced = {tap.leaf: tap.reduced for tap in taps}
         found = [
-            one.finish(reduced[i]) if i in plan.at_use else one(_wide(grads[i]) ** 2)
-            for i, one in enumerate(groupings)
+            one.finish(reduced[i]) if i in plan.at_use else one(square(grads[i])) for i, one in enumerate(groupings)
         ]
-        return jax.tree.unflatten(treedef, found), jnp.isfinite(value)
+        return problem.joined(treedef, found), jnp.isfinite(value)
 
     return squares, plan
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _plan(groupings: list, free: Tree, specs: list) -> _Plan:

@@ -20,6 +20,7 @@ __all__ = [
     "log_probs",
     "signed_total",
     "split",
+    "square",
     "tokens_of",
     "unit_ids",
     "zeros_like",
@@ -34,6 +35,7 @@ class Problem(NamedTuple):
     apply_fn: Callable
     likelihood: Likelihood
     groupings: list[Grouping | None]  # of every leaf
+    combine: Callable[[Tree], Tree] | None
     estimator: str
     kind: str
     unit: str
@@ -53,11 +55,21 @@ class Problem(NamedTuple):
     def reduce(self, gradients: Tree) -> Tree:
         """Squares of gradients, in at least float32, to groups; ``gradients`` has ``None`` at frozen leaves."""
         leaves, treedef = jax.tree.flatten(gradients)
-        free = [one for one in self.groupings if one is not None]
-        return jax.tree.unflatten(treedef, [one(_square(x)) for one, x in zip(free, leaves, strict=True)])
+        return self.joined(treedef, [one(square(x)) for one, x in zip(self.free, leaves, strict=True)])
+
+    @property
+    def free(self) -> list[Grouping]:
+        """Groupings of the leaves that have gradients."""
+        return [one for one in self.groupings if one is not None]
+
+    def joined(self, treedef: Any, sums: list) -> Tree:
+        """The statistic of one observation, of the sums of every leaf."""
+        found = jax.tree.unflatten(treedef, sums)
+        return found if self.combine is None else self.combine(found)
 
 
-def _square(x: Array) -> Array:
+def square(x: Array) -> Array:
+    """In at least float32."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)) ** 2
 
 

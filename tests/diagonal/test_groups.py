@@ -272,3 +272,25 @@ def test_a_grouped_convolution_has_rows_and_no_columns():
     assert fj.group_fisher(model, groups="row", example=batch).init(params).mean["w"].shape == (2, 6)
     with pytest.raises(ValueError, match="grouped convolution"):
         fj.group_fisher(model, groups="column", example=batch).init(params)
+
+
+def test_several_groups_and_totals_of_layers_in_one_pass():
+    params, batch = problem()
+    groups = {"head": fj.groups.head(N), "tensor": fj.groups.tensor, "column": fj.groups.column}
+
+    def combine(found):
+        layers = found["layers"]
+        return {"layers": sum(x["tensor"] for x in layers.values()), "q": layers["q"], "up": layers["up"]}
+
+    with jax.enable_x64(True):
+        fisher = fj.group_fisher(apply_fn, estimator="sequence", groups=groups, combine=combine, example=batch)
+        state = jax.jit(fisher.update)(fisher.init(params), params, batch)
+        found, entries = fj.welford.mean(state), by_entry("sequence", None)["layers"]
+        totals = sum(np.asarray(x).reshape(L, -1).sum(1) for x in entries.values())
+        np.testing.assert_allclose(found["layers"], totals, rtol=1e-10)
+        q, up = np.asarray(entries["q"]), np.asarray(entries["up"])
+        np.testing.assert_allclose(found["q"]["head"], q.sum((1, 3)), rtol=1e-10)
+        np.testing.assert_allclose(found["q"]["tensor"], q.sum((1, 2, 3)), rtol=1e-10)
+        np.testing.assert_allclose(found["q"]["column"], q.sum((2, 3)), rtol=1e-10)
+        np.testing.assert_allclose(found["up"]["head"], up.sum((1, 2)), rtol=1e-10)
+        assert fj.welford.standard_error(state)["layers"].shape == (L,)

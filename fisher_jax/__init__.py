@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fisher_jax.diagonal import group_fisher
     from fisher_jax.errors import InputError, RejectedBatchError
     from fisher_jax.estimator import FisherEstimator
+    from fisher_jax.kronecker.curvature import kfac_factors, precondition
     from fisher_jax.likelihoods import Likelihood, bernoulli, categorical, gaussian
     from fisher_jax.moving_average import ema
     from fisher_jax.rejection import check
@@ -32,7 +33,9 @@ _NAMES = {
     "gaussian": "likelihoods",
     "gradients_from_taps": "taps",
     "group_fisher": "diagonal",
+    "kfac_factors": "kronecker.curvature",
     "next_token_batch": "batch",
+    "precondition": "kronecker.curvature",
     "track_fisher": "tracking",
     "value_grad_and_taps": "taps",
 }
@@ -54,10 +57,12 @@ __all__ = [
     "gradients_from_taps",
     "group_fisher",
     "groups",
+    "kfac_factors",
     "lm_head",
     "moving_average",
     "next_token_batch",
     "operators",
+    "precondition",
     "track_fisher",
     "value_grad_and_taps",
     "welford",

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 __all__ = [
     "Diagonal",
     "Eigen",
     "Factor",
     "LowRank",
+    "chosen",
     "diagonal",
     "eigen",
     "low_rank",
@@ -106,12 +107,16 @@ def subsample(columns: Float[Array, "n T"], cap: int, offsets: Float[Array, " ca
     """
     if columns.shape[1] <= cap:
         return columns
-    alive = jnp.any(columns != 0, axis=0)
+    index, scale = chosen(jnp.any(columns != 0, axis=0), cap, offsets)
+    return columns[:, index] * scale.astype(columns.dtype)
+
+
+def chosen(alive: Bool[Array, " T"], cap: int, offsets: Float[Array, " cap"]) -> tuple[Array, Array]:
+    """Indices that `subsample` takes among those ``alive``, and its scale."""
     order, number = jnp.argsort(~alive, stable=True), jnp.sum(alive)
     place = (jnp.arange(cap) + offsets) * (number / cap)
     index = jnp.where(number <= cap, jnp.arange(cap), jnp.minimum(place.astype(jnp.int32), number - 1))
-    scale = jnp.where(number <= cap, 1, jnp.sqrt(number / cap))
-    return columns[:, order[index]] * scale.astype(columns.dtype)
+    return order[index], jnp.where(number <= cap, 1, jnp.sqrt(number / cap))
 
 
 def trace(factor: Factor) -> Array:

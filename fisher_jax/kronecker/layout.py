@@ -1,0 +1,88 @@
+"""Between a parameter leaf, as a model stores it, and the matrices ``[N, out, in]`` of its blocks."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from fisher_jax.dense import operand_axes
+from fisher_jax.provenance import Segment, Use
+
+__all__ = ["bias_rows", "inverse", "is_rearrangement", "kernel_matrices", "table_matrices", "through"]
+
+# Steps that change the dtype or the placement, not the numbers or their order.
+_SAME = {
+    "convert_element_type", "copy", "copy_p", "sharding_constraint", "reduce_precision", "layout_constraint",
+    "reshard", "mesh_cast", "pvary", "pcast",
+}  # fmt: skip
+
+
+def is_rearrangement(use: Use) -> bool:
+    """Whether the leaf reaches the use whole, every number once."""
+    for segment in use.segments:
+        for step in segment.steps:
+            sizes = [math.prod(v.aval.shape) for v in (step.eqn.invars[0], step.eqn.outvars[step.output])]
+            if sizes[0] != sizes[1]:
+                return False
+    return True
+
+
+def through(segment: Segment, x: Array) -> Array:
+    """The layout operations of a segment, the dtype kept."""
+    for step in segment.steps:
+        x = x if step.eqn.primitive.name in _SAME else step(x)
+    return x
+
+
+def _operand(use: Use, x: Array, depth: int = 0) -> Array:
+    """The parameter where it is used, one for each iteration of the loops that it is stacked over; dtype kept."""
+    x = through(use.segments[depth], x)
+    if depth == len(use.loops):
+        return x
+    if use.loops[depth] == "stacked":
+        return jax.vmap(lambda part: _operand(use, part, depth + 1))(x)
+    return _operand(use, x, depth + 1)
+
+
+def _arranged(use: Use, leaf: Array, batch: tuple, out: tuple, inside: tuple) -> Array:
+    operand = _operand(use, leaf)
+    lead = operand.ndim - len(use.operand.shape)
+    order = [*range(lead), *(lead + i for i in (*batch, *out, *inside))]
+    sizes = [math.prod(use.operand.shape[i] for i in axes) for axes in (out, inside)]
+    return jnp.transpose(operand, order).reshape(-1, *sizes)
+
+
+def kernel_matrices(use: Use, leaf: Array) -> Array:
+    """``[N, out, in]`` of a dense use: ``N`` layers of a stack times the axes that the product keeps apart."""
+    batch, inside, out = operand_axes(use)
+    return _arranged(use, leaf, batch, out, inside)
+
+
+def table_matrices(use: Use, leaf: Array) -> Array:
+    """``[N, width, V]`` of an embedding."""
+    rows = tuple(i for i, role in enumerate(use.roles) if role == "row")
+    return _arranged(use, leaf, (), tuple(i for i in range(len(use.roles)) if i not in rows), rows)
+
+
+def bias_rows(use: Use, units: int, leaf: Array) -> Array:
+    """``[N, units]`` of a bias that was broadcast over positions."""
+    operand = _operand(use, leaf)
+    lead = operand.ndim - len(use.operand.shape)
+    shape, kept = use.operand.shape, len(use.operand.shape)
+    while kept > 0 and math.prod(shape[kept:]) != units:
+        kept -= 1
+    first = operand[(slice(None),) * lead + (0,) * kept]
+    return first.reshape(-1, units)
+
+
+def inverse(arrange: Callable[[Array], Array], leaf: jax.ShapeDtypeStruct) -> Callable[[Array], Array]:
+    """From matrices back to the leaf: ``arrange`` only moves numbers, so that its transpose undoes it."""
+
+    def back(matrices: Array) -> Array:
+        like = jax.ShapeDtypeStruct(leaf.shape, matrices.dtype)
+        (found,) = jax.linear_transpose(arrange, like)(matrices)
+        return found
+
+    return back

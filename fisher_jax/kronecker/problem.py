@@ -1,0 +1,256 @@
+"""One model on one batch: its plan of blocks, and the statistics of every block from one backward pass."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from fisher_jax import program, rejection
+from fisher_jax.batch import Batch
+from fisher_jax.kronecker.blocks import Block, Rules, plan
+from fisher_jax.kronecker.factors import chosen, wide
+from fisher_jax.kronecker.statistics import Masks, combine, diagonal_of, statistic
+from fisher_jax.kronecker.structure import structure
+from fisher_jax.likelihoods import Likelihood
+
+__all__ = [
+    "GGN_LIMIT",
+    "Observation",
+    "Problem",
+    "block_plan",
+    "check_options",
+    "observe",
+    "observe_taps",
+    "token_weights",
+]
+
+Tree = Any
+# Outputs per token above which fisher="ggn" is refused: it costs one backward pass for each.
+GGN_LIMIT = 64
+
+
+class Problem(NamedTuple):
+    """A model and how its curvature is taken."""
+
+    apply_fn: Callable
+    likelihood: Likelihood
+    rules: Rules
+    temperature: float = 1.0
+
+
+class Observation(NamedTuple):
+    """Statistics of one batch.
+
+    Attributes:
+        sums: for every block of the plan a dict of arrays, not divided by anything.
+        weight: ``W``, sum of the weights of the tokens.
+        bad: int32 bits, why the batch cannot be used; 0 if it can.
+        probabilities: ``[V, T]`` and weights ``[T]`` of (some of) the tokens, for ``exact_head``.
+    """
+
+    sums: tuple[dict[str, Array], ...]
+    weight: Array
+    bad: Array
+    probabilities: tuple[Array, Array] | None = None
+
+
+def check_options(policy: str, fisher: str, shared: str, token_cap: int | None, temperature: float) -> None:
+    """Raise where an option is none of those there are."""
+    for name, value, known in (
+        ("policy", policy, ("all", "auto", "hybrid", "never")),
+        ("fisher", fisher, ("empirical", "sampled", "exact_head", "ggn")),
+        ("shared", shared, ("expand", "reduce")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is one of {', '.join(known)}, found {value!r}")
+    if token_cap is not None and token_cap < 1:
+        raise ValueError(f"token_cap is at least 1, or None for no cap, found {token_cap}")
+    if not temperature > 0:
+        raise ValueError(f"temperature is positive, found {temperature}")
+    if temperature != 1 and fisher not in ("sampled", "exact_head"):
+        raise ValueError("a temperature changes the distribution of sampled labels: it needs fisher='sampled'")
+
+
+def block_plan(problem: Problem, params: Tree, batch: Batch) -> tuple[Block, ...]:
+    """The block of every parameter; arrays or ``ShapeDtypeStruct``s."""
+    rules = problem.rules
+    out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
+    root = jax.ShapeDtypeStruct(out.shape[:-1], jnp.promote_types(out.dtype, jnp.float32))
+
+    def loss(params, inputs, root):
+        outputs = problem.apply_fn(params, inputs)
+        return jnp.sum(outputs.astype(root.dtype) * root[..., None])
+
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    traced = program.trace(loss, params, (batch.inputs, root), {}, None, lambda i: rules.follow(paths[i]))
+    found = structure(problem.apply_fn, params, batch.inputs)
+    blocks = plan(traced.probe.specs, traced.leaves, paths, found, rules)
+    if rules.fisher == "exact_head" and not (
+        found.head_is_last and any(b.head for b in blocks) and problem.likelihood.name == "categorical"
+    ):
+        raise ValueError(
+            "fisher='exact_head' needs a categorical likelihood whose outputs are those of one dense use and its "
+            "bias, with nothing after it; use fisher='sampled'"
+        )
+    if rules.fisher == "ggn" and out.shape[-1] > GGN_LIMIT:
+        raise ValueError(
+            f"fisher='ggn' costs a backward pass for each of the {out.shape[-1]} outputs, at most {GGN_LIMIT} are "
+            "taken; use fisher='sampled' or 'exact_head'"
+        )
+    return blocks
+
+
+def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Batch, key: Any) -> Observation:
+    """Statistics of every block from one backward pass (``ggn``: one for each output)."""
+    rules = problem.rules
+    out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
+    weights, bad = token_weights(problem, out, batch)
+    masks, label_key = _masks(rules, weights, batch, key)
+    sampled = rules.fisher in ("sampled", "exact_head")
+    if sampled and key is None:
+        raise ValueError(f"fisher={rules.fisher!r} draws labels from the model: pass key=")
+    root = jnp.sqrt(jnp.maximum(weights, 0))
+
+    def one(column):
+        def loss(params, inputs, targets, root):
+            outputs = problem.apply_fn(params, inputs)
+            fixed = jax.lax.stop_gradient(outputs)
+            if rules.fisher == "ggn":
+                direction = problem.likelihood.fisher_factor(fixed, column)
+                return jnp.sum(root[..., None] * jnp.where(root[..., None] > 0, direction * outputs, 0))
+            if sampled:
+                targets = problem.likelihood.sample(label_key, fixed, problem.temperature)
+            return jnp.sum(root * jnp.where(root > 0, problem.likelihood.log_prob(outputs, targets), 0))
+
+        followed = {i for b in blocks for i in (b.leaf, b.bias) if i is not None}
+        owner = {i: b for b in blocks for i in (b.leaf, b.bias) if i is not None}
+
+        def kept(tap):
+            return statistic(tap, owner[tap.leaf], masks, rules)
+
+        traced = program.trace(loss, params, (batch.inputs, batch.targets, root), {}, kept, lambda i: i in followed)
+        value, _, taps = program.differentiate(traced)
+        return _sums(blocks, [(tap.leaf, tap.use, tap.reduced) for tap in taps], masks, rules), value
+
+    if rules.fisher == "ggn":
+        sums, values = jax.lax.map(one, jnp.arange(out.shape[-1]))
+        sums = tuple(_over_columns(found) for found in sums)
+        finite = jnp.all(jnp.isfinite(values))
+    else:
+        sums, value = one(0)
+        finite = jnp.isfinite(value)
+    finite &= jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
+    probabilities = None
+    if rules.fisher == "exact_head":
+        probabilities = _probabilities(problem, blocks, params, batch, weights, masks)
+    return Observation(sums, weights.sum(), bad | rejection.reason_mask(non_finite=~finite), probabilities)
+
+
+def observe_taps(
+    problem: Problem, blocks: tuple[Block, ...], taps: list, scale: Any, lead: tuple[int, ...], batch: Batch, key: Any
+) -> Observation:
+    """The same from raw taps of the training step's own backward pass; ``scale`` times its loss is the summed one."""
+    rules = problem.rules
+    if rules.fisher != "empirical":
+        raise ValueError(
+            f"taps of the training loss hold its own labels; fisher={rules.fisher!r} needs batch= instead"
+        )
+    weights = _weights(lead, jnp.float32, batch)
+    masks, _ = _masks(rules, weights, batch, key)
+    owner = {i: b for b in blocks for i in (b.leaf, b.bias) if i is not None}
+    found = []
+    for tap in taps:
+        if tap.leaf not in owner:
+            continue
+        if tap.cotangents is None:
+            raise ValueError(f"the tap of {tap.path} was reduced; pass the taps of fj.value_grad_and_taps(loss)")
+
+        def kept(inputs, cotangents, tap=tap):
+            scaled = cotangents.astype(jnp.promote_types(cotangents.dtype, jnp.float32)) * scale
+            whole = dataclasses.replace(tap, inputs=inputs, cotangents=scaled)
+            return statistic(whole, owner[tap.leaf], masks, rules)
+
+        for _ in tap.use.loops:
+            kept = jax.vmap(kept)
+        found.append((tap.leaf, tap.use, kept(tap.inputs, tap.cotangents)))
+    sums = _sums(blocks, found, masks, rules)
+    finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
+    negative = ~jnp.all((weights >= 0) & jnp.isfinite(weights))
+    return Observation(sums, weights.sum(), rejection.reason_mask(non_finite=~finite, negative_weight=negative))
+
+
+def _masks(rules: Rules, weights: Array, batch: Batch, key: Any) -> tuple[Masks, Any]:
+    """Masks, and a key for the labels; without a key columns are taken from the middle of their strata."""
+    size = rules.token_cap or 1
+    offsets, label_key = jnp.full(size, 0.5), key
+    if key is not None:
+        label_key, offset_key = jax.random.split(key)
+        offsets = jax.random.uniform(offset_key, (size,))
+    rows = weights.shape[0] if weights.ndim else 1
+    return Masks(weights, batch.real, offsets, rows), label_key
+
+
+def _weights(lead: tuple[int, ...], dtype: Any, batch: Batch) -> Array:
+    weights = jnp.ones(lead, dtype) if batch.weights is None else jnp.asarray(batch.weights).astype(dtype)
+    if weights.shape != lead:
+        raise ValueError(
+            f"weights have one value per token, the leading shape of the outputs {list(lead)}, found "
+            f"{list(weights.shape)}"
+        )
+    return weights
+
+
+def token_weights(problem: Problem, out: Any, batch: Batch) -> tuple[Array, Array]:
+    """Weights of the tokens, and why the batch cannot be used."""
+    weights = _weights(out.shape[:-1], jnp.promote_types(out.dtype, jnp.float32), batch)
+    bad = rejection.reason_mask(negative_weight=~jnp.all((weights >= 0) & jnp.isfinite(weights)))
+    if problem.rules.fisher == "empirical":
+        inside = problem.likelihood.in_range(out, batch.targets)
+        if inside.shape != weights.shape:
+            raise ValueError(
+                f"targets of shape {list(jnp.shape(batch.targets))} do not fit {problem.likelihood.name} outputs of "
+                f"shape {list(out.shape)}"
+            )
+        bad = bad | rejection.reason_mask(target_out_of_range=jnp.any((weights > 0) & ~inside))
+    return weights, bad
+
+
+def _sums(blocks: tuple[Block, ...], found: list, masks: Masks, rules: Rules) -> tuple[dict, ...]:
+    sums = []
+    for block in blocks:
+        own = [(use, reduced) for leaf, use, reduced in found if leaf == block.leaf]
+        if block.kind == "diagonal":
+            sums.append({"squares": diagonal_of(own)})
+        elif block.kind == "tied":
+            head = combine([x for x in own if "A" in x[1]], block, masks, rules)
+            table = combine([x for x in own if "square" in x[1]], block, masks, rules)
+            sums.append(head | table)
+        else:
+            sums.append(combine(own, block, masks, rules) if block.is_kronecker else {})
+    return tuple(sums)
+
+
+def _over_columns(found: dict[str, Array]) -> dict[str, Array]:
+    """Sum over the columns of the outputs' Fisher factor; what does not depend on them once."""
+    out = {}
+    for name, x in found.items():
+        if name == "U":
+            out[name] = jnp.moveaxis(x, 0, -1).reshape(*x.shape[1:-1], -1)
+        else:
+            out[name] = x.sum(0) if name in ("G", "squares", "square") else x[0]
+    return out
+
+
+def _probabilities(problem, blocks, params, batch, weights, masks) -> tuple[Array, Array]:
+    """Softmax of the outputs, ``[V, T]``: of all tokens, or of as many as a low-rank head keeps."""
+    outputs = problem.apply_fn(params, batch.inputs)
+    z, w = wide(outputs).reshape(-1, outputs.shape[-1]), weights.ravel()
+    (head,) = [b for b in blocks if b.head]
+    cap = problem.rules.token_cap
+    if head.low_rank and cap is not None and cap < len(w):
+        index, _ = chosen(w > 0, cap, masks.offsets)
+        z, w = z[index], w[index]
+    return jax.nn.softmax(z).T, w

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fisher_jax import checkpoint, groups, lm_head, moving_average, operators, welford
     from fisher_jax.batch import Batch, next_token_batch
+    from fisher_jax.blocks import BlockSpectra, BlockSpectrum, Capacity, block_spectra, block_spectrum
     from fisher_jax.diagonal import group_fisher
     from fisher_jax.errors import InputError, RejectedBatchError
     from fisher_jax.estimator import FisherEstimator
+    from fisher_jax.krylov import Density, Estimate, Spectrum, frobenius_norm, lanczos, spectral_density, trace
     from fisher_jax.kronecker.curvature import kfac_factors, precondition
     from fisher_jax.likelihoods import Likelihood, bernoulli, categorical, gaussian
     from fisher_jax.moving_average import ema
@@ -20,11 +22,16 @@ if TYPE_CHECKING:
 _MODULES = ("checkpoint", "groups", "lm_head", "moving_average", "operators", "welford")
 _NAMES = {
     "Batch": "batch",
+    "BlockSpectra": "blocks",
+    "BlockSpectrum": "blocks",
+    "Capacity": "blocks",
     "FisherEstimator": "estimator",
     "InputError": "errors",
     "RejectedBatchError": "errors",
     "Likelihood": "likelihoods",
     "bernoulli": "likelihoods",
+    "block_spectra": "blocks",
+    "block_spectrum": "blocks",
     "capture": "taps",
     "categorical": "likelihoods",
     "check": "rejection",
@@ -38,31 +45,50 @@ _NAMES = {
     "precondition": "kronecker.curvature",
     "track_fisher": "tracking",
     "value_grad_and_taps": "taps",
+    "Density": "krylov",
+    "Estimate": "krylov",
+    "Spectrum": "krylov",
+    "frobenius_norm": "krylov",
+    "lanczos": "krylov",
+    "spectral_density": "krylov",
+    "trace": "krylov",
 }
 
 __all__ = [
     "Batch",
+    "BlockSpectra",
+    "BlockSpectrum",
+    "Capacity",
+    "Density",
+    "Estimate",
     "FisherEstimator",
     "InputError",
     "Likelihood",
     "RejectedBatchError",
+    "Spectrum",
     "bernoulli",
+    "block_spectra",
+    "block_spectrum",
     "capture",
     "categorical",
     "check",
     "checkpoint",
     "coverage",
     "ema",
+    "frobenius_norm",
     "gaussian",
     "gradients_from_taps",
     "group_fisher",
     "groups",
     "kfac_factors",
+    "lanczos",
     "lm_head",
     "moving_average",
     "next_token_batch",
     "operators",
     "precondition",
+    "spectral_density",
+    "trace",
     "track_fisher",
     "value_grad_and_taps",
     "welford",

@@ -2,10 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from fisher_jax.provenance import Segment, Step, Use
 
-__all__ = ["Atom", "UntraceableError", "roles_of_leaf", "trace_axes"]
+__all__ = ["Atom", "UntraceableError", "in_leaf_order", "roles_of_leaf", "trace_axes"]
 
 
 class UntraceableError(Exception):
@@ -129,3 +133,13 @@ def roles_of_leaf(use: Use, ndim: int) -> tuple[str | None, ...]:
         if len(roles) > 1:
             raise UntraceableError(f"axis {i} is {' and '.join(sorted(roles))} at once")
     return tuple(next(iter(roles), None) for roles in found)
+
+
+def in_leaf_order(use: Use, sums: Array, axes: Sequence[int]) -> Array:
+    """From the operand's axes ``axes`` to the axes of the leaf that they are."""
+    traced, _ = trace_axes(use)
+    atoms = [atom for i in axes for atom in traced[i]]
+    order = sorted(range(len(atoms)), key=lambda i: (atoms[i].axis, atoms[i].place))
+    apart = jnp.transpose(sums.reshape([atom.size for atom in atoms]), order)
+    leaf = use.segments[0].source.shape
+    return apart.reshape([leaf[i] for i in sorted({atom.axis for atom in atoms})])

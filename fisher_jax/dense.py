@@ -1,4 +1,4 @@
-"""A dense use as a plain matrix product: inputs and cotangents of its taps as ``[tokens, in]`` and ``[tokens, out]``."""
+"""A dense use as a plain product: inputs and cotangents of its taps as ``[tokens, in]`` and ``[tokens, out]``."""
 
 import math
 
@@ -11,7 +11,7 @@ __all__ = ["matrices", "operand_axes"]
 
 
 def operand_axes(use: Use) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Axes of the operand of a dense use: kept apart (batch), inputs (contracted) and outputs, in `matrices`' order."""
+    """Axes of the operand of a dense use, in `matrices`' order: kept apart (batch), inputs (contracted), outputs."""
     contracted, batch = (tuple(sides[use.index]) for sides in use.options["dimension_numbers"])
     outputs = tuple(i for i in range(len(use.operand.shape)) if i not in (*contracted, *batch))
     return batch, contracted, outputs
@@ -20,8 +20,8 @@ def operand_axes(use: Use) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int,
 def matrices(use: Use, inputs: tuple[Array, ...], cotangents: Array) -> tuple[Array, Array]:
     """Inputs ``a [batch, tokens, in]`` and output cotangents ``g [batch, tokens, out]`` of one dense use.
 
-    The gradient of the operand is ``einsum("bti,bto->bio", a, g)``, its axes in the order of `operand_axes`. ``batch``
-    is 1 where the product keeps no axes apart. Axes of loops must be mapped over first.
+    The gradient of the operand is ``einsum("bti,bto->bio", a, g)``, its axes in the order of `operand_axes`.
+    ``batch`` is 1 where the product keeps no axes apart. Axes of loops must be mapped over first.
     """
     (x,) = inputs
     other = 1 - use.index

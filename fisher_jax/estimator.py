@@ -11,7 +11,7 @@ class FisherEstimator(NamedTuple):
 
     Attributes:
         init: ``init(params) -> state``.
-        observe: ``observe(params, batch, key=None) -> Moments``, of one batch.
+        observe: ``observe(params, batch, key=None) -> Moments``, of one batch. Some take ``taps=``, ``taps_scale=``.
         update: ``update(state, params, batch, key=None) -> state``: observe and add.
         add: ``add(state, moments) -> state``. One observation can feed several states: ``observe`` once, then
             ``fj.welford.add`` and ``fj.moving_average.add``. ``None`` where that cannot be.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array
 
 from fisher_jax import compensated, rejection
 
-__all__ = ["UNITS", "Fold", "Fragment", "Moments", "finish", "fold", "from_sums", "observe", "start"]
+__all__ = ["UNITS", "Fold", "Fragment", "Moments", "finish", "fold", "from_sums", "map_values", "observe", "start"]
 
 UNITS = ("token", "sequence", "document", "batch")
 
@@ -180,6 +181,21 @@ def finish(carry: Fold) -> Moments:
             last=select(moments.several, current, empty),
         )
     return moments
+
+
+def map_values(moments: Moments, place: Callable[[Tree], Tree]) -> Moments:
+    """The same moments with every tree of values through ``place(tree)``."""
+
+    def fragment(part):
+        return None if part is None else dataclasses.replace(part, mean=place(part.mean))
+
+    def values(tree):
+        return None if tree is None else place(tree)
+
+    return dataclasses.replace(
+        moments, mean=values(moments.mean), m2=values(moments.m2), square_mean=values(moments.square_mean),
+        square_m2=values(moments.square_m2), first=fragment(moments.first), last=fragment(moments.last),
+    )  # fmt: skip
 
 
 def reject_if(moments: Moments, mask: Array) -> Moments:

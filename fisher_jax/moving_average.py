@@ -148,7 +148,7 @@ def ema(estimator: FisherEstimator, decay: float) -> FisherEstimator:
         pairs = estimator.init(params).mean
         return init(jax.tree.map(lambda pair: pair[0], pairs), decay)
 
-    def update(state, params, batch, key=None):
-        return add(state, estimator.observe(params, batch, key))
+    def update(state, params, batch, key=None, **given):
+        return add(state, estimator.observe(params, batch, key, **given))
 
     return FisherEstimator(start, estimator.observe, update, add)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from fisher_jax.jaxprs import zeros
 from fisher_jax.provenance import Use, View
 from fisher_jax.recorder import Recorder, zero
 from fisher_jax.tracing import evaluate
 
-__all__ = ["Program", "Tap", "differentiate", "frozen", "trace"]
+__all__ = ["Program", "Tap", "differentiate", "frozen", "gradient_of_use", "trace"]
 
 Tree = Any
 
@@ -181,3 +182,16 @@ def differentiate(
 def frozen(x: Any) -> np.ndarray:
     """What ``jax.grad(allow_int=True)`` gives for a leaf that is not a real number."""
     return np.zeros(jnp.shape(x), jax.dtypes.float0)
+
+
+def gradient_of_use(use: Use, depth: int, inputs: tuple, cotangent: Array) -> Array:
+    """Cotangent of the value at the start of segment ``depth``."""
+    if depth < len(use.loops):
+        inside = jax.vmap(functools.partial(gradient_of_use, use, depth + 1))(inputs, cotangent)
+        found = inside.sum(0).astype(inside.dtype) if use.loops[depth] == "shared" else inside
+    elif (apply := use.apply) is None:
+        found = cotangent
+    else:
+        _, pullback = jax.vjp(lambda w: apply(w, *inputs), zeros(use.operand))
+        (found,) = pullback(cotangent)
+    return use.segments[depth].transpose(found)

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from fisher_jax.jaxprs import abstract, user_line, zeros
 from fisher_jax.provenance import Spec, Use, View, plain, signature
 
-__all__ = ["Recorder", "zero"]
+__all__ = ["Recorder", "facts", "zero"]
 
 Tree = Any
 
@@ -55,12 +55,12 @@ class Recorder:
         """``output``, after the perturbation; the parameter is operand ``index`` of the equation."""
         reduce = None
         if self.probing or self.reduce is not None:
-            facts = _facts(view, kind, eqn, index, apply)
-            reduce = self.reduce and functools.partial(self.reduce, view.leaf, facts)
+            own = facts(view, kind, eqn, index, apply)
+            reduce = self.reduce and functools.partial(self.reduce, view.leaf, own)
         if self.probing:
             shapes = tuple(map(abstract, inputs))
             result = abstract(output) if reduce is None else _result(reduce, shapes, abstract(output))
-            self.specs.append(Spec(view.leaf, facts, abstract(output), shapes, result))
+            self.specs.append(Spec(view.leaf, own, abstract(output), shapes, result))
             return output
         if reduce is None:
             self.inputs.append(inputs)
@@ -79,7 +79,8 @@ def zero(spec: Spec) -> Tree:
     return jax.tree.map(zeros, spec.result)
 
 
-def _facts(view: View, kind: str, eqn: Any, index: int, apply: Callable | None) -> Use:
+def facts(view: View, kind: str, eqn: Any, index: int, apply: Callable | None) -> Use:
+    """The static facts of a use of a view."""
     name, where = ("output", "") if eqn is None else (eqn.primitive.name, user_line(eqn))
     operand, chain = abstract(view.value), (view.segments, view.loops)
     if apply is None:

@@ -6,7 +6,6 @@ with respect to the perturbations. No parameter gradient is formed, and the mode
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax.jaxprs import zeros
-from fisher_jax.program import Tap, differentiate, frozen, trace
+from fisher_jax.program import Tap, differentiate, frozen, gradient_of_use, trace
 from fisher_jax.provenance import Spec, Use
 
 __all__ = ["Coverage", "Tap", "Use", "capture", "coverage", "gradients_from_taps", "value_grad_and_taps"]
@@ -127,21 +125,8 @@ def gradients_from_taps(taps: list[Tap], params: Tree) -> Tree:
     for tap in taps:
         if tap.cotangents is None:
             raise ValueError(f"the tap of {tap.path} was reduced; capture without reduce= to rebuild gradients")
-        grads[tap.leaf] = grads[tap.leaf] + _gradient(tap.use, 0, tap.inputs or (), tap.cotangents)
+        grads[tap.leaf] = grads[tap.leaf] + gradient_of_use(tap.use, 0, tap.inputs or (), tap.cotangents)
     return jax.tree.unflatten(treedef, grads)
-
-
-def _gradient(use: Use, depth: int, inputs: tuple, cotangent: Array) -> Array:
-    """Cotangent of the value at the start of segment ``depth``."""
-    if depth < len(use.loops):
-        inside = jax.vmap(functools.partial(_gradient, use, depth + 1))(inputs, cotangent)
-        found = inside.sum(0).astype(inside.dtype) if use.loops[depth] == "shared" else inside
-    elif (apply := use.apply) is None:
-        found = cotangent
-    else:
-        _, pullback = jax.vjp(lambda w: apply(w, *inputs), zeros(use.operand))
-        (found,) = pullback(cotangent)
-    return use.segments[depth].transpose(found)
 
 
 @dataclasses.dataclass(frozen=True)

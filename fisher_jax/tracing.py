@@ -20,10 +20,10 @@ from fisher_jax.jaxprs import bind
 from fisher_jax.provenance import Known, Step, View, alike, plain
 from fisher_jax.recorder import Recorder
 
-__all__ = ["evaluate"]
+__all__ = ["LAYOUT", "evaluate"]
 
 # Operations that only move a parameter's numbers around, or change their type.
-_LAYOUT = {
+LAYOUT = {
     "transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "convert_element_type", "copy", "copy_p",
     "sharding_constraint", "slice", "split", "rev", "reduce_precision", "layout_constraint", "reshard", "mesh_cast",
     "pvary", "pcast",
@@ -82,7 +82,7 @@ def _meet(eqn: Any, values: list, recorder: Recorder) -> list:
         return bind(eqn, [first.value])
     if name == "name":
         return [first.scaled(bind(eqn, [first.value])[0])]
-    if name in _LAYOUT and len(values) == 1:
+    if name in LAYOUT and len(values) == 1:
         outs = bind(eqn, [first.value])
         if all(map(functools.partial(_stays_a_parameter, first.value), outs)):
             return [first.through(x, Step(eqn, i)) for i, x in enumerate(outs)]

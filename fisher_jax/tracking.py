@@ -1,6 +1,5 @@
 """Measure while training: an optax transformation that passes updates through and keeps a Fisher state."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import optax
 
 from fisher_jax.batch import Batch
 from fisher_jax.estimator import FisherEstimator
-from fisher_jax.moments import Moments
+from fisher_jax.moments import Moments, map_values
 
 __all__ = ["TrackFisherState", "track_fisher"]
 
@@ -30,7 +29,9 @@ def track_fisher(estimator: FisherEstimator, every: int = 1) -> optax.GradientTr
     """Accumulate Group Fisher in ``opt_state`` while an optax chain trains.
 
     Updates pass through unchanged. ``update`` takes extra arguments: ``batch``, and ``key`` where the estimator draws
-    random numbers. Under ``optax.masked`` and ``multi_transform`` the transformation is given a part of the tree;
+    random numbers. ``fj.group_fisher``'s ``head`` and ``sequence`` take ``taps`` that the training step has from
+    ``fj.value_grad_and_taps`` (``taps_scale=batch.weights.sum()`` for a mean loss), and cost no second backward pass.
+    Under ``optax.masked`` and ``multi_transform`` the transformation is given a part of the tree;
     pass the whole as ``model_params`` then, on which the model is run; the state holds the part.
 
     ``optax.MultiSteps`` keeps only the last micro-batch's inner state: put ``track_fisher`` outside of it, as in
@@ -66,7 +67,7 @@ def track_fisher(estimator: FisherEstimator, every: int = 1) -> optax.GradientTr
 
     def update(
         updates: Any, state: TrackFisherState, params: Any = None, *, batch: Batch | None = None, key: Any = None,
-        model_params: Any = None, **extra: Any,
+        taps: Any = None, taps_scale: Any = 1.0, model_params: Any = None, **extra: Any,
     ):  # fmt: skip
         del extra
         given = updates if params is None else params
@@ -81,12 +82,14 @@ def track_fisher(estimator: FisherEstimator, every: int = 1) -> optax.GradientTr
                 "whole tree as model_params="
             )
 
+        given_taps = {} if taps is None else {"taps": taps, "taps_scale": taps_scale}
+
         def observe(fisher):
             if whole:
-                return estimator.update(fisher, params, batch, key)
+                return estimator.update(fisher, params, batch, key, **given_taps)
             if estimator.add is None:
                 raise ValueError("an estimator without add= cannot measure a part of the parameters")
-            return estimator.add(fisher, _restrict(estimator.observe(params, batch, key), given))
+            return estimator.add(fisher, _restrict(estimator.observe(params, batch, key, **given_taps), given))
 
         fisher = jax.lax.cond(state.step % every == 0, observe, lambda fisher: fisher, state.fisher)
         return updates, TrackFisherState(fisher, optax.safe_increment(state.step))
@@ -96,17 +99,7 @@ def track_fisher(estimator: FisherEstimator, every: int = 1) -> optax.GradientTr
 
 def _restrict(moments: Moments, part: Any) -> Moments:
     """Moments of the leaves that are not masked in ``part``."""
-
-    def pick(tree):
-        return None if tree is None else jax.tree.map(_unless_masked, part, tree, is_leaf=_is_masked)
-
-    def pick_fragment(fragment):
-        return None if fragment is None else dataclasses.replace(fragment, mean=pick(fragment.mean))
-
-    return dataclasses.replace(
-        moments, mean=pick(moments.mean), m2=pick(moments.m2), square_mean=pick(moments.square_mean),
-        square_m2=pick(moments.square_m2), first=pick_fragment(moments.first), last=pick_fragment(moments.last),
-    )  # fmt: skip
+    return map_values(moments, lambda tree: jax.tree.map(_unless_masked, part, tree, is_leaf=_is_masked))
 
 
 def _unless_masked(part: Any, x: Any) -> Any:

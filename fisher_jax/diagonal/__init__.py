@@ -11,7 +11,9 @@ from fisher_jax import groups as groups_room
 from fisher_jax import orientation, program, welford
 from fisher_jax.batch import Batch
 from fisher_jax.diagonal.by_batch import by_batch
+from fisher_jax.diagonal.by_head import HeadProblem, head_estimator, head_group
 from fisher_jax.diagonal.by_row import by_row
+from fisher_jax.diagonal.by_taps import by_taps
 from fisher_jax.diagonal.by_token import by_token
 from fisher_jax.diagonal.problem import Problem, log_probs
 from fisher_jax.estimator import FisherEstimator
@@ -24,6 +26,7 @@ Tree = Any
 
 # For every estimator the units that it can observe, its default first.
 _UNITS = {
+    "head": ("sequence", "token", "document", "batch"),
     "exact": ("token", "sequence", "document", "batch"),
     "sequence": ("sequence", "document", "batch"),
     "signs": ("batch", "sequence", "document"),
@@ -55,6 +58,8 @@ def group_fisher(
     - ``signs``: an unbiased estimate from one backward pass: each log-likelihood times ``eps_t sqrt(w_t)`` with
       random signs, the sum differentiated and squared; cross terms vanish in expectation.
     - ``sampled``: an unbiased estimate of the true Fisher, labels drawn from the model. One backward pass per sample.
+    - ``head``: the squares of every token at the softmax head alone, in closed form (`fj.lm_head`), its true Fisher
+      too. A forward pass. Other leaves are ``None``; of a tied embedding it is the Fisher of its use as head.
     - ``sequence``: ``f_u = (sum_t w_t s_t)**2 / w_u`` of every row: another quantity, which contains the correlation
       of a sequence's scores. One backward pass.
 
@@ -78,17 +83,22 @@ def group_fisher(
             true for ``sampled``.
         unit: of observation. ``exact``: ``"token"`` (default), or its means by ``"sequence"``, ``"document"``,
             ``"batch"``; ``sequence``: by ``"sequence"`` (default), means of a document's rows, or of the batch's;
-            ``signs`` and ``sampled``: the ``"batch"`` at once (default), or by row. A document is all consecutive
-            rows with one id in ``Batch.units``, across batches too.
+            ``head``: ``"sequence"`` (default), ``"token"``, ``"document"``, ``"batch"``; ``signs`` and ``sampled``:
+            the ``"batch"`` at once (default), or by row. A document is all consecutive rows with one id in
+            ``Batch.units``, across batches too.
         num_samples: draws of signs or labels whose squares are averaged.
         temperature: labels come from tempered outputs while scores stay untempered; signs are then used, since such
             scores have a mean.
-        chunk_size: per-token gradients alive at once for ``exact`` (default 16); elsewhere rows alive at once
-            (default: as many as keep what is formed for them within the size of the parameters).
+        chunk_size: per-token gradients alive at once for ``exact`` (default 16); for ``head`` see `fj.lm_head`;
+            elsewhere rows alive at once (default: as many as keep what is formed for them within the size of the
+            parameters).
 
     Returns:
         `FisherEstimator`: ``init(params)``, ``observe(params, batch, key=None) -> Moments`` and
-        ``update(state, params, batch, key=None)``; ``key`` is needed by ``signs``, ``sampled`` and true kinds. Leaves
+        ``update(state, params, batch, key=None)``; ``key`` is needed by ``signs``, ``sampled`` and true kinds.
+        ``head`` and ``sequence`` also take ``taps=`` of the training loss (``fj.value_grad_and_taps``), so that there
+        is no second pass, and ``taps_scale=``, which turns the gradient of that loss into that of the summed
+        log-likelihood: the sum of weights for a mean loss, 1 for a sum. Rows must lead in the model's arrays. Leaves
         that are not floating are ``None`` in the statistic; parameters that the loss does not use get zeros, and are
         one group. A batch of weight 0 changes nothing.
 
@@ -110,6 +120,13 @@ def group_fisher(
     _check(estimator, kind, unit, num_samples, temperature, chunk_size)
     unit = unit or _UNITS[estimator][0]
     needs_key = estimator in ("signs", "sampled") or (kind == "true" and estimator == "sequence")
+    if estimator == "head":
+        if combine is not None or num_samples != 1:
+            raise ValueError("estimator='head' has neither combine= nor num_samples=: it is exact, and one leaf")
+        if likelihood is not categorical:
+            raise ValueError(f"estimator='head' is for fj.categorical outputs, found {likelihood.name}")
+        chosen = HeadProblem(apply_fn, head_group(groups), average, kind, unit, temperature, chunk_size)
+        return head_estimator(chosen, example)
     observe_with: Callable = by_token if estimator == "exact" else by_batch if _whole(estimator, unit) else by_row
 
     def grouped(params: Tree, average: bool) -> list:
@@ -127,14 +144,21 @@ def group_fisher(
     def init(params: Tree):
         return welford.init(jax.eval_shape(lambda p: problem(p).reduce(_floating(p)), params), unit=unit)
 
-    def observe(params: Tree, batch: Batch, key: Array | None = None) -> Moments:
+    def observe(params: Tree, batch: Batch, key: Array | None = None, *, taps=None, taps_scale=1.0) -> Moments:
+        if taps is not None:
+            if estimator != "sequence":
+                raise ValueError(
+                    f"estimator={estimator!r} differentiates a loss of its own and takes no taps of another; only "
+                    "head and sequence do"
+                )
+            return reject_if(*by_taps(problem(params), _loss(apply_fn, likelihood), params, batch, taps, taps_scale))
         if needs_key and key is None:
             raise ValueError(f"estimator={estimator!r} with kind={kind!r} draws random numbers: pass key=")
         found, bad = observe_with(problem(params), params, batch, key)
         return reject_if(found, bad)
 
-    def update(state, params: Tree, batch: Batch, key: Array | None = None):
-        return welford.add(state, observe(params, batch, key))
+    def update(state, params: Tree, batch: Batch, key: Array | None = None, **given):
+        return welford.add(state, observe(params, batch, key, **given))
 
     def group_sizes(params: Tree) -> Tree:
         return orientation.sizes(grouped(params, False), params)

@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
-from fisher_jax.axes import UntraceableError, trace_axes
+from fisher_jax.axes import UntraceableError, in_leaf_order, trace_axes
 from fisher_jax.dense import matrices, operand_axes
 from fisher_jax.orientation import Grouping
 from fisher_jax.provenance import Spec, Use
@@ -65,14 +64,14 @@ def squared_sums(use: Use, side: str, inputs: tuple[Array, ...], cotangents: Arr
     cotangents = cotangents.astype(wide)
     if use.kind == "embedding":
         sums, axes = _embedding(use, inputs[0], cotangents), [i for i, r in enumerate(use.roles) if r == "row"]
-        return sums.sum() if side == "tensor" else _in_order(use, sums, axes)
+        return sums.sum() if side == "tensor" else in_leaf_order(use, sums, axes)
     batch, contracted, outputs = operand_axes(use)
     a, g = matrices(use, (inputs[0].astype(wide),), cotangents)
     sums = _by_gram(a, g, side) if by_gram else _by_gradient(a, g, side)
     if side == "tensor":
         return sums.sum()
     axes = [*batch, *(outputs if side == "row" else contracted)]
-    return _in_order(use, sums, axes)
+    return in_leaf_order(use, sums, axes)
 
 
 def _by_gram(a: Array, g: Array, side: str) -> Array:
@@ -101,16 +100,6 @@ def _embedding(use: Use, indices: Array, cotangents: Array) -> Array:
     gram = jnp.einsum("si,ti->st", vectors, vectors, precision=_EXACT)
     inside = jnp.where((index >= 0) & (index < rows), index, rows)
     return jnp.zeros(rows, gram.dtype).at[inside].add(jnp.sum(jnp.where(same, gram, 0), 1), mode="drop")
-
-
-def _in_order(use: Use, sums: Array, axes: list[int]) -> Array:
-    """From the operand's axes ``axes`` to the axes of the leaf that they are."""
-    traced, _ = trace_axes(use)
-    atoms = [atom for i in axes for atom in traced[i]]
-    order = sorted(range(len(atoms)), key=lambda i: (atoms[i].axis, atoms[i].place))
-    apart = jnp.transpose(sums.reshape([atom.size for atom in atoms]), order)
-    leaf = use.segments[0].source.shape
-    return apart.reshape([int(np.prod(leaf[i : i + 1])) for i in sorted({atom.axis for atom in atoms})])
 
 
 def reduce_taps(uses: dict[int, tuple[Grouping, bool]]) -> Any:

@@ -23,6 +23,7 @@ __all__ = [
     "square",
     "tokens_of",
     "unit_ids",
+    "weights_of",
     "zeros_like",
 ]
 
@@ -96,6 +97,17 @@ def split(apply_fn: Callable, params: Tree) -> Split:
     return Split(jax.tree.map(lambda x: jnp.asarray(x) if is_free(x) else None, params), outputs)
 
 
+def weights_of(batch: Batch, lead: tuple[int, ...], dtype: Any) -> tuple[Array, Array]:
+    """One weight per token, and a mask of reasons to reject them."""
+    weights = jnp.ones(lead, dtype) if batch.weights is None else jnp.asarray(batch.weights).astype(dtype)
+    if weights.shape != lead:
+        raise ValueError(
+            f"weights have one value per token, the leading shape of the outputs {list(lead)}, found "
+            f"{list(weights.shape)}"
+        )
+    return weights, rejection.reason_mask(negative_weight=~jnp.all((weights >= 0) & jnp.isfinite(weights)))
+
+
 class Tokens(NamedTuple):
     """Targets and weights of the tokens of one batch, and why it cannot be used."""
 
@@ -106,14 +118,7 @@ class Tokens(NamedTuple):
 
 def tokens_of(problem: Problem, outputs: Any, batch: Batch) -> Tokens:
     lead = outputs.shape[:-1]
-    dtype = jnp.promote_types(outputs.dtype, jnp.float32)
-    weights = jnp.ones(lead, dtype) if batch.weights is None else jnp.asarray(batch.weights).astype(dtype)
-    if weights.shape != lead:
-        raise ValueError(
-            f"weights have one value per token, the leading shape of the outputs {list(lead)}, found "
-            f"{list(weights.shape)}"
-        )
-    bad = rejection.reason_mask(negative_weight=~jnp.all((weights >= 0) & jnp.isfinite(weights)))
+    weights, bad = weights_of(batch, lead, jnp.promote_types(outputs.dtype, jnp.float32))
     if problem.kind == "empirical":
         inside = problem.likelihood.in_range(outputs, batch.targets)
         if inside.shape != lead:

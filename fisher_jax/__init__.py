@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from fisher_jax.diagonal import group_fisher
     from fisher_jax.errors import InputError, RejectedBatchError
     from fisher_jax.estimator import FisherEstimator
-    from fisher_jax.krylov import Density, Estimate, Spectrum, frobenius_norm, lanczos, spectral_density, trace
     from fisher_jax.kronecker.curvature import kfac_factors, precondition
+    from fisher_jax.kronecker.transformation import kfac_static_args, scale_by_kfac
+    from fisher_jax.krylov import Density, Estimate, Spectrum, frobenius_norm, lanczos, spectral_density, trace
     from fisher_jax.likelihoods import Likelihood, bernoulli, categorical, gaussian
     from fisher_jax.moving_average import ema
     from fisher_jax.rejection import check
@@ -41,8 +42,10 @@ _NAMES = {
     "gradients_from_taps": "taps",
     "group_fisher": "diagonal",
     "kfac_factors": "kronecker.curvature",
+    "kfac_static_args": "kronecker.transformation",
     "next_token_batch": "batch",
     "precondition": "kronecker.curvature",
+    "scale_by_kfac": "kronecker.transformation",
     "track_fisher": "tracking",
     "value_grad_and_taps": "taps",
     "Density": "krylov",
@@ -81,12 +84,14 @@ __all__ = [
     "group_fisher",
     "groups",
     "kfac_factors",
+    "kfac_static_args",
     "lanczos",
     "lm_head",
     "moving_average",
     "next_token_batch",
     "operators",
     "precondition",
+    "scale_by_kfac",
     "spectral_density",
     "trace",
     "track_fisher",

@@ -28,7 +28,16 @@ from fisher_jax.kronecker.woodbury import (
 from fisher_jax.likelihoods import Likelihood, categorical
 from fisher_jax.rejection import reasons
 
-__all__ = ["EXACT_HEAD_LIMIT", "BlockFactors", "Factors", "decompose", "kfac_factors", "precondition", "solve"]
+__all__ = [
+    "EXACT_HEAD_LIMIT",
+    "BlockFactors",
+    "Factors",
+    "check_form",
+    "decompose",
+    "kfac_factors",
+    "precondition",
+    "solve",
+]
 
 Tree = Any
 # V T**2 in operations above which exact damping of a softmax head is refused.
@@ -183,7 +192,7 @@ def kfac_factors(
         (3,)
     """
     check_options(policy, fisher, shared, token_cap, temperature)
-    _check_form(form)
+    check_form(form)
     rules = Rules(policy, token_cap, fisher, shared, diagonal or (lambda path: False))
     problem = Problem(apply_fn, likelihood, rules, temperature)
     blocks = block_plan(problem, params, batch)
@@ -193,7 +202,8 @@ def kfac_factors(
     return Factors(decompose(blocks, seen, storage), jnp.asarray(damping), blocks, form, power)
 
 
-def _check_form(form: str) -> None:
+def check_form(form: str) -> None:
+    """Raise where ``form`` is none of those there are."""
     if form not in ("auto", "exact", "factored"):
         raise ValueError(f"form is one of auto, exact, factored, found {form!r}")
 

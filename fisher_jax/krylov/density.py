@@ -127,7 +127,10 @@ def spectral_density(
         raise ValueError(f"num_steps and num_probes are at least 1, found {num_steps} and {num_probes}")
     if width is not None and not width > 0:
         raise ValueError(f"width is positive, found {width}")
-    apply, rules = product(matvec, layout, jit), process.rules_for(layout, matvec_dtype)._replace(go_on=False)
+    apply, rules = (
+        product(matvec, layout, jit),
+        process.rules_for(layout, matvec_dtype, basis_dtype)._replace(go_on=False),
+    )
     rows = min(num_steps, layout.size)
     basis = sweeps.allocate(layout, rows, basis_dtype, host)
     nodes, weights, products = np.zeros((num_probes, rows)), np.zeros((num_probes, rows)), 0

@@ -19,7 +19,22 @@ from fisher_jax.krylov import sweeps
 from fisher_jax.krylov.layout import Layout, Vector, random_vector
 from fisher_jax.krylov.sweeps import Basis
 
-__all__ = ["Process", "Rules", "on", "orthogonalise", "restart", "ritz", "rules_for", "start", "step"]
+__all__ = [
+    "Process",
+    "Rules",
+    "at_least",
+    "deviation",
+    "on",
+    "orthogonalise",
+    "restart",
+    "ritz",
+    "rules_for",
+    "start",
+    "step",
+]
+
+
+_SUSPICIOUS = 0.02  # a residual this small may be the noise of products in bfloat16
 
 
 class Rules(NamedTuple):
@@ -32,12 +47,13 @@ class Rules(NamedTuple):
     go_on: bool = True  # after a breakdown, with a fresh vector
 
 
-def rules_for(layout: Layout, matvec_dtype: Any = None) -> Rules:
-    """Tolerances from the arithmetic and from the narrowest type inside the products."""
-    narrow = layout.dtypes if matvec_dtype is None else (jnp.dtype(matvec_dtype),)
+def rules_for(layout: Layout, matvec_dtype: Any, basis_dtype: Any) -> Rules:
+    """Tolerances from the arithmetic and from the narrowest type inside products and storage."""
+    narrow = list(layout.dtypes) if matvec_dtype is None else [jnp.dtype(matvec_dtype)]
+    narrow += [] if basis_dtype is None else [jnp.dtype(basis_dtype)]
     kind = max(narrow, key=lambda dtype: float(jnp.finfo(dtype).eps))
     eps = max(float(jnp.finfo(kind).eps), layout.eps)
-    return Rules(2 * eps + 32 * layout.eps, math.sqrt(eps), eps, str(kind))
+    return Rules(eps / 2 + 32 * layout.eps, math.sqrt(eps), eps, str(kind))
 
 
 class Process(NamedTuple):
@@ -55,7 +71,13 @@ class Process(NamedTuple):
     fresh: bool  # the pending direction was drawn at random
     quiet: int  # fresh directions in a row that A sends to zero; once null, how many of them are no steps
     null: bool  # A is zero to rounding where the basis is not
+    noise: float  # of a product, relative to its norm; negative until there was a reason to measure it
     key: Any
+
+    @property
+    def steps(self) -> int:
+        """Products that gave a column; another one measured the noise."""
+        return self.products - (self.noise >= 0)
 
     @property
     def exhausted(self) -> bool:
@@ -74,7 +96,7 @@ def start(basis: Basis, key: Any, vector: Vector, drawn: bool = True) -> Process
         raise InputError(f"the start vector has norm {norm}; wanted a finite vector that is not zero")
     return Process(
         basis, vector, norm, 0, np.zeros((rows, rows)), np.zeros(rows), np.zeros((rows, rows)), 0.0, 0, 0, 1, drawn,
-        0, False, key,
+        0, False, -1.0, key,
     )  # fmt: skip
 
 
@@ -97,18 +119,55 @@ def step(state: Process, product: Callable[[Vector], Vector], rules: Rules) -> P
     total = math.hypot(float(np.linalg.norm(column)), norm)
     scale = max(state.scale, total)
     asymmetry = float(np.linalg.norm(column[:j] - matrix[j, :j]))
-    if asymmetry > rules.symmetry * scale:
-        raise InputError(
-            f"the operator is not symmetric: for the vectors of step {j + 1}, u.(A v) and v.(A u) differ by "
-            f"{asymmetry:.3g} at |A v| up to {scale:.3g}, more than products in {rules.matvec_dtype} explain; if the "
-            "operator computes in a narrower type inside, say so with matvec_dtype="
-        )
     matrix[: j + 1, j] = column
+    coupling[j] = norm
     state = state._replace(
         basis=basis, pending=w, beta=norm, size=j + 1, matrix=matrix, coupling=coupling, scale=scale,
         products=state.products + 1,
     )  # fmt: skip
+    if state.noise < 0 and (asymmetry > rules.symmetry * scale or norm <= _SUSPICIOUS * scale):
+        state = _measure_noise(state, product)
+    rules = at_least(rules, state.noise)
+    if asymmetry > rules.symmetry * scale:
+        raise InputError(
+            f"the operator is not symmetric: for the vectors of step {j + 1}, u.(A v) and v.(A u) differ by "
+            f"{asymmetry:.3g} at |A v| up to {scale:.3g}, more than products with a relative noise of "
+            f"{max(state.noise, 0):.1g} explain"
+        )
     return _continue(state, rules, drawn=state.fresh, total=total)
+
+
+def _measure_noise(state: Process, product: Callable) -> Process:
+    """How far products are from linear: rounding inside them, seen by a vector whose length is no power of two."""
+    signs = jax.random.rademacher(jax.random.fold_in(state.key, 2**32 - 2), (state.size,), np.int32)
+    coordinates = 0.7 * np.asarray(signs, np.float64) / math.sqrt(state.size)
+    size = float(np.linalg.norm(state.matrix[: state.size, : state.size] @ coordinates))
+    size = math.hypot(size, float(state.coupling[: state.size] @ coordinates))
+    noise = deviation(state, product, coordinates) / size if size else 0.0
+    if not noise <= 0.2:
+        raise InputError(
+            f"the operator is not linear: A(a u + b v) and a A(u) + b A(v) differ by {noise:.2g} of their size; a "
+            "product must not draw random numbers (dropout) or depend on the length of its vector"
+        )
+    return state._replace(noise=noise, products=state.products + 1)
+
+
+def at_least(rules: Rules, noise: float) -> Rules:
+    """Noise that was measured counts like that of a type with ``eps = 8 noise``."""
+    eps = max(8 * noise, 0.0)
+    return rules._replace(
+        breakdown=max(rules.breakdown, eps / 2), symmetry=max(rules.symmetry, math.sqrt(eps)), eps=max(rules.eps, eps)
+    )
+
+
+def deviation(state: Process, product: Callable[[Vector], Vector], coordinates: np.ndarray) -> float:
+    """``|A y - (V G + w c^T) t|`` for ``y = V t``: noise of the products, of storage and of the recurrence."""
+    m = state.size
+    w = on(state.basis, product(sweeps.combine(state.basis, coordinates)))
+    expected = float(state.coupling[:m] @ coordinates)
+    if state.beta > 0 and expected:
+        w = [x - np.asarray(expected / state.beta, x.dtype) * p for x, p in zip(w, state.pending, strict=True)]
+    return sweeps.subtract(state.basis, w, state.matrix[:m, :m] @ coordinates)[2]
 
 
 def orthogonalise(basis: Basis, w: Vector, rows: int, small: Callable[[float], float]):
@@ -154,12 +213,11 @@ def _continue(state: Process, rules: Rules, drawn: bool, total: float) -> Proces
         return _forget(state, max(quiet, 1), small)
     state = state._replace(quiet=quiet, fresh=False)
     if state.beta > small or (quiet and state.beta > 0):
-        coupling = state.coupling.copy()
-        coupling[j] = state.beta
-        return state._replace(coupling=coupling)
+        return state
     dropped = np.zeros(state.basis.rows)
     dropped[j] = state.beta
-    state = state._replace(left=_joined(state.left, dropped[None]))
+    nothing = np.zeros_like(state.coupling)
+    state = state._replace(left=_joined(state.left, dropped[None]), coupling=nothing)
     return _draw(state) if rules.go_on else state._replace(beta=0.0)
 
 
@@ -181,9 +239,7 @@ def _draw(state: Process) -> Process:
     """A random direction orthogonal to the basis, coupled to nothing."""
     drawn = random_vector(jax.random.fold_in(state.key, state.draws), state.basis.layout, "normal")
     _, w, norm = orthogonalise(state.basis, on(state.basis, drawn), state.size, lambda _: 0.0)
-    return state._replace(
-        pending=w, beta=norm, coupling=np.zeros_like(state.coupling), fresh=True, draws=state.draws + 1
-    )
+    return state._replace(pending=w, beta=norm, fresh=True, draws=state.draws + 1)
 
 
 def ritz(state: Process) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

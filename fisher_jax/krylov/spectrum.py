@@ -59,7 +59,7 @@ def lanczos(
             closes over are too, so prefer a ``Partial``.
         like: arrays or ``jax.ShapeDtypeStruct``s, for example the parameters. Basis and eigenvectors are placed as
             its leaves are. ``None`` and leaves of integers stand still, ``None`` in what ``matvec`` gets and returns.
-        num_steps: products, at most (two more may look for a null space and verify).
+        num_steps: products, at most; two more may measure noise and verify.
         num_eigenvalues: ``k``; of each end for ``both``.
         which: ``largest``, ``smallest`` (algebraically), ``both``, or ``magnitude``.
         key: of the start vector and the fresh directions.
@@ -71,7 +71,8 @@ def lanczos(
         start: first direction, a tree like ``like``; ``None``: random.
         eigenvectors: also the Ritz vectors, orthonormal, at least float32.
         matvec_dtype: the narrowest type inside the products, if narrower than the leaves (bfloat16 matrix products):
-            asymmetry and breakdowns are judged by it.
+            asymmetry and breakdowns are judged by it. Where it is not stated, one more product measures the noise of
+            products as soon as something looks like a breakdown or an asymmetry.
         verify: one more product, with a random combination of the wanted Ritz vectors, measures how far the products
             are from linear and the recurrence from true; its size, times ``sqrt(k)``, enters every residual. False:
             ``2 eps |A|`` of ``matvec_dtype`` instead, an assumption.
@@ -102,7 +103,7 @@ def lanczos(
     layout = layout_of(like)
     host = sweeps.on_host(storage, layout)
     rows = _check(layout, num_steps, num_eigenvalues, which, max_basis, tol, save, resume)
-    rules = process.rules_for(layout, matvec_dtype)
+    rules = process.rules_for(layout, matvec_dtype, basis_dtype)
     plan = Plan(num_eigenvalues, which, tol, verify)
     apply = product(matvec, layout, jit)
     facts = {
@@ -116,13 +117,13 @@ def lanczos(
         first = random_vector(key, layout, "normal") if start is None else _leaves(start, layout)
         state = process.start(basis, key, first, drawn=start is None)
         del basis, first
-    while not (state.done or state.products >= num_steps):
+    while not (state.done or state.steps >= num_steps):
         if state.size == rows:
             if (max_restarts is not None and state.restarts >= max_restarts) or _all_converged(state, plan):
                 break
             state = process.restart(state, _kept(state, plan))
         state = process.step(state, apply, rules)
-        if save is not None and state.products % save_every == 0:
+        if save is not None and state.steps % save_every == 0:
             checkpoint.save(save, _saved(state), metadata=facts)
     return summarise(state, plan, rules, apply, eigenvectors)
 
@@ -159,10 +160,11 @@ def _leaves(tree: Tree, layout: Layout) -> list:
 
 
 def _all_converged(state: Process, plan: Plan) -> bool:
+    """By the recurrence; half the tolerance is left for rounding, which is measured at the end."""
     values, _, residuals = process.ritz(state)
     wanted = np.unique(np.concatenate(ends(values, plan.which, plan.k)))
     floor = 8 * state.basis.layout.eps * state.scale
-    return bool(np.all(residuals[wanted] <= np.maximum(plan.tol * np.abs(values[wanted]) - floor, floor)))
+    return bool(np.all(residuals[wanted] <= np.maximum(plan.tol / 2 * np.abs(values[wanted]), floor)))
 
 
 def _kept(state: Process, plan: Plan) -> np.ndarray:
@@ -177,6 +179,7 @@ def _kept(state: Process, plan: Plan) -> np.ndarray:
 
 _NUMBERS = (
     "beta", "size", "matrix", "coupling", "left", "scale", "products", "restarts", "draws", "fresh", "quiet", "null",
+    "noise",
 )  # fmt: skip
 
 

@@ -69,18 +69,9 @@ def ends(values: np.ndarray, which: str, k: int) -> list[np.ndarray]:
     return [end[:k] for end in ends]
 
 
-def _deviation(state: Process, apply: Callable, coordinates: np.ndarray) -> float:
-    """``|A y - (V G + w c^T) t|`` for ``y = V t``: noise of the products, of storage and of the recurrence."""
-    m = state.size
-    w = process.on(state.basis, apply(sweeps.combine(state.basis, coordinates)))
-    expected = float(state.coupling[:m] @ coordinates)
-    if state.beta > 0 and expected:
-        w = [x - np.asarray(expected / state.beta, x.dtype) * p for x, p in zip(w, state.pending, strict=True)]
-    return sweeps.subtract(state.basis, w, state.matrix[:m, :m] @ coordinates)[2]
-
-
 def summarise(state: Process, plan: Plan, rules: Rules, apply: Callable, vectors: bool) -> Spectrum:
     values, coordinates, residuals = process.ritz(state)
+    rules = process.at_least(rules, state.noise)
     scale = max(state.scale, float(np.abs(values).max()))
     picked = ends(values, plan.which, plan.k)
     wanted, products = np.unique(np.concatenate(picked)), state.products
@@ -88,17 +79,17 @@ def summarise(state: Process, plan: Plan, rules: Rules, apply: Callable, vectors
     if plan.verify:
         key = jax.random.fold_in(state.key, 2**32 - 1)
         signs = np.asarray(jax.random.rademacher(key, (len(wanted),), np.int32), float) / math.sqrt(len(wanted))
-        rounding += math.sqrt(len(wanted)) * _deviation(state, apply, coordinates[:, wanted] @ signs)
+        rounding += math.sqrt(len(wanted)) * process.deviation(state, apply, coordinates[:, wanted] @ signs)
         products += 1
     else:
         rounding += 2 * rules.eps * scale
     bounds = residuals + rounding
-    entries = _listed(state, plan, values, rules.breakdown * scale, picked)
+    zero = max(rounding, rules.breakdown * scale)
+    entries = _listed(state, plan, values, zero, picked)
     found = entries >= 0
     take = np.where(found, entries, 0)
     eigenvalues, errors = (np.where(found, x[take], np.nan) for x in (values, bounds))
     floor = np.maximum(plan.tol * np.abs(values), 2 * rounding)[take]
-    zero = max(rounding, rules.breakdown * scale)
     condition, lower, over = _condition(state, values, bounds, zero)
     negative, nonzero = values < -bounds, np.abs(values) > bounds
     return Spectrum(
@@ -115,7 +106,7 @@ def summarise(state: Process, plan: Plan, rules: Rules, apply: Callable, vectors
         negative_sum=float(values[negative].sum()),
         complete=state.done,
         null_dimension=state.basis.layout.size - state.size if state.null else 0,
-        num_valid_steps=state.products - (state.quiet if state.null else 0),
+        num_valid_steps=state.steps - (state.quiet if state.null else 0),
         num_products=products,
         num_restarts=state.restarts,
         dimension=state.basis.layout.size,
@@ -165,8 +156,8 @@ def _statement(state: Process, plan: Plan, zero: float, missing: int) -> str:
     said = []
     if state.null:
         said.append(
-            f"on the {dimension - state.size} dimensions beyond these {state.size} steps the operator is zero to "
-            f"{zero:.2g}; a repeated zero is listed once"
+            f"on the {dimension - state.size} dimensions beyond these {state.size} steps the operator sends random "
+            f"directions to zero (below {zero:.2g}); a repeated zero is listed once"
         )
     elif state.exhausted:
         said.append(f"all {dimension} dimensions were searched")

@@ -1,5 +1,7 @@
 """The estimator ``head``, and taps of a training step in place of a pass of its own."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,16 @@ def assert_close(found, wanted, rtol=1e-10):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * np.abs(y).max(), err_msg=jax.tree_util.keystr(path))
 
 
+@functools.cache
+def exact_head(kind):
+    """Every entry of the head, from per-token gradients of the head alone."""
+    params, batch = problem()
+    head = {name: params[name] for name in ("head", "head_bias")}
+    fisher = fj.group_fisher(lambda p, x: apply_fn(params | p, x), estimator="exact", kind=kind, chunk_size=64)
+    moments = jax.jit(fisher.observe)(head, batch)
+    return fj.welford.mean(moments)["head"], fj.welford.standard_error(moments)["head"]
+
+
 @pytest.mark.parametrize("kind", ["empirical", "true"])
 @pytest.mark.parametrize("group", ["param", "row", "column", "tensor"])
 def test_head_equals_the_exact_estimator_at_its_leaf(group, kind):
@@ -63,12 +75,11 @@ def test_head_equals_the_exact_estimator_at_its_leaf(group, kind):
         state = jax.jit(fisher.update)(fisher.init(params), params, batch)
         found = fj.welford.mean(state)
         assert {name for name, x in found.items() if jax.tree.leaves(x)} == {"head"}
-        exact = fj.group_fisher(apply_fn, estimator="exact", groups=group, **options)
-        wanted = exact.observe(params, batch)
-        np.testing.assert_allclose(found["head"], fj.welford.mean(wanted)["head"], rtol=1e-10)
-        np.testing.assert_allclose(
-            fj.welford.standard_error(state)["head"], fj.welford.standard_error(wanted)["head"], rtol=1e-7
-        )
+        mean, error = exact_head(kind)
+        axes = {"param": (), "row": (0,), "column": (1,), "tensor": (0, 1)}[group]
+        np.testing.assert_allclose(found["head"], np.asarray(mean).sum(axes), rtol=1e-10)
+        if group == "param":
+            np.testing.assert_allclose(fj.welford.standard_error(state)["head"], error, rtol=1e-7)
         assert fisher.group_sizes(params)["head"].sum() == params["head"].size
 
 
@@ -83,16 +94,27 @@ def test_head_behind_casts_reshapes_a_transpose_and_a_soft_cap():
         _, batch = problem()
         params = {"embed": problem()[0]["embed"], "head": problem()[0]["embed"] * 3}
         options = {"groups": "row", "example": batch}
-        found = fj.group_fisher(capped, estimator="head", **options).observe(params, batch)
-        wanted = fj.group_fisher(capped, estimator="exact", unit="sequence", **options).observe(params, batch)
+        found = jax.jit(fj.group_fisher(capped, estimator="head", **options).observe)(params, batch)
+        exact = fj.group_fisher(capped, estimator="exact", unit="sequence", **options)
+        wanted = jax.jit(exact.observe)(params, batch)
         assert_close(fj.welford.mean(found)["head"], fj.welford.mean(wanted)["head"], 1e-5)
         with pytest.raises(ValueError, match=r"follows the outputs back .* use fj\.lm_head\.estimator"):
             fj.group_fisher(lambda p, x: jnp.exp(capped(p, x)), estimator="head", **options).init(params)
 
 
-@pytest.mark.parametrize("unit", ["sequence", "document"])
-@pytest.mark.parametrize("group", ["param", "row", "column", "tensor"])
-@pytest.mark.parametrize("estimator", ["head", "sequence"])
+@pytest.mark.parametrize(
+    ("estimator", "group", "unit"),
+    [
+        ("head", "param", "sequence"),
+        ("head", "row", "document"),
+        ("head", "column", "sequence"),
+        ("head", "tensor", "sequence"),
+        ("sequence", "param", "document"),
+        ("sequence", "row", "sequence"),
+        ("sequence", "column", "sequence"),
+        ("sequence", "tensor", "document"),
+    ],
+)
 def test_taps_of_the_training_loss_give_what_a_pass_of_its_own_gives(estimator, group, unit):
     with jax.enable_x64(True):
         params, batch = problem()
@@ -125,48 +147,69 @@ def test_tracking_from_taps_in_a_chain():
         return optax.apply_updates(params, updates), opt_state
 
     moved, opt_state = step(params, tx.init(params))
-    wanted = fisher.update(fisher.init(params), params, batch)
+    wanted = jax.jit(fisher.update)(fisher.init(params), params, batch)
     assert_close(fj.welford.mean(opt_state[1]), fj.welford.mean(wanted), 1e-4)
     assert_close(fj.moving_average.mean(opt_state[0].fisher), fj.welford.mean(wanted), 1e-4)
     assert fj.welford.count(step(moved, opt_state)[1][1].fisher) == 2 * B
 
 
+def taps_of(loss, params, batch, **options):
+    """Shapes of taps: what cannot serve is refused while tracing."""
+    return jax.eval_shape(lambda p, b: fj.capture(loss, **options)(p, b)[1], params, batch)
+
+
+def observed(fisher, params, batch, taps):
+    return jax.eval_shape(
+        lambda *given: fisher.observe(*given[:2], given[2], taps=given[3]), params, batch, KEY, taps
+    )
+
+
+KEY = jax.random.key(0)
+
+
 def test_taps_that_cannot_serve_are_refused():
     params, batch = problem(jnp.float32)
-    _, _, taps = fj.value_grad_and_taps(mean_loss)(params, batch)
+    taps = taps_of(mean_loss, params, batch)
     for estimator in ("signs", "sampled", "exact"):
-        fisher = fj.group_fisher(apply_fn, estimator=estimator)
         with pytest.raises(ValueError, match="takes no taps of another; only head and sequence do"):
-            fisher.observe(params, batch, jax.random.key(0), taps=taps)
+            observed(fj.group_fisher(apply_fn, estimator=estimator), params, batch, taps)
     sequence = fj.group_fisher(apply_fn, estimator="sequence")
     head = fj.group_fisher(apply_fn, estimator="head", example=batch)
-    _, reduced = fj.capture(mean_loss, reduce=lambda inputs, cotangents: cotangents.sum())(params, batch)
+    reduced = taps_of(mean_loss, params, batch, reduce=lambda inputs, cotangents: cotangents.sum())
     for fisher in (sequence, head):
         with pytest.raises(ValueError, match="reduced"):
-            fisher.observe(params, batch, taps=reduced)
+            observed(fisher, params, batch, reduced)
     with pytest.raises(ValueError, match="not 2 rows of the batch"):
-        sequence.observe(params, jax.tree.map(lambda x: x[:2], batch), taps=taps)
+        observed(sequence, params, jax.tree.map(lambda x: x[:2], batch), taps)
     with pytest.raises(ValueError, match="the taps are of 12 tokens and the batch has 8"):
-        head.observe(params, jax.tree.map(lambda x: x[:2], batch), taps=taps)
+        observed(head, params, jax.tree.map(lambda x: x[:2], batch), taps)
     with pytest.raises(ValueError, match=r"the head \['head'\] needs one tap .* found 0 uses"):
-        head.observe(params, batch, taps=[t for t in taps if "head" not in t.path])
+        observed(head, params, batch, [t for t in taps if "head" not in t.path])
+
+    def decayed(params, batch):
+        return mean_loss(params, batch) + jnp.sum(params["mix"] ** 2)
+
+    with pytest.raises(ValueError, match=r"parameter \['mix'\] is used by .* the gradient of all rows together"):
+        observed(sequence, params, batch, taps_of(decayed, params, batch))
 
     def by_time(params, inputs):
-        x = params["embed"][inputs.T]
-        return jnp.swapaxes(x @ params["head"], 0, 1)
+        return jnp.swapaxes(params["embed"][inputs.T] @ params["head"], 0, 1)
 
-    def loss(params, batch):
-        return jnp.sum(by_time(params, batch.inputs))
-
-    _, _, taps = fj.value_grad_and_taps(loss)(params, batch)
     square = fj.Batch(batch.inputs[:, :B], batch.targets[:, :B])
+    taps = taps_of(lambda params, batch: jnp.sum(by_time(params, batch.inputs)), params, square)
     with pytest.raises(ValueError, match="rows of the batch are not the first tokens"):
-        fj.group_fisher(by_time, estimator="sequence").observe(
-            params, square, taps=fj.value_grad_and_taps(loss)(params, square)[2]
-        )
-    weighty = jax.tree.map(lambda x: x, batch)
-    broken = jax.tree.map(lambda x: x * jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
-    _, _, bad = fj.value_grad_and_taps(mean_loss)(broken, weighty)
-    for fisher in (sequence, head):
-        with pytest.raises(RejectedBatchError, match="NaN"):
-            fj.check(fj.welford.add(fisher.init(params), fisher.observe(params, batch, taps=bad)))
+        observed(fj.group_fisher(by_time, estimator="sequence"), params, square, taps)
+
+
+@pytest.mark.parametrize("estimator", ["head", "sequence"])
+def test_taps_of_a_loss_that_is_no_number_are_rejected(estimator):
+    params, batch = problem(jnp.float32)
+    broken = {**params, "head": params["head"] * jnp.nan}
+    fisher = fj.group_fisher(apply_fn, estimator=estimator, groups="tensor", example=batch)
+
+    @jax.jit
+    def update(state):
+        return fisher.update(state, params, batch, taps=fj.capture(mean_loss)(broken, batch)[1])
+
+    with pytest.raises(RejectedBatchError, match="NaN"):
+        fj.check(update(fisher.init(params)))

@@ -169,12 +169,12 @@ def test_sums_over_many_entries_lose_nothing(storage):
     ones = [np.ones(size, np.float32)] if storage == "host" else [jnp.ones(size)]
     basis, stored = sweeps.write(basis, ones, 0.3, 0)
     value = float(np.float32(0.3))
-    assert sweeps.project(basis, ones, 1)[0] == pytest.approx(size * value, rel=1e-6)
-    assert sweeps.dot(basis, stored, stored) == pytest.approx(size * value**2, rel=1e-6)
+    assert sweeps.project(basis, ones, 1)[0] == pytest.approx(size * value, rel=3e-6)
+    assert sweeps.dot(basis, stored, stored) == pytest.approx(size * value**2, rel=3e-6)
     left, rest, norm = sweeps.subtract(basis, stored, np.array([0.5]))
-    assert norm == pytest.approx(value / 2 * size**0.5, rel=1e-6)
-    assert rest[0] == pytest.approx(size * value**2 / 2, rel=1e-6)
-    assert float(left[0][-1]) == pytest.approx(value / 2, rel=1e-6)
+    assert norm == pytest.approx(value / 2 * size**0.5, rel=3e-6)
+    assert rest[0] == pytest.approx(size * value**2 / 2, rel=3e-6)
+    assert float(left[0][-1]) == pytest.approx(value / 2, rel=3e-6)
 
 
 @pytest.mark.parametrize("storage", ["host", "device"])

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from fisher_jax.errors import InputError, RejectedBatchError
     from fisher_jax.estimator import FisherEstimator
     from fisher_jax.kronecker.curvature import kfac_factors, precondition
+    from fisher_jax.kronecker.optimizer import kfac
     from fisher_jax.kronecker.transformation import kfac_static_args, scale_by_kfac
     from fisher_jax.krylov import Density, Estimate, Spectrum, frobenius_norm, lanczos, spectral_density, trace
     from fisher_jax.likelihoods import Likelihood, bernoulli, categorical, gaussian
+    from fisher_jax.memory import on_device, on_host
     from fisher_jax.moving_average import ema
     from fisher_jax.rejection import check
     from fisher_jax.taps import capture, coverage, gradients_from_taps, value_grad_and_taps
@@ -41,9 +43,12 @@ _NAMES = {
     "gaussian": "likelihoods",
     "gradients_from_taps": "taps",
     "group_fisher": "diagonal",
+    "kfac": "kronecker.optimizer",
     "kfac_factors": "kronecker.curvature",
     "kfac_static_args": "kronecker.transformation",
     "next_token_batch": "batch",
+    "on_device": "memory",
+    "on_host": "memory",
     "precondition": "kronecker.curvature",
     "scale_by_kfac": "kronecker.transformation",
     "track_fisher": "tracking",
@@ -83,12 +88,15 @@ __all__ = [
     "gradients_from_taps",
     "group_fisher",
     "groups",
+    "kfac",
     "kfac_factors",
     "kfac_static_args",
     "lanczos",
     "lm_head",
     "moving_average",
     "next_token_batch",
+    "on_device",
+    "on_host",
     "operators",
     "precondition",
     "scale_by_kfac",

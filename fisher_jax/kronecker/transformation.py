@@ -17,7 +17,7 @@ from fisher_jax.kronecker.curvature import BlockFactors, check_form, decompose, 
 from fisher_jax.kronecker.problem import Problem, block_plan, check_options, observe, observe_taps
 from fisher_jax.likelihoods import Likelihood, categorical
 
-__all__ = ["KFACState", "kfac_static_args", "scale_by_kfac"]
+__all__ = ["KFACState", "aligned", "kfac_static_args", "scale_by_kfac"]
 
 Tree = Any
 
@@ -150,7 +150,7 @@ def scale_by_kfac(
             return observe_taps(part, plan, taps, taps_scale, lead, batch or Batch(None, None), key)
 
         state, bad = refresh(plan, state, seen, update_freq)
-        leaves, treedef = _aligned(updates, whole)
+        leaves, treedef = aligned(updates, whole)
         finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates)]))
         bad = bad | rejection.reason_mask(non_finite=~finite)
         found = solve(plan, state.blocks, leaves, damping, form, power)
@@ -211,7 +211,7 @@ def _restricted(problem: Problem, part: Tree) -> Problem:
     return problem._replace(rules=dataclasses.replace(problem.rules, follow=lambda path: path in present))
 
 
-def _aligned(part: Tree, whole: Tree) -> tuple[list, Any]:
+def aligned(part: Tree, whole: Tree) -> tuple[list, Any]:
     """Leaves of ``part`` at their places among those of ``whole``, ``None`` elsewhere."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(part)
     present = {jax.tree_util.keystr(path): x for path, x in paths}

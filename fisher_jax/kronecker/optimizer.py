@@ -1,0 +1,228 @@
+"""K-FAC ready to use: momentum, a trust region or steps from the exact quadratic model, and adaptive damping."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from fisher_jax import rejection
+from fisher_jax.batch import Batch
+from fisher_jax.kronecker.quadratic import best_step, local_model, loss, tree_dot
+from fisher_jax.kronecker.transformation import KFACState, aligned, scale_by_kfac
+from fisher_jax.likelihoods import Likelihood, categorical
+
+__all__ = ["KFACOptimizerState", "kfac"]
+
+Tree = Any
+_SMALLEST, _LARGEST = 1e-8, 1e4
+
+
+class KFACOptimizerState(NamedTuple):
+    """State of `kfac`.
+
+    Attributes:
+        factors: `KFACState`.
+        velocity: float32, like the parameters: with a fixed learning rate the running sum of directions; otherwise
+            the last update.
+        damping: float32; moves only in adaptive mode.
+        learning_rate, momentum: float32, what the last update used.
+        ratio: float32, loss decrease over the predicted one, when last looked at (adaptive; 1 before).
+    """
+
+    factors: KFACState
+    velocity: Tree
+    damping: Array
+    learning_rate: Array
+    momentum: Array
+    ratio: Array
+
+
+def kfac(
+    learning_rate: Any,
+    apply_fn: Callable[[Any, Any], Array],
+    likelihood: Likelihood = categorical,
+    *,
+    example: Batch,
+    damping: Any = None,
+    momentum: Any = 0.9,
+    kl_clip: Any = 1e-3,
+    weight_decay: Any = 0.0,
+    adapt_every: int = 1,
+    update_freq: int = 10,
+    fisher: str = "sampled",
+    policy: str = "auto",
+    token_cap: int | None = 1024,
+    form: str = "auto",
+    power: float = -1.0,
+    shared: str = "expand",
+    temperature: float = 1.0,
+    storage: Any = None,
+    diagonal: Callable[[str], bool] | None = None,
+    model_params: Tree = None,
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC with momentum: ``update(grads, state, params, batch=batch, key=key)``, ready for ``apply_updates``.
+
+    Gradients ``g`` are those of the mean negative log-likelihood per weighted token; ``x = (F + damping I)^-1 g`` by
+    `fj.scale_by_kfac`.
+
+    - A number or a schedule for ``learning_rate``: ``v <- momentum v + nu x + weight_decay params`` and the update is
+      ``-learning_rate v``. The trust region ``nu = min(1, sqrt(2 kl_clip / (learning_rate**2 x . g)))`` keeps the KL
+      divergence per token that the step of ``x`` alone is predicted to cause below ``kl_clip`` nats.
+    - ``None``, adaptive: the update ``-a x + m (last update)`` has ``a`` and ``m`` that minimise the exact quadratic
+      model of the loss on this batch, ``g . u + u . (GGN + (damping + weight_decay) I) u / 2`` (two Jacobian-vector
+      products; Martens and Grosse 2015, section 7), with ``weight_decay / 2 |params|**2`` in the loss. Every
+      ``adapt_every`` updates the loss after the step is evaluated and the damping follows the Levenberg-Marquardt
+      rule (section 6.5): it is multiplied by ``0.9**adapt_every`` where the loss fell by more than 3/4 of what the
+      model predicts, and divided by it below 1/4. Where the loss rose the step is not taken: the update is zero, the
+      last update is forgotten, and the damping grows by 4. It stays between 1e-8 and 1e4.
+
+    An update whose batch or gradients cannot be used is zero and leaves all but the counts of the state as it was.
+
+    Args:
+        damping: what is added to the curvature; where ``learning_rate`` is ``None`` the first of it. ``None``: 1e-3,
+            and 0.1 in adaptive mode.
+        momentum, kl_clip: only with a fixed learning rate; ``kl_clip=None`` for no trust region.
+        fisher: ``"sampled"`` here: the empirical Fisher vanishes with the loss, and steps grow.
+
+    Other arguments and errors are those of `fj.scale_by_kfac`.
+
+    Example:
+        >>> import fisher_jax as fj, jax, jax.numpy as jnp, optax
+        >>> apply_fn = lambda params, x: x @ params["kernel"]
+        >>> batch = fj.Batch(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0], [2.0]]))
+        >>> tx = fj.kfac(None, apply_fn, fj.gaussian, example=batch, fisher="ggn", damping=1e-6)
+        >>> params = {"kernel": jnp.zeros((2, 1))}
+        >>> grads = {"kernel": -jnp.array([[0.5], [1.0]])}
+        >>> updates, state = tx.update(grads, tx.init(params), params, batch=batch)
+        >>> jnp.round(optax.apply_updates(params, updates)["kernel"], 3).tolist()  # least squares, in one step
+        [[1.0], [2.0]]
+    """
+    adaptive = learning_rate is None
+    first_damping = damping if damping is not None else (0.1 if adaptive else 1e-3)
+    inner = functools.partial(
+        scale_by_kfac, apply_fn, likelihood, example=example, update_freq=update_freq, fisher=fisher, policy=policy,
+        token_cap=token_cap, form=form, power=power, shared=shared, temperature=temperature, storage=storage,
+        diagonal=diagonal, model_params=model_params,
+    )  # fmt: skip
+
+    def init(params: Tree) -> KFACOptimizerState:
+        velocity = jax.tree.map(lambda x: jnp.zeros(x.shape, _dtype(x)) if _moves(x) else x, params)
+        start = [jnp.full((), x, jnp.float32) for x in (first_damping, 0.0, 0.0, 1.0)]
+        return KFACOptimizerState(inner(damping=first_damping).init(params), velocity, *start)
+
+    def update(
+        updates: Tree, state: KFACOptimizerState, params: Tree = None, *, batch: Batch | None = None,
+        model_params: Tree = None, **extra: Any,
+    ):  # fmt: skip
+        if params is None:
+            raise ValueError("kfac needs params: call update(grads, state, params, batch=batch, key=key)")
+        used = state.damping if adaptive else jnp.asarray(first_damping, jnp.float32)
+        decay = jnp.asarray(weight_decay, jnp.float32)
+        if adaptive:
+            updates = _combine(lambda g, p: g + decay * p, updates, params)
+        natural, factors = inner(damping=used + decay if adaptive else used).update(
+            updates, state.factors, params, batch=batch, model_params=model_params, **extra
+        )
+        if adaptive:
+            if batch is None:
+                raise ValueError("kfac with learning_rate=None evaluates its model: pass batch=")
+            whole = params if model_params is None else model_params
+            new, bad = _adaptive(
+                apply_fn, likelihood, batch, whole, params, updates, natural, state, used, decay, adapt_every
+            )
+            counted = factors.rejected > state.factors.rejected
+            factors = factors._replace(
+                rejected=jnp.where((bad != 0) & ~counted, factors.rejected + 1, factors.rejected),
+                reasons=factors.reasons | bad,
+            )
+        else:
+            rate = learning_rate(state.factors.step) if callable(learning_rate) else learning_rate
+            new = _fixed(updates, natural, params, state, jnp.asarray(rate), momentum, kl_clip, decay)
+        step, new = new
+        good = (factors.rejected == state.factors.rejected) & (factors.age >= 0)
+        kept = jax.tree.map(lambda a, b: jnp.where(good, a, b).astype(b.dtype), tuple(new)[1:], tuple(state)[1:])
+        step = jax.tree.map(lambda u, g: jnp.where(good, u, 0).astype(g.dtype) if _moves(g) else g, step, updates)
+        return step, KFACOptimizerState(factors, *kept)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _fixed(grads, natural, params, state, rate, momentum, kl_clip, decay):
+    """A trust region on the step itself, then momentum."""
+    nu = jnp.ones(())
+    if kl_clip is not None:
+        predicted = rate**2 * tree_dot(_floating(natural), _floating(grads)) / 2
+        nu = jnp.where(predicted > kl_clip, jnp.sqrt(kl_clip / jnp.where(predicted > 0, predicted, 1)), 1)
+    direction = _combine(lambda x, p: nu * x + decay * p, natural, params)
+    velocity = _combine(lambda v, d: momentum * v + d, state.velocity, direction)
+    step = _combine(lambda v: -rate * v, velocity)
+    used = jnp.asarray(rate, jnp.float32), jnp.asarray(momentum, jnp.float32)
+    return step, state._replace(velocity=velocity, learning_rate=used[0], momentum=used[1])
+
+
+def _adaptive(apply_fn, likelihood, batch, whole, params, grads, natural, state, damping, decay, adapt_every):
+    """The minimiser of the quadratic model along the natural gradient and the last update."""
+    leaves, treedef = jax.tree.flatten(whole)
+    part, _ = aligned(params, whole)
+    moving = [x for x in part if _moves(x)]
+    places = [i for i, x in enumerate(part) if _moves(x)]
+
+    def outputs_of(moved):
+        full = list(leaves)
+        for i, x in zip(places, moved, strict=True):
+            full[i] = x
+        return apply_fn(jax.tree.unflatten(treedef, full), batch.inputs)
+
+    def listed(tree):
+        return [x for x in aligned(tree, whole)[0] if _moves(x)]
+
+    directions = ([-x for x in listed(natural)], listed(state.velocity))
+    model = local_model(outputs_of, likelihood, batch, moving, listed(grads), directions, damping + decay)
+    (rate, momentum), predicted = best_step(model)
+    velocity = _combine(lambda x, v: momentum * v - rate * x, natural, state.velocity)
+
+    def look():
+        moved = [p + v.astype(p.dtype) for p, v in zip(moving, listed(velocity), strict=True)]
+        norms = [decay / 2 * tree_dot(x, x) for x in (moved, moving)]
+        full = list(leaves)
+        for i, x in zip(places, moved, strict=True):
+            full[i] = x
+        after = loss(apply_fn, likelihood, jax.tree.unflatten(treedef, full), batch) + norms[0]
+        return (after - model.value - norms[1]) / jnp.where(predicted < 0, predicted, -1)
+
+    due = (state.factors.step + 1) % adapt_every == 0
+    ratio = jax.lax.cond(due, look, lambda: jnp.full((), state.ratio))
+    # A loss that is not finite after the step is no decrease.
+    rose = due & ~(ratio >= 0)
+    shrink = 0.9**adapt_every
+    change = jnp.where(ratio > 0.75, shrink, jnp.where(rose, 4, jnp.where(ratio < 0.25, 1 / shrink, 1)))
+    moved_damping = jnp.where(due, jnp.clip(damping * change, _SMALLEST, _LARGEST), damping)
+    velocity = _combine(lambda v: jnp.where(rose, 0, v), velocity)
+    bad = rejection.reason_mask(non_finite=~(jnp.isfinite(model.value) & jnp.isfinite(rate) & jnp.isfinite(momentum)))
+    new = state._replace(velocity=velocity, damping=moved_damping, learning_rate=rate, momentum=momentum, ratio=ratio)
+    return (velocity, new), bad
+
+
+def _moves(x: Any) -> bool:
+    return x is not None and bool(jnp.issubdtype(x.dtype, jnp.floating))
+
+
+def _dtype(x: Any) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _floating(tree: Tree) -> Tree:
+    return [x for x in jax.tree.leaves(tree) if _moves(x)]
+
+
+def _combine(function: Callable, first: Tree, *rest: Tree) -> Tree:
+    """Leaf by leaf in at least float32; what is not floating stays."""
+
+    def leaf(x, *others):
+        return function(*(y.astype(_dtype(y)) for y in (x, *others))) if _moves(x) else x
+
+    return jax.tree.map(leaf, first, *rest)

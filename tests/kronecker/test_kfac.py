@@ -1,0 +1,143 @@
+"""The ready-made optimizer: its two ways to choose a step, against definitions written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fisher_jax as fj
+
+
+def model(params, x):
+    return jnp.tanh(x @ params["w"] + params["b"]) @ params["head"]
+
+
+def setting(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"w": (3, 4), "b": (4,), "head": (4, 5)}
+    params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    x, y = rng.normal(size=(8, 3)), rng.integers(0, 5, size=8)
+    weights = jnp.asarray([1.0, 1, 0, 1, 1, 1, 0, 1])
+    return params, fj.Batch(jnp.asarray(x, jnp.float32), jnp.asarray(y), weights)
+
+
+def mean_loss(params, batch):
+    log_p = fj.categorical.log_prob(model(params, batch.inputs), batch.targets)
+    return -jnp.sum(batch.weights * log_p) / jnp.sum(batch.weights)
+
+
+def dot(a, b):
+    return sum(float(jnp.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_a_fixed_rate_has_momentum_a_trust_region_and_weight_decay():
+    params, batch = setting()
+    rate, momentum, clip, decay = 0.3, 0.8, 1e-3, 0.1
+    tx = fj.kfac(
+        rate, model, example=batch, damping=1e-2, momentum=momentum, kl_clip=clip, weight_decay=decay, fisher="ggn"
+    )
+    update, state = jax.jit(tx.update), tx.init(params)
+    factors = fj.kfac_factors(model, params, batch, fisher="ggn", damping=1e-2)
+    velocity = jax.tree.map(jnp.zeros_like, params)
+    for _ in range(2):  # both within the first refresh
+        grads = jax.grad(mean_loss)(params, batch)
+        updates, state = update(grads, state, params, batch=batch)
+        natural = fj.precondition(factors, grads)
+        nu = min(1, np.sqrt(2 * clip / (rate**2 * dot(natural, grads))))
+        assert nu < 0.9
+        pulled = jax.tree.map(lambda x, p, nu=nu: nu * x + decay * p, natural, params)
+        velocity = jax.tree.map(lambda v, d: momentum * v + d, velocity, pulled)
+        jax.tree.map(lambda u, v: np.testing.assert_allclose(u, -rate * v, rtol=1e-4, atol=1e-6), updates, velocity)
+        params = optax.apply_updates(params, updates)
+
+
+def test_the_adaptive_step_minimises_the_exact_quadratic_model():
+    params, batch = setting()
+    decay = 0.05
+    tx = fj.kfac(None, model, example=batch, damping=0.2, weight_decay=decay, fisher="ggn", adapt_every=1)
+    update, state = jax.jit(tx.update), tx.init(params)
+    previous = jax.tree.map(jnp.zeros_like, params)
+    damping = 0.2
+    for step in range(3):
+        value, grads = jax.value_and_grad(mean_loss)(params, batch)
+        matvec = fj.operators.ggn(model, fj.categorical, params, batch)
+        slope = jax.tree.map(lambda g, p: g + decay * p, grads, params)
+
+        def quadratic(u):
+            return dot(slope, u) + (dot(u, matvec(u)) + (damping + decay) * dot(u, u)) / 2  # noqa: B023
+
+        updates, state = update(grads, state, params, batch=batch)
+        # No other combination of the two directions does better: the gradient of the model along both is zero.
+        pulled = jax.tree.map(lambda s, c, u: s + c + (damping + decay) * u, slope, matvec(updates), updates)  # noqa: B023
+        if step:
+            assert abs(dot(pulled, previous)) < 1e-4 * np.sqrt(dot(slope, slope) * dot(previous, previous))
+        assert abs(dot(pulled, updates)) < 1e-4 * np.sqrt(dot(slope, slope) * dot(updates, updates))
+        assert quadratic(updates) < 0
+        moved = optax.apply_updates(params, updates)
+        change = float(mean_loss(moved, batch)) + decay / 2 * (dot(moved, moved) - dot(params, params)) - float(value)
+        ratio = change / quadratic(updates)
+        np.testing.assert_allclose(state.ratio, ratio, rtol=2e-3)
+        damping *= 0.9 if ratio > 0.75 else 1 / 0.9 if ratio < 0.25 else 1
+        np.testing.assert_allclose(state.damping, damping, rtol=1e-5)
+        params, previous = moved, updates
+
+
+def train(tx, params, batch, steps):
+    def step(carry, key):
+        params, state = carry
+        value, grads = jax.value_and_grad(mean_loss)(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch, key=key)
+        return (optax.apply_updates(params, updates), state), value
+
+    keys = jax.random.split(jax.random.key(0), steps)
+    return jax.jit(lambda c: jax.lax.scan(step, c, keys))((params, tx.init(params)))
+
+
+def test_the_adaptive_optimizer_forgives_its_first_damping():
+    params, batch = setting()
+    for damping in (1e-3, 1.0):
+        (_, state), losses = train(fj.kfac(None, model, example=batch, damping=damping), params, batch, 60)
+        assert losses[-1] < 0.05 * losses[0]
+        fj.check(state)
+
+
+def test_a_step_that_raises_the_loss_is_not_taken():
+    params, batch = setting()
+    grads = jax.tree.map(lambda g: -g, jax.grad(mean_loss)(params, batch))  # uphill: what the model predicts is wrong
+    tx = fj.kfac(None, model, example=batch, damping=0.5, fisher="ggn")
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params, batch=batch)
+    assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(updates))
+    assert float(state.damping) == 2.0
+    assert float(state.ratio) < 0
+
+
+def test_a_bad_batch_moves_nothing_and_is_counted():
+    params, batch = setting()
+    grads = jax.grad(mean_loss)(params, batch)
+    nan = fj.Batch(batch.inputs.at[0, 0].set(jnp.nan), batch.targets, batch.weights)
+    for rate in (0.1, None):
+        tx = fj.kfac(rate, model, example=batch, fisher="ggn")
+        update = jax.jit(tx.update)
+        _, state = update(grads, tx.init(params), params, batch=batch)
+        bad_grads = jax.tree.map(lambda x: x * jnp.nan, grads)
+        updates, after = update(bad_grads, state, params, batch=nan)
+        assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(updates))
+        jax.tree.map(np.testing.assert_array_equal, after.velocity, state.velocity)
+        jax.tree.map(np.testing.assert_array_equal, after.factors.blocks, state.factors.blocks)
+        with pytest.raises(fj.RejectedBatchError, match="1 batch was rejected"):
+            fj.check(after)
+
+
+def test_it_serves_a_part_of_the_parameters():
+    params, batch = setting()
+    inner = fj.kfac(None, model, example=batch, fisher="ggn", model_params=params)
+    labels = {"w": "kfac", "b": "kfac", "head": "adamw"}
+    tx = optax.multi_transform({"kfac": inner, "adamw": optax.adamw(1e-2)}, labels)
+    state, update = tx.init(params), jax.jit(tx.update)
+    first = mean_loss(params, batch)
+    for _ in range(5):
+        grads = jax.grad(mean_loss)(params, batch)
+        updates, state = update(grads, state, params, batch=batch, model_params=params)
+        params = optax.apply_updates(params, updates)
+    assert mean_loss(params, batch) < 0.5 * first

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import fisher_jax as fj
 
@@ -153,3 +154,47 @@ def test_what_is_missing_is_named():
     masked = optax.masked(fj.track_fisher(FISHER), {"kernel": True, "bias": False})
     with pytest.raises(ValueError, match="model_params="):
         masked.update(PARAMS, masked.init(PARAMS), PARAMS, batch=batches(1)[0])
+
+
+def test_nnx_optimizer_recipe():
+    """``nnx.Optimizer.update`` hands its extra arguments on; the model is a function of ``nnx.Param``s."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.kernel, self.bias = nnx.Param(PARAMS["kernel"]), nnx.Param(PARAMS["bias"])
+
+        def __call__(self, inputs):
+            return inputs @ self.kernel[...] + self.bias[...]
+
+    model = Model()
+    graph, _ = nnx.split(model, nnx.Param)
+    one = batches(1)[0]
+    fisher = fj.group_fisher(
+        lambda params, inputs: nnx.merge(graph, params)(inputs), estimator="exact", groups="row", example=one
+    )
+    optimizer = nnx.Optimizer(model, optax.chain(fj.track_fisher(fisher), optax.sgd(0.1)), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        grads = nnx.grad(lambda m: -jnp.mean(fj.categorical.log_prob(m(batch.inputs), batch.targets)))(model)
+        optimizer.update(model, grads, batch=batch)
+
+    for batch in batches(4):
+        step(model, optimizer, batch)
+    plain, wanted = along()
+    assert_same({"bias": model.bias[...], "kernel": model.kernel[...]}, plain)
+    found = fj.welford.mean(nnx.as_pure(optimizer.opt_state)[0])
+    assert_same(found["kernel"], fj.welford.mean(wanted)["kernel"].sum(0))
+    assert_same(found["bias"], fj.welford.mean(wanted)["bias"])
+
+
+def test_a_state_in_host_memory_stays_there_and_has_the_same_numbers():
+    _, wanted = along(every=3)
+    _, state = train(optax.chain(fj.track_fisher(fj.on_host(FISHER), 3), optax.sgd(0.1)))
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state[0].fisher)}
+    assert kinds == {"pinned_host"}
+    assert_same(fj.welford.mean(state[0]), fj.welford.mean(wanted))
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(fj.on_device(state[0].fisher))} == {"device"}
+    average = fj.on_host(fj.ema(FISHER, 0.5))
+    found = average.add(average.init(PARAMS), FISHER.observe(PARAMS, batches(1)[0]))
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(found)} == {"pinned_host"}

@@ -100,7 +100,8 @@ def spectral_density(
     signs the Lanczos process gives nodes ``theta_k`` and weights ``s_1k**2``, a Gauss quadrature that is exact for
     polynomials of degree ``2 num_steps - 1``; the mean over probes is unbiased for the trace of such functions, and
     its standard error is that of the mean over probes. Each node becomes a Gaussian of standard deviation ``width``.
-    Normalised to 1 over all eigenvalues. Every product counts: ``num_steps * num_probes``.
+    Normalised to 1 over all eigenvalues. Takes ``num_steps * num_probes`` products, and
+    one more where noise must be measured.
 
     Args:
         matvec, like, matvec_dtype, storage, basis_dtype, jit: see `fj.lanczos`.
@@ -134,15 +135,17 @@ def spectral_density(
     rows = min(num_steps, layout.size)
     basis = sweeps.allocate(layout, rows, basis_dtype, host)
     nodes, weights, products = np.zeros((num_probes, rows)), np.zeros((num_probes, rows)), 0
+    noise = -1.0  # measured once
     for probe in range(num_probes):
         key_of_probe = jax.random.fold_in(key, probe)
         state = process.start(basis, key_of_probe, random_vector(key_of_probe, layout, "signs"))
+        state = state._replace(noise=noise)
         while state.size < rows and state.beta > 0 and not state.null:
             state = process.step(state, apply, rules)
         values, vectors, _ = process.ritz(state)
         nodes[probe, : len(values)], weights[probe, : len(values)] = values, vectors[0] ** 2
         nodes[probe, len(values) :] = values[-1]
-        basis, products = state.basis, products + state.products
+        basis, noise, products = state.basis, state.noise, products + state.products
     return _density(nodes, weights, width, num_points, products, layout.size)
 
 

@@ -127,16 +127,16 @@ def _checked(out: Tree, layout: Layout) -> Vector:
 
 def random_vector(key: Array, layout: Layout, kind: str) -> Vector:
     """Independent entries, ``normal`` or ``signs``, placed like the leaves; the same on any number of devices."""
-    draw = functools.partial(_draw, layout=layout, kind=kind)
-    if any(place is not None for place in layout.places):
-        return jax.jit(draw, out_shardings=list(layout.places))(key)
-    return _draw_anywhere(key, layout=layout, kind=kind)
+    return _sampler(layout, kind)(key)
 
 
-def _draw(key: Array, *, layout: Layout, kind: str) -> Vector:
-    keys = jax.random.split(key, len(layout.shapes))
+@functools.lru_cache(maxsize=64)
+def _sampler(layout: Layout, kind: str) -> Callable[[Array], Vector]:
+    """Compiled once per layout: places of results cannot be static arguments of one program."""
     sample = {"normal": jax.random.normal, "signs": jax.random.rademacher}[kind]
-    return [sample(k, s, d) for k, s, d in zip(keys, layout.shapes, layout.work, strict=True)]
 
+    def draw(key):
+        keys = jax.random.split(key, len(layout.shapes))
+        return [sample(k, s, d) for k, s, d in zip(keys, layout.shapes, layout.work, strict=True)]
 
-_draw_anywhere = functools.partial(jax.jit, static_argnames=("layout", "kind"))(_draw)
+    return jax.jit(draw, out_shardings=list(layout.places))

@@ -237,15 +237,20 @@ def test_a_stream_of_batches_is_one_batch():
         assert_spectrum(found[path(name)], wanted)
         assert found[path(name)].num_scores == len(scores(12, 4)[0]["bias"])
     assert {block.method for block in found.values()} == {"covariance"}
-    # Small blocks by covariance, large ones by their scores, which just fit.
-    number = len(scores(4, 2)[0]["bias"])
-    stream = fj.block_spectra(apply_fn, max_scores=number, chunk_size=3)
+
+
+@pytest.mark.parametrize(("unit", "step"), [("token", 2), ("sequence", 4)])
+def test_a_stream_keeps_scores_that_just_fit(unit, step):
+    """Small blocks by covariance, large ones by their scores; a row without weight takes no place."""
+    params = draw_params()
+    number = len(scores(4, 2, unit)[0]["bias"])
+    stream = fj.block_spectra(apply_fn, max_scores=number, chunk_size=3, unit=unit)
     state = stream.init(params)
-    for start in (0, 2):
-        state = jax.jit(stream.update)(state, params, batch_of(4, 2, slice(start, start + 2)))
+    for start in range(0, 4, step):
+        state = stream.update(state, params, batch_of(4, 2, slice(start, start + step)))
     found = stream.finalize(state)
     assert {block.method for block in found.values()} == {"covariance", "gram"}
-    for name, wanted in dense_eigenvalues(4, 2).items():
+    for name, wanted in dense_eigenvalues(4, 2, unit).items():
         assert_spectrum(found[path(name)], wanted)
 
 
@@ -276,18 +281,23 @@ def test_a_sketch_stays_within_its_bound(max_scores):
 
 
 def test_labels_drawn_from_the_model_give_the_true_fisher():
-    """The mean over many labels, against the GGN of the same block."""
-    params, batch = draw_params(), batch_of(3, 3)
+    """The mean over many labels, by token and by row, against the dense Fisher matrix of the same block."""
     tokens, targets, weights = problem(3, 3)
-    with jax.enable_x64(True):
-        wide = draw_params("float64")
-        true = oracle_curvature.dense("fisher", apply_fn, "categorical", wide, tokens, targets, weights)
-    found = spectrum_of(
-        params, batch, kind="sampled", num_samples=2000, key=jax.random.key(0), parameters="bias"
-    )  # fmt: skip
-    wanted = np.linalg.eigvalsh(true[:3, :3])[::-1]
-    np.testing.assert_allclose(found[path("bias")].eigenvalues, wanted, atol=0.06 * wanted[0])
-    assert found[path("bias")].num_scores == 2000 * int((weights > 0).sum())
+
+    def alone(params, token):
+        return apply_fn(params, token[:, None])[:, 0]
+
+    flat = tuple(jnp.asarray(x.ravel()) for x in (tokens, targets, weights))
+    for model, data in ((apply_fn, (tokens, targets, weights)), (alone, flat)):
+        with jax.enable_x64(True):
+            true = oracle_curvature.dense("fisher", model, "categorical", draw_params("float64"), *data)
+        wanted = np.linalg.eigvalsh(true[:3, :3])[::-1]
+        found = fj.block_spectrum(
+            model, fj.categorical, draw_params(), fj.Batch(*map(jnp.asarray, data)), kind="sampled", num_samples=2000,
+            key=jax.random.key(0), chunk_size=9, parameters="bias",
+        )  # fmt: skip
+        np.testing.assert_allclose(found[path("bias")].eigenvalues, wanted, atol=0.06 * wanted[0])
+        assert found[path("bias")].num_scores == 2000 * int((weights > 0).sum())
 
 
 @pytest.mark.parametrize(("rows", "length"), [(3, 3), (12, 4)])

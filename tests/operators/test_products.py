@@ -229,6 +229,25 @@ def test_padding_is_never_read():
         assert bool(jnp.isnan(ravel_pytree(found)[0]).any())
 
 
+def test_outputs_without_weight_are_never_read():
+    """A model whose outputs are not finite at a token that does not count."""
+    params = {"w": jnp.ones((D, K)) * jnp.arange(K)}
+
+    def model(p, inputs):
+        x, counts = inputs
+        return x @ p["w"] + jnp.log(counts)[..., None]
+
+    x, weights = jnp.cos(jnp.arange(3.0 * D)).reshape(3, D), jnp.array([1.0, 0.0, 1.0])
+    for kind in KINDS:
+        one, two = (
+            getattr(fj.operators, kind)(
+                model, fj.categorical, params, fj.Batch((x, jnp.array(counts)), jnp.array([0, 1, 2]), weights)
+            )({"w": jnp.sin(params["w"])})
+            for counts in ([1.0, 1.0, 1.0], [1.0, 0.0, 1.0])
+        )
+        np.testing.assert_array_equal(one["w"], two["w"])
+
+
 BAD = {
     "empty": {"weights": np.zeros((B, S))},
     "negative": {"weights": -np.ones((B, S))},

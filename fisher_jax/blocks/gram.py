@@ -15,6 +15,7 @@ from jaxtyping import Array
 from fisher_jax.blocks.partition import Block
 from fisher_jax.blocks.scores import Problem, row_loss
 from fisher_jax.dense import matrices
+from fisher_jax.meshes import automatic
 from fisher_jax.taps import Tap, capture
 from fisher_jax.weighting import Part
 
@@ -26,7 +27,10 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 def smaller(problem: Problem, params: Tree, part: Part, blocks: tuple[Block, ...]) -> list[int]:
     """Places of the blocks whose taps take less memory than their scores and than their covariance."""
-    taps = jax.eval_shape(functools.partial(_taps, problem), params, part, _keys(problem, part, jax.random.key(0)))
+    # Shapes alone, without the places on a mesh that arrays have.
+    arguments = (params, part, jax.eval_shape(lambda: _keys(problem, part, jax.random.key(0))))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), arguments)
+    taps = jax.eval_shape(functools.partial(_taps, problem), *shapes)
     sizes = [x.size for x in jax.tree.leaves(problem.selection.restrict(params))]
     rows = part.weights.shape[0] * problem.num_samples
     found = []
@@ -61,9 +65,12 @@ def _only_tap(taps: list[Tap], block: Block, sizes: list[int]) -> Tap | None:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def grams(problem: Problem, blocks: tuple[Block, ...], params: Tree, part: Part, key: Array) -> list[Array]:
     """For every block the Gram matrices ``[layers, N, N]`` of all rows' scores."""
-    taps = _taps(problem, params, part, _keys(problem, part, key))
-    by_leaf = {tap.leaf: tap for tap in taps}
-    return [_gram(by_leaf[block.leaves[0]], block) for block in blocks]
+
+    def run(params, part, key):
+        by_leaf = {tap.leaf: tap for tap in _taps(problem, params, part, _keys(problem, part, key))}
+        return [_gram(by_leaf[block.leaves[0]], block) for block in blocks]
+
+    return automatic(run, params, part, key)
 
 
 def _keys(problem: Problem, part: Part, key: Array) -> Array:

@@ -1,0 +1,29 @@
+"""Spectra of sharded parameters and rows are those of one device (see ``sharded_blocks``)."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.blocks.sharded_blocks import MESHES, UNITS
+
+
+@pytest.fixture(scope="module")
+def found():
+    """The device count is fixed when JAX starts, so this needs a process of its own."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "error", "-m", "tests.blocks.sharded_blocks"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_eight_devices_give_what_one_gives(found, mesh, unit):
+    result = found[f"{mesh} {unit}"]
+    assert result["error"] < 1e-6
+    assert result["methods"] == ["gram" if unit == "token" else "taps", "covariance", "gram"]

@@ -20,7 +20,7 @@ def project(x: np.ndarray, v: np.ndarray, rows: int) -> np.ndarray:
 
 
 def subtract(x: np.ndarray, v: np.ndarray, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    rows, out = len(coefficients), np.empty_like(v)
+    rows, out = len(coefficients), v if v.flags.writeable else np.empty_like(v)
     rounded, sums = coefficients.astype(v.dtype), np.zeros(len(coefficients) + 1)
     for part in _blocks(v.size, rows):
         block = x[:rows, part].astype(v.dtype, copy=False)

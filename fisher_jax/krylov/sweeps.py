@@ -74,7 +74,7 @@ def allocate(layout: Layout, rows: int, dtype: Any, on_host: bool) -> Basis:
 
 
 def write(basis: Basis, vector: Vector, scale: float, row: int) -> tuple[Basis, Vector]:
-    """Store ``scale * vector`` as a row; also what was stored, rounded as it was, as a vector."""
+    """Store ``scale * vector`` as a row; also what was stored, rounded as it was, as a vector. Consumes it."""
     if not basis.on_host:
         done = [
             device_passes.write(x, v, jnp.asarray(scale, v.dtype), row)
@@ -83,7 +83,7 @@ def write(basis: Basis, vector: Vector, scale: float, row: int) -> tuple[Basis, 
         return basis._replace(leaves=[x for x, _ in done]), [v for _, v in done]
     stored = []
     for x, v in zip(basis.leaves, vector, strict=True):
-        v = np.multiply(v, np.asarray(scale, v.dtype))
+        v = np.multiply(v, np.asarray(scale, v.dtype), out=v if v.flags.writeable else None)
         x[row] = v
         stored.append(v if x.dtype == v.dtype else x[row].astype(v.dtype))
     return basis, stored

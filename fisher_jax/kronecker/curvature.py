@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from fisher_jax.batch import Batch
 from fisher_jax.errors import RejectedBatchError
 from fisher_jax.kronecker.blocks import Block, Rules
-from fisher_jax.kronecker.factors import Factor, diagonal, eigen, low_rank, wide
+from fisher_jax.kronecker.factors import Diagonal, Eigen, Factor, LowRank, diagonal, eigen, low_rank, wide
 from fisher_jax.kronecker.layout import bias_rows, inverse, kernel_matrices, table_matrices
+from fisher_jax.kronecker.placement import automatic, spec_of
 from fisher_jax.kronecker.problem import Observation, Problem, block_plan, check_options, observe
 from fisher_jax.kronecker.tikhonov import diagonal_power, exact, factored
 from fisher_jax.kronecker.woodbury import (
@@ -82,8 +84,27 @@ class Factors:
 
 def decompose(blocks: tuple[Block, ...], seen: Observation, storage: Any = None) -> tuple[BlockFactors, ...]:
     """Normalise the sums of an observation and decompose them."""
-    weight = jnp.where(seen.weight > 0, seen.weight, 1)
-    return tuple(_factors(b, sums, weight, seen, storage) for b, sums in zip(blocks, seen.sums, strict=True))
+
+    def run(seen):
+        weight = jnp.where(seen.weight > 0, seen.weight, 1)
+        return tuple(_factors(b, sums, weight, seen, storage) for b, sums in zip(blocks, seen.sums, strict=True))
+
+    return automatic(run, tuple(_places(b, s, seen) for b, s in zip(blocks, seen.sums, strict=True)), seen)
+
+
+def _places(block: Block, sums: dict, seen: Observation) -> Any:
+    """Where the factors of a block lie, as a `BlockFactors` of specs: columns as before, all else everywhere."""
+    P: Any = PartitionSpec
+    if block.kind == "diagonal":
+        return BlockFactors(diagonal=P())
+    if not block.is_kronecker:
+        return BlockFactors()
+    A = Diagonal(P()) if block.kind == "embedding" else Eigen(P(), P())
+    G: Any = LowRank(P(*spec_of(sums["U"])), P(), P()) if block.low_rank else Eigen(P(), P())
+    if block.head and seen.probabilities is not None and block.low_rank:
+        vocabulary = spec_of(seen.probabilities[0])[:1] or (None,)
+        G = SoftmaxHead(P(None, *vocabulary), P(None, *vocabulary, None))
+    return BlockFactors(A, G, P() if block.kind == "tied" else None)
 
 
 def _factors(block: Block, sums: dict, weight: Array, seen: Observation, storage: Any) -> BlockFactors:
@@ -136,6 +157,7 @@ def kfac_factors(
     temperature: float = 1.0,
     storage: Any = None,
     diagonal: Callable[[str], bool] | None = None,
+    axis_name: Any = None,
 ) -> Factors:
     """Kronecker factors of the Fisher matrix of every parameter: ``F ~ A (x) G``, per weighted token.
 
@@ -170,6 +192,8 @@ def kfac_factors(
         storage: dtype of ``U``; ``jnp.bfloat16`` halves it, with relative errors of ``2**-8`` in its entries.
         diagonal: ``diagonal(path)`` says which leaves get, in place of a block, the diagonal
             ``(sum_t s_t)**2 / W`` of the batch (scales and biases: squares summed over positions).
+        axis_name: inside ``jax.shard_map``, the mesh axes over which rows of the batch are spread: sums are summed
+            over them and columns gathered, so that all devices get the factors of the whole batch.
 
     Returns:
         `Factors`, a pytree with static plan.
@@ -194,7 +218,7 @@ def kfac_factors(
     check_options(policy, fisher, shared, token_cap, temperature)
     check_form(form)
     rules = Rules(policy, token_cap, fisher, shared, diagonal or (lambda path: False))
-    problem = Problem(apply_fn, likelihood, rules, temperature)
+    problem = Problem(apply_fn, likelihood, rules, temperature, axis_name)
     blocks = block_plan(problem, params, batch)
     seen = observe(problem, blocks, params, batch, key)
     if not isinstance(seen.bad, jax.core.Tracer) and int(seen.bad):
@@ -230,7 +254,16 @@ def precondition(factors: Factors, tree: Tree) -> Tree:
 def solve(
     plan: tuple[Block, ...], blocks: tuple[BlockFactors, ...], leaves: list, damping: Any, form: str, power: float
 ) -> list:
-    """`precondition` on a list of leaves."""
+    """`precondition` on a list of leaves, which may have ``None`` where no block is."""
+
+    def run(blocks, leaves, damping):
+        return _solve(plan, blocks, leaves, damping, form, power)
+
+    out = [None if x is None else spec_of(x) for x in leaves]
+    return automatic(run, out, blocks, leaves, jnp.asarray(damping))
+
+
+def _solve(plan, blocks, leaves: list, damping: Array, form: str, power: float) -> list:
     out = list(leaves)
     for block, found in zip(plan, blocks, strict=True):
         if block.kind == "frozen":

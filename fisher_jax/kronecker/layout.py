@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax.dense import operand_axes
-from fisher_jax.provenance import Segment, Use
+from fisher_jax.provenance import Segment, Step, Use
 
 __all__ = ["bias_rows", "inverse", "is_rearrangement", "kernel_matrices", "table_matrices", "through"]
 
@@ -30,10 +30,29 @@ def is_rearrangement(use: Use) -> bool:
 
 
 def through(segment: Segment, x: Array) -> Array:
-    """The layout operations of a segment, the dtype kept."""
+    """The layout operations of a segment on any dtype and mesh."""
     for step in segment.steps:
-        x = x if step.eqn.primitive.name in _SAME else step(x)
+        x = _moved(step, x)
     return x
+
+
+def _moved(step: Step, x: Array) -> Array:
+    """One operation anew: the equation itself belongs to the mesh and the dtype that it was traced on."""
+    name, params = step.eqn.primitive.name, step.eqn.params
+    if name in _SAME:
+        return x
+    shape = step.eqn.outvars[step.output].aval.shape
+    if name == "transpose":
+        return jnp.transpose(x, params["permutation"])
+    if name in ("reshape", "squeeze", "expand_dims"):
+        return x.reshape(shape)
+    if name == "broadcast_in_dim":
+        return jax.lax.broadcast_in_dim(x, shape, params["broadcast_dimensions"])
+    if name == "rev":
+        return jax.lax.rev(x, params["dimensions"])
+    if name == "slice":
+        return jax.lax.slice(x, params["start_indices"], params["limit_indices"], params["strides"])
+    return step(x)
 
 
 def _operand(use: Use, x: Array, depth: int = 0) -> Array:

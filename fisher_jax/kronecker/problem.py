@@ -1,18 +1,21 @@
 """One model on one batch: its plan of blocks, and the statistics of every block from one backward pass."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from fisher_jax import program, rejection
 from fisher_jax.batch import Batch
 from fisher_jax.kronecker.blocks import Block, Rules, plan
 from fisher_jax.kronecker.factors import chosen, wide
-from fisher_jax.kronecker.statistics import Masks, combine, diagonal_of, statistic
+from fisher_jax.kronecker.placement import automatic, spec_of
+from fisher_jax.kronecker.statistics import Masks, combine, diagonal_of, places, statistic
 from fisher_jax.kronecker.structure import structure
 from fisher_jax.likelihoods import Likelihood
 
@@ -39,6 +42,7 @@ class Problem(NamedTuple):
     likelihood: Likelihood
     rules: Rules
     temperature: float = 1.0
+    axis_name: Any = None
 
 
 class Observation(NamedTuple):
@@ -108,6 +112,8 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
     rules = problem.rules
     out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
     weights, bad = token_weights(problem, out, batch)
+    if key is not None and problem.axis_name is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(problem.axis_name))
     masks, label_key = _masks(rules, weights, batch, key)
     sampled = rules.fisher in ("sampled", "exact_head")
     if sampled and key is None:
@@ -122,18 +128,24 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
                 direction = problem.likelihood.fisher_factor(fixed, column)
                 return jnp.sum(root[..., None] * jnp.where(root[..., None] > 0, direction * outputs, 0))
             if sampled:
-                targets = problem.likelihood.sample(label_key, fixed, problem.temperature)
-            return jnp.sum(root * jnp.where(root > 0, problem.likelihood.log_prob(outputs, targets), 0))
+                draw = functools.partial(problem.likelihood.sample, temperature=problem.temperature)
+                targets = automatic(draw, PartitionSpec(), label_key, fixed)
+            return automatic(_log_likelihood(problem.likelihood), PartitionSpec(), outputs, targets, root)
 
         followed = {i for b in blocks for i in (b.leaf, b.bias) if i is not None}
         owner = {i: b for b in blocks for i in (b.leaf, b.bias) if i is not None}
 
         def kept(tap):
-            return statistic(tap, owner[tap.leaf], masks, rules)
+            def sums(inputs, cotangents, masks):
+                whole = dataclasses.replace(tap, inputs=inputs, cotangents=cotangents)
+                return statistic(whole, owner[tap.leaf], masks, rules)
+
+            return automatic(sums, places(tap, owner[tap.leaf]), tap.inputs, tap.cotangents, masks)
 
         traced = program.trace(loss, params, (batch.inputs, batch.targets, root), {}, kept, lambda i: i in followed)
         value, _, taps = program.differentiate(traced)
-        return _sums(blocks, [(tap.leaf, tap.use, tap.reduced) for tap in taps], masks, rules), value
+        found = [(tap.leaf, tap.use, _over_devices(tap.reduced, problem.axis_name)) for tap in taps]
+        return _sums(blocks, found, masks, rules), value
 
     if rules.fisher == "ggn":
         sums, values = jax.lax.map(one, jnp.arange(out.shape[-1]))
@@ -145,8 +157,20 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
     finite &= jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
     probabilities = None
     if rules.fisher == "exact_head":
-        probabilities = _probabilities(problem, blocks, params, batch, weights, masks)
-    return Observation(sums, weights.sum(), bad | rejection.reason_mask(non_finite=~finite), probabilities)
+        outputs = problem.apply_fn(params, batch.inputs)
+        find = functools.partial(_probabilities, problem, blocks)
+        vocabulary = spec_of(outputs)[-1:] or (None,)
+        out_places = (PartitionSpec(*vocabulary, None), PartitionSpec())
+        probabilities = automatic(find, out_places, outputs, weights, masks)
+    bad = bad | rejection.reason_mask(non_finite=~finite)
+    weight = weights.sum()
+    if problem.axis_name is not None:
+        weight, bad = jax.lax.psum(weight, problem.axis_name), _any_bit(bad, problem.axis_name)
+        if probabilities is not None:
+            p, w = probabilities
+            gather = functools.partial(jax.lax.all_gather, axis_name=problem.axis_name, tiled=True)
+            probabilities = gather(p, axis=1), gather(w)
+    return Observation(sums, weight, bad, probabilities)
 
 
 def observe_taps(
@@ -180,6 +204,30 @@ def observe_taps(
     finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
     negative = ~jnp.all((weights >= 0) & jnp.isfinite(weights))
     return Observation(sums, weights.sum(), rejection.reason_mask(non_finite=~finite, negative_weight=negative))
+
+
+def _over_devices(reduced: Tree, axis_name: Any) -> Tree:
+    """Sums over shards of the tokens; columns are gathered, since Gram matrices of shards miss their products."""
+    if axis_name is None:
+        return reduced
+
+    def whole(name, x):
+        if name == "U":
+            return jax.lax.all_gather(x, axis_name, axis=x.ndim - 1, tiled=True)
+        return jax.lax.psum(x, axis_name)
+
+    return {name: whole(name, x) for name, x in reduced.items()}
+
+
+def _any_bit(mask: Array, axis_name: Any) -> Array:
+    return sum(jax.lax.pmax(mask & bit, axis_name) for bit in (1, 2, 4))
+
+
+def _log_likelihood(likelihood: Likelihood) -> Callable:
+    def total(outputs, targets, root):
+        return jnp.sum(root * jnp.where(root > 0, likelihood.log_prob(outputs, targets), 0))
+
+    return total
 
 
 def _masks(rules: Rules, weights: Array, batch: Batch, key: Any) -> tuple[Masks, Any]:
@@ -219,6 +267,32 @@ def token_weights(problem: Problem, out: Any, batch: Batch) -> tuple[Array, Arra
 
 
 def _sums(blocks: tuple[Block, ...], found: list, masks: Masks, rules: Rules) -> tuple[dict, ...]:
+    """Sums over the loops and uses of every block."""
+    leaves_and_uses = [(leaf, use) for leaf, use, _ in found]
+
+    def joined(reduced, masks):
+        found = [(leaf, use, x) for (leaf, use), x in zip(leaves_and_uses, reduced, strict=True)]
+        return _joined(blocks, found, masks, rules)
+
+    reduced = [x for _, _, x in found]
+    out = tuple(_block_places(block, found) for block in blocks)
+    return automatic(joined, out, reduced, masks)
+
+
+def _block_places(block: Block, found: list) -> dict[str, PartitionSpec]:
+    """Where the joined sums of one block lie."""
+    if block.kind == "diagonal":
+        return {"squares": PartitionSpec()}
+    out = {}
+    for leaf, _, reduced in found if block.is_kronecker else ():
+        if leaf == block.leaf:
+            for name, x in reduced.items():
+                units = spec_of(x)[-2:-1] if name == "U" and len(spec_of(x)) else ()
+                out[name] = PartitionSpec(None, *units, None) if units else PartitionSpec()
+    return out
+
+
+def _joined(blocks: tuple[Block, ...], found: list, masks: Masks, rules: Rules) -> tuple[dict, ...]:
     sums = []
     for block in blocks:
         own = [(use, reduced) for leaf, use, reduced in found if leaf == block.leaf]
@@ -244,9 +318,8 @@ def _over_columns(found: dict[str, Array]) -> dict[str, Array]:
     return out
 
 
-def _probabilities(problem, blocks, params, batch, weights, masks) -> tuple[Array, Array]:
+def _probabilities(problem, blocks, outputs, weights, masks) -> tuple[Array, Array]:
     """Softmax of the outputs, ``[V, T]``: of all tokens, or of as many as a low-rank head keeps."""
-    outputs = problem.apply_fn(params, batch.inputs)
     z, w = wide(outputs).reshape(-1, outputs.shape[-1]), weights.ravel()
     (head,) = [b for b in blocks if b.head]
     cap = problem.rules.token_cap

@@ -6,21 +6,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from fisher_jax.dense import matrices
+from fisher_jax.dense import matrices, operand_axes
 from fisher_jax.kronecker.blocks import Block, Rules
 from fisher_jax.kronecker.factors import subsample, wide
 from fisher_jax.kronecker.layout import through
+from fisher_jax.kronecker.placement import spec_of
 from fisher_jax.program import Tap
 from fisher_jax.provenance import Segment, Use
 
-__all__ = ["Masks", "combine", "diagonal_of", "statistic"]
+__all__ = ["Masks", "combine", "diagonal_of", "places", "statistic"]
 
 Tree = Any
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weights", "real", "offsets"], meta_fields=["rows"])
 @dataclasses.dataclass(frozen=True)
 class Masks:
     """What counts.
@@ -57,6 +60,30 @@ def statistic(tap: Tap, block: Block, masks: Masks, rules: Rules) -> Tree:
         a = jnp.concatenate([a, jnp.ones((*a.shape[:2], 1), a.dtype)], -1)
     A = jnp.einsum("bti,btj->bij", a * mask[:, None], a, precision=_HIGHEST)
     return {"A": A, "count": mask.sum(), **_outputs(g, block, masks, rules)}
+
+
+def places(tap: Tap, block: Block) -> Tree:
+    """Where the arrays of `statistic` lie: columns stay spread over the output units, all else is everywhere."""
+    everywhere = PartitionSpec()
+    if block.kind == "diagonal":
+        return {"squares" if tap.kind in ("scale", "bias") else "gradient": everywhere}
+    if tap.leaf != block.leaf:
+        return {}
+    if tap.kind == "embedding":
+        table = {"frequency": everywhere, "positions": everywhere}
+        last = "square" if block.kind == "tied" else "U" if block.low_rank else "G"
+        return {**table, last: everywhere}
+    outputs = {"U": _unit_places(tap)} if block.low_rank else {"G": everywhere}
+    return {"A": everywhere, "count": everywhere, **outputs}
+
+
+def _unit_places(tap: Tap) -> PartitionSpec:
+    """Of ``[batch, out, T]``, where the output units are one axis of the cotangents."""
+    spec = spec_of(tap.cotangents)
+    _, _, outputs = operand_axes(tap.use)
+    if len(outputs) != 1 or tap.use.index != 1 or not len(spec):
+        return PartitionSpec()
+    return PartitionSpec(None, spec[-1], None)
 
 
 def _outputs(g: Array, block: Block, masks: Masks, rules: Rules) -> dict[str, Array]:

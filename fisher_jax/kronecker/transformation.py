@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from fisher_jax import rejection
 from fisher_jax.batch import Batch
+from fisher_jax.jaxprs import zeros
 from fisher_jax.kronecker.blocks import Block, Rules
 from fisher_jax.kronecker.curvature import BlockFactors, check_form, decompose, solve
 from fisher_jax.kronecker.problem import Problem, block_plan, check_options, observe, observe_taps
@@ -118,7 +119,7 @@ def scale_by_kfac(
         like = jax.eval_shape(
             lambda p, b, k: decompose(plan, observe(part, plan, p, b, k), storage), whole, example, key
         )
-        blocks = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        blocks = jax.tree.map(zeros, like)
         # Each counter its own buffer, so that the state can be donated.
         step, age, rejected, reasons = (jnp.full((), n, jnp.int32) for n in (0, -1, 0, 0))
         return KFACState(blocks, step, age, rejected, reasons)

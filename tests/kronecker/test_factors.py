@@ -96,19 +96,19 @@ def test_every_policy_and_curvature_gives_the_dense_inverse(policy, fisher):
         if fisher in ("sampled", "exact_head"):
             likelihood = FIXED(sample=lambda key, outputs, temperature: jnp.asarray(y))
         batch = fj.Batch(jnp.asarray(x), jnp.asarray(y), jnp.asarray(w))
-        factors = fj.kfac_factors(
-            classifier, cast(params), batch, likelihood, key=jax.random.key(0), fisher=fisher, policy=policy
-        )
+        options = {"key": jax.random.key(0), "fisher": fisher, "policy": policy}
+        factors = jax.jit(lambda p: fj.kfac_factors(classifier, p, batch, likelihood, **options))(cast(params))
         want = expected(params, x, y, w, fisher)
+        run = jax.jit(fj.precondition)
         low_rank_head = fisher == "exact_head" and policy == "all"
         for damping in (1e-4, 1e2):
             for form in ("auto", "exact", "factored") if damping < 1 else ("auto",):
                 used = curvature.Factors(factors.blocks, jnp.asarray(damping), factors.plan, form)
                 head_form = "factored" if form == "auto" and low_rank_head else form
-                check(fj.precondition(used, cast(tree)), tree, want, damping, form, head_form)
+                check(run(used, cast(tree)), tree, want, damping, form, head_form)
         if not low_rank_head:
             used = curvature.Factors(factors.blocks, jnp.asarray(1e-3), factors.plan, "exact", -0.5)
-            check(fj.precondition(used, cast(tree)), tree, want, 1e-3, "exact", "exact", -0.5)
+            check(run(used, cast(tree)), tree, want, 1e-3, "exact", "exact", -0.5)
 
 
 def test_float32_of_a_real_layer_agrees_between_woodbury_and_eigendecomposition():
@@ -116,8 +116,8 @@ def test_float32_of_a_real_layer_agrees_between_woodbury_and_eigendecomposition(
     batch = fj.Batch(jnp.asarray(x, jnp.float32), jnp.asarray(y), jnp.asarray(w, jnp.float32))
     want = expected(params, x, y, w, "empirical")
     for policy in ("all", "never"):
-        factors = fj.kfac_factors(classifier, cast32(params), batch, policy=policy, damping=1e-2)
-        found = fj.precondition(factors, cast32(tree))
+        build = jax.jit(lambda p, policy=policy: fj.kfac_factors(classifier, p, batch, policy=policy, damping=1e-2))
+        found = jax.jit(fj.precondition)(build(cast32(params)), cast32(tree))
         assert {x.dtype for x in found.values()} == {jnp.dtype("float32")}
         check(found, tree, want, 1e-2, "exact", "exact", tolerance=2e-5)
 
@@ -134,7 +134,8 @@ def test_a_linear_gaussian_model_has_its_exact_fisher():
     with jax.enable_x64(True):
         params = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}
         batch = fj.Batch(jnp.asarray(x), jnp.zeros((7, 2)), jnp.asarray(w))
-        factors = fj.kfac_factors(model, params, batch, fj.gaussian, fisher="ggn", damping=1e-2)
+        build = jax.jit(lambda p: fj.kfac_factors(model, p, batch, fj.gaussian, fisher="ggn", damping=1e-2))
+        factors, run = build(params), jax.jit(fj.precondition)
 
         def outputs(flat):
             return np.sqrt(w / w.sum())[:, None] * model({"w": flat[:6].reshape(3, 2), "b": flat[6:]}, x)
@@ -143,7 +144,7 @@ def test_a_linear_gaussian_model_has_its_exact_fisher():
         inverse = np.linalg.inv(J.T @ J + 1e-2 * np.eye(8))
         for i in range(8):
             e = np.eye(8)[i]
-            found = fj.precondition(factors, {"w": jnp.asarray(e[:6].reshape(3, 2)), "b": jnp.asarray(e[6:])})
+            found = run(factors, {"w": jnp.asarray(e[:6].reshape(3, 2)), "b": jnp.asarray(e[6:])})
             np.testing.assert_allclose(np.r_[found["w"].ravel(), found["b"]], inverse @ e, rtol=1e-10, atol=1e-11)
 
 
@@ -204,8 +205,11 @@ def language_statistics(params, batch):
 
     shapes = {"embed": (B, S, D), "layers": (L, B, S, D), "head": (B, S, V)}
     at = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-    g = {name: np.asarray(x).reshape(*x.shape[:-3], B * S, x.shape[-1]) for name, x in jax.grad(loss)(at).items()}
-    _, inputs, last = language_model(params, batch.inputs, at)
+    g = {
+        name: np.asarray(x).reshape(*x.shape[:-3], B * S, x.shape[-1])
+        for name, x in jax.jit(jax.grad(loss))(at).items()
+    }
+    _, inputs, last = jax.jit(language_model)(params, batch.inputs, at)
     real = np.asarray(batch.real, np.float64).ravel()
     W, P = w.sum(), real.sum()
     layers = []
@@ -225,10 +229,12 @@ def test_a_tied_language_model_with_stacked_layers_and_two_masks(policy):
     with jax.enable_x64(True):
         cast = lambda t: {k: jnp.asarray(v) for k, v in t.items()}  # noqa: E731
         batch = fj.next_token_batch(jnp.asarray(tokens), mask, loss_mask)
-        factors = fj.kfac_factors(language_model, cast(params), batch, policy=policy, damping=1e-3)
+        factors = jax.jit(lambda p: fj.kfac_factors(language_model, p, batch, policy=policy, damping=1e-3))(
+            cast(params)
+        )
         assert [(b.kind, b.path, b.number) for b in factors.plan] == [("tied", "['embed']", 1), ("dense", "['w']", L)]
         tree = {k: np.random.default_rng(4).normal(size=v.shape) for k, v in params.items()}
-        found = fj.precondition(factors, cast(tree))
+        found = jax.jit(fj.precondition)(factors, cast(tree))
         layers, head_a, head_g, frequency, table_g = language_statistics(cast(params), batch)
     for i, (A, G) in enumerate(layers):
         M = np.vstack([tree["w"][i], tree["b"][i]]).T
@@ -260,8 +266,9 @@ def test_an_untied_embedding_has_its_frequencies():
         tree = {k: rng.normal(size=v.shape) for k, v in slices.items()}
         results = {}
         for policy in ("all", "never"):
-            factors = fj.kfac_factors(model, cast(slices), batch, policy=policy, damping=1e-3)
-            results[policy] = fj.precondition(factors, cast(tree))
+            build = jax.jit(lambda p, policy=policy: fj.kfac_factors(model, p, batch, policy=policy, damping=1e-3))
+            factors = build(cast(slices))
+            results[policy] = jax.jit(fj.precondition)(factors, cast(tree))
         kinds = {b.path: (b.kind, b.units, b.width) for b in factors.plan}
         assert kinds["['embed']"] == ("embedding", D, V)
         assert kinds["['head']"] == ("dense", V, D)
@@ -288,7 +295,8 @@ def test_shared_weights_reduced_by_row():
         return jnp.tanh(x @ params["w"]).mean(1) @ params["v"]
 
     batch = fj.Batch(jnp.asarray(rng.normal(size=(5, 6, 3)), jnp.float32), jnp.array([0, 1, 1, 0, 1]))
-    factors = fj.kfac_factors(model, params, batch, shared="reduce", policy="never", damping=0.1)
+    build = jax.jit(lambda p: fj.kfac_factors(model, p, batch, shared="reduce", policy="never", damping=0.1))
+    factors = build(params)
     _, taps = fj.capture(lambda p: jnp.sum(fj.categorical.log_prob(model(p, batch.inputs), batch.targets)))(params)
     (tap,) = [tap for tap in taps if tap.path == "['w']"]
     a, g = np.asarray(tap.inputs[0]).mean(1), np.asarray(tap.cotangents).sum(1)

@@ -167,7 +167,7 @@ def test_sums_over_many_entries_lose_nothing(storage):
     space = layout.layout_of({"a": jax.ShapeDtypeStruct((size,), jnp.float32)})
     basis = sweeps.allocate(space, 1, None, storage == "host")
     ones = [np.ones(size, np.float32)] if storage == "host" else [jnp.ones(size)]
-    basis, stored = sweeps.write(basis, ones, 0.3, 0)
+    basis, stored = sweeps.write(basis, [x.copy() for x in ones], 0.3, 0)  # consumes the vector
     value = float(np.float32(0.3))
     assert sweeps.project(basis, ones, 1)[0] == pytest.approx(size * value, rel=3e-6)
     assert sweeps.dot(basis, stored, stored) == pytest.approx(size * value**2, rel=3e-6)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fisher_jax as fj
+from fisher_jax.cli.layers import layer_estimator
 from fisher_jax.cli.packing import Rows
 from fisher_jax.cli.progress import StreamProgress
 from fisher_jax.cli.run_state import Progress, StateStore
@@ -39,8 +40,9 @@ def accumulate(
     """Streams the rows from batch `progress.batches_done` on and returns the final state of the task.
 
     The state holds Welford states of the row groups, `empirical` and `true`, label `counts` for every vocabulary
-    row, and with `--groups param` the Welford state of every entry, `param`. A resumed run sees the same batches
-    through the same program, so that it ends in the same bits.
+    row, with `--groups param` the Welford state of every entry, `param`, and with `--parameters all` that of
+    tensors, attention heads and layers, `layers`. A resumed run sees the same batches and random signs through the
+    same program, so that it ends in the same bits.
 
     Raises:
         RejectedBatchError: a batch had a non-finite loss; what is saved is the state before it.
@@ -53,7 +55,7 @@ def accumulate(
     with _stop_requests() as stop_requested:
         for tokens, mask, units in rows.batches(settings.batch_size, start=progress.batches_done):
             started = time.monotonic()
-            state, loss_sum, count = step(model.params, state, tokens, mask, units)
+            state, loss_sum, count = step(model.params, state, tokens, mask, units, progress.batches_done)
             loss_sum, count = float(loss_sum), int(count)
             _check_batch(state, loss_sum, rows, progress.batches_done, settings.batch_size)
             progress.batches_done += 1
@@ -100,11 +102,26 @@ def _observe(model: LanguageModel, settings: Settings, params, tokens, mask, uni
     return observed, log_likelihood, batch
 
 
-def _make_step(model: LanguageModel, settings: Settings) -> Callable:
-    """(params, state, tokens, mask, units) -> (state, summed loss, scored tokens); the state is donated."""
+def _observe_all(model: LanguageModel, settings: Settings) -> Callable:
+    """`_observe` of the batch with this index and, where wanted, one backward pass for the layers."""
+    layers = layer_estimator(model, settings) if settings.parameters == "all" else None
 
-    def step(params, state, tokens, mask, units):
+    def observe(params, tokens, mask, units, index):
         observed, log_likelihood, batch = _observe(model, settings, params, tokens, mask, units)
+        if layers is not None:
+            key = jax.random.fold_in(jax.random.key(settings.seed), index)
+            observed = {**observed, "layers": layers.observe(params, batch, key)}
+        return observed, log_likelihood, batch
+
+    return observe
+
+
+def _make_step(model: LanguageModel, settings: Settings) -> Callable:
+    """(params, state, tokens, mask, units, index) -> (state, summed loss, scored tokens); the state is donated."""
+    observe = _observe_all(model, settings)
+
+    def step(params, state, tokens, mask, units, index):
+        observed, log_likelihood, batch = observe(params, tokens, mask, units, index)
         scored = batch.weights > 0
         added = {name: fj.welford.add(state[name], moments) for name, moments in observed.items()}
         added["counts"] = state["counts"].at[batch.targets].add(scored.astype(jnp.int32), mode="drop")
@@ -115,16 +132,17 @@ def _make_step(model: LanguageModel, settings: Settings) -> Callable:
 
 def _initial_state(model: LanguageModel, rows: Rows, settings: Settings) -> dict[str, Any]:
     first = next(rows.batches(settings.batch_size))
-    observed, _, _ = jax.eval_shape(lambda params: _observe(model, settings, params, *first), model.params)
+    observed, _, _ = jax.eval_shape(lambda params: _observe_all(model, settings)(params, *first, 0), model.params)
     state = {name: fj.welford.init(moments) for name, moments in observed.items()}
     return {**state, "counts": jnp.zeros(model.config.vocab_size, jnp.int32)}
 
 
 def _check_batch(state: dict[str, Any], loss_sum: float, rows: Rows, index: int, batch_size: int) -> None:
     reason = None if np.isfinite(loss_sum) else f"its loss is {loss_sum}"
-    for name in KINDS:
+    for name in (*KINDS, "layers"):
         try:
-            fj.check(state[name])
+            if name in state:
+                fj.check(state[name])
         except RejectedBatchError as error:
             reason = reason or str(error)
     if reason is None:

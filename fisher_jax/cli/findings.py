@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fisher_jax.cli.importance import Comparison, Importance
+from fisher_jax.cli.layers import MODEL, Layers
 from fisher_jax.cli.packing import Packed
 from fisher_jax.cli.pruning import Curve, PruningResult
 from fisher_jax.cli.settings import Settings
 
-__all__ = ["Findings", "lead", "title", "verdict"]
+__all__ = ["Findings", "lead", "title", "verdict", "where"]
 
 
 @dataclass
@@ -27,17 +28,21 @@ class Findings:
     pruning: PruningResult | None
     by_column: np.ndarray | None = None
     comparisons: list[tuple[Comparison, Importance]] = field(default_factory=list)
+    layers: Layers | None = None  # all parameters
+    columns: list[str] = field(default_factory=list)  # parts of a layer in the order of the data
+    layer_comparisons: list[tuple[str, Layers]] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     rate: float = 0.0  # streamed tokens per second
 
 
 def title(found: Findings) -> str:
     """The headline."""
-    return f"Which vocabulary tokens of {found.model_name} matter on {found.settings.task}"
+    what = "vocabulary tokens" if found.layers is None else "layers and vocabulary tokens"
+    return f"Which {what} of {found.model_name} matter on {found.settings.task}"
 
 
 def lead(found: Findings) -> str:
-    """The answer in three sentences."""
+    """The answer in a few sentences."""
     total = found.main.mean.sum()
     share = np.sort(found.main.mean)[::-1].cumsum() / total if total > 0 else np.ones_like(found.main.mean)
     half = int(np.searchsorted(share, 0.5)) + 1
@@ -46,7 +51,28 @@ def lead(found: Findings) -> str:
         f"Half of the Fisher information of the head lies in {half:,} of {len(found.main.mean):,} vocabulary "
         f"rows; the five that matter most are {top}."
     )
+    if found.layers is not None:
+        text = f"{where(found, found.layers)} {text}"
     return f"{text} {verdict(found.pruning)}" if found.pruning else text
+
+
+def where(found: Findings, layers: Layers) -> str:
+    """Where the information of all parameters lies, in one sentence."""
+    total = float(layers.wholes[MODEL].mean)
+    uses = " (tied to the head, both uses)" if found.tied else ""
+    shares = [
+        (f"the embedding{uses}", layers.tensors["embedding"]),
+        *([] if found.tied else [("the head", layers.tensors["head"])]),
+        ("attention", layers.wholes["layers/attention"]),
+        ("MLPs", layers.wholes["layers/mlp"]),
+    ]
+    told = ", ".join(f"{100 * float(part.mean) / max(total, 1e-300):.2g}% in {name}" for name, part in shares)
+    others = "norms and positions" if "positions" in layers.tensors else "norms"
+    per_layer = layers.parts["layers"].mean
+    return (
+        f"Of the Fisher information of all {int(layers.wholes[MODEL].parameters):,} parameters lie {told} and the "
+        f"rest in {others}; the layer with the most is {int(np.argmax(per_layer))} of 0 to {len(per_layer) - 1}."
+    )
 
 
 def verdict(pruning: PruningResult, share: float = 0.5) -> str:

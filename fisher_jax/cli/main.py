@@ -12,11 +12,13 @@ from fisher_jax.errors import InputError, RejectedBatchError
 __all__ = ["main"]
 
 _DESCRIPTION = """Which vocabulary tokens (rows of the head) of a language model matter on a text: importance with
-confidence intervals, and what pruning by it costs. Writes report.html, report.md, importance.csv and the state."""
+confidence intervals, and what pruning by it costs; with --parameters all also every layer and attention head. Writes
+report.html, report.md, importance.csv, layers.csv and the state."""
 
 _EXAMPLES = """examples:
   fisher-jax report                                 the shipped model on Wikipedia articles, under ten minutes
   fisher-jax report --text news                     adds a second task to the same report, side by side
+  fisher-jax report --parameters all --out all      every layer and attention head as well
   fisher-jax report --text mine.txt --split-documents blank-line --out mine
   fisher-jax report --model path/to/model.gguf --max-tokens 20000 --out quick
   fisher-jax report --resume                        goes on after Ctrl-C or a crash

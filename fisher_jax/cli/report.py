@@ -17,6 +17,7 @@ from fisher_jax.cli.corpora import describe_sources, documents
 from fisher_jax.cli.findings import Findings, lead, title
 from fisher_jax.cli.folder import check_writable, disk_error, write_atomically
 from fisher_jax.cli.importance import compare, importance, importance_csv, readable
+from fisher_jax.cli.layers import columns, layers_csv, read_layers
 from fisher_jax.cli.orderings import orderings
 from fisher_jax.cli.packing import Packed, Rows, pack
 from fisher_jax.cli.progress import StreamProgress
@@ -34,7 +35,7 @@ OTHER_KIND = {"empirical": "true", "true": "empirical"}
 # One Welford state in float32 per row or entry, with its corrections, twice on disk while it is replaced.
 _STATE_BYTES = 2 * 40
 _REPORT_BYTES = 20 * 2**20
-FIGURE_PREFIXES = ("importance-", "most-", "least-", "pruning-", "tasks-")
+FIGURE_PREFIXES = ("layers-", "importance-", "most-", "least-", "pruning-", "tasks-")
 
 
 class _Clock:
@@ -155,8 +156,14 @@ def _stream(
         )
         return state
     verb = f"going on after batch {progress.batches_done} of" if progress.batches_done else "in"
+    whose = "the head"
+    if settings.parameters == "all":
+        whose = (
+            f"the head and of every layer on {rows.num_targets:,} tokens, one backward pass for each batch (about "
+            "four times slower than --parameters head)"
+        )
     with (
-        clock.stage("stream", f"Fisher information of the head, {verb} {progress.num_batches} batches"),
+        clock.stage("stream", f"Fisher information of {whose}, {verb} {progress.num_batches} batches"),
         StreamProgress(console, rows.num_targets, progress.tokens) as display,
     ):
         return accumulate(model, rows, settings, store, progress, state, display)
@@ -189,6 +196,8 @@ def _findings(
         loss=progress.log_loss / max(progress.tokens, 1),
         pruning=pruning,
         by_column=None if by_entry is None else by_entry.sum(axis=0, dtype=np.float64),
+        layers=read_layers(arrays["layers"], model, settings) if "layers" in arrays else None,
+        columns=columns(model.config),
         timings=clock.seconds,
         rate=progress.tokens / max(progress.seconds, 1e-9),
     )
@@ -196,6 +205,8 @@ def _findings(
         if name != settings.task:
             there = importance(states, settings.kind, settings.level)
             found.comparisons.append((compare(settings.task, main, name, there), there))
+            if found.layers is not None and "layers" in states:
+                found.layer_comparisons.append((name, read_layers(states["layers"], model, settings)))
     return found
 
 
@@ -240,6 +251,8 @@ def _write(out: Path, found: Findings) -> None:
         "report.md": markdown.render(title(found), lead(found), parts),
         "report.html": html.render(title(found), lead(found), parts),
     }
+    if found.layers is not None:
+        pages["layers.csv"] = layers_csv(found.layers)
     for name, raw in pictures.items():
         write_atomically(out / "figures" / name, raw)
     for name, text in pages.items():
@@ -247,3 +260,5 @@ def _write(out: Path, found: Findings) -> None:
     for path in (out / "figures").glob("*.png"):
         if path.name.startswith(FIGURE_PREFIXES) and path.name not in pictures:
             path.unlink()
+    if found.layers is None:  # one of an earlier report would be of another run
+        (out / "layers.csv").unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from fisher_jax.cli import plots
 from fisher_jax.cli.blocks import Block, Heading, Paragraph, Picture, Table
 from fisher_jax.cli.corpora import describe_sources
 from fisher_jax.cli.findings import Findings
+from fisher_jax.cli.layer_sections import layer_blocks, layer_task_blocks
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.pruning_sections import pruning_blocks
 from fisher_jax.cli.style import Theme, picture
@@ -33,6 +34,7 @@ _UNITS = {
 def blocks(found: Findings) -> list[Block]:
     """The whole report after its headline."""
     return [
+        *layer_blocks(found),
         *_ranks(found),
         *_frequency(found),
         *_single_tokens(found),
@@ -158,6 +160,7 @@ def _tasks(found: Findings) -> list[Block]:
             left=3,
         ),
         *pictures,
+        *layer_task_blocks(found),
     ]
 
 
@@ -173,6 +176,7 @@ def _task_picture(found: Findings, number: int) -> Picture:
 def _method(found: Findings) -> list[Block]:
     s = found.settings
     units = f"{found.main.units:,.0f} {s.unit}{'' if found.main.units == 1 else 's' if s.unit != 'batch' else 'es'}"
+    passes = "forward pass" if found.layers is None else "two forward passes, one backward pass"
     rows = [
         ["model", f"{found.model_name}, {s.dtype}"],
         ["text", f"{describe_sources(s.text)}; task {s.task}"],
@@ -181,9 +185,10 @@ def _method(found: Findings) -> list[Block]:
         ["loss", f"{found.loss:.3f} nats per token, perplexity {np.exp(found.loss):.1f}"],
         ["observations", units],
         ["kind", KIND_NAMES[s.kind]],
-        ["groups", s.groups],
+        ["parameters", "all" if s.parameters == "all" else "the head"],
+        ["groups of the head", s.groups],
         *([f"time: {name}", duration(seconds)] for name, seconds in found.timings.items()),
-        ["rate", f"{found.rate:,.0f} tokens per second, forward pass and statistics"],
+        ["rate", f"{found.rate:,.0f} tokens per second, {passes} and statistics"],
     ]
     return [Heading("How it was measured"), Table("", [], rows, left=2)]
 

@@ -9,7 +9,8 @@ from fisher_jax.errors import InputError
 __all__ = ["Settings", "add_report_options", "settings_from"]
 
 DEFAULT_MODEL = "smollm2"
-DEFAULT_MAX_TOKENS = 80_000
+# A backward pass with its rows kept apart takes about four times as long as what the head alone needs.
+DEFAULT_MAX_TOKENS = {"head": 80_000, "all": 30_000}
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,9 @@ class Settings:
     model: str = DEFAULT_MODEL
     text: tuple[str, ...] = ("wikipedia",)
     split_documents: str = "none"
-    max_tokens: int = DEFAULT_MAX_TOKENS
+    max_tokens: int = DEFAULT_MAX_TOKENS["head"]
     held_out_tokens: int = 8192
+    parameters: str = "head"
     groups: str = "row"
     kind: str = "empirical"
     unit: str = "document"
@@ -40,13 +42,16 @@ class Settings:
         return {
             "--max-tokens": self.max_tokens,
             "--held-out-tokens": self.held_out_tokens,
+            "--parameters": self.parameters,
             "--groups": self.groups,
-            # Row states hold both kinds; only entries of single parameters are kept for one.
-            "--kind": self.kind if self.groups == "param" else "both",
+            # Row states hold both kinds; entries of single parameters, and layers, are kept for one.
+            "--kind": self.kind if self.groups == "param" or self.parameters == "all" else "both",
             "--unit": self.unit,
             "--dtype": self.dtype,
             "--batch-size": self.batch_size,
             "--seq-len": self.seq_len,
+            # Signs and labels are drawn with it.
+            **({"--seed": self.seed} if self.parameters == "all" else {}),
         }
 
 
@@ -103,8 +108,8 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
         "--max-tokens",
         metavar="N",
         type=_count(1),
-        default=default.max_tokens,
-        help=f"tokens to stream, spread over as many documents as possible (default {default.max_tokens:,})",
+        help="tokens to stream, spread over as many documents as possible (default "
+        f"{DEFAULT_MAX_TOKENS['head']:,}; {DEFAULT_MAX_TOKENS['all']:,} with --parameters all)",
     )
     what.add_argument(
         "--held-out-tokens",
@@ -115,6 +120,13 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
         f"{default.held_out_tokens:,})",
     )
     what.add_argument("--task", metavar="NAME", help="name of this measurement (default: that of the text)")
+    what.add_argument(
+        "--parameters",
+        choices=("head", "all"),
+        default=default.parameters,
+        help="all adds every layer: tensors, attention heads and layers, from one backward pass per batch, about "
+        "four times slower (default %(default)s: rows of the head)",
+    )
     how = parser.add_argument_group("how to measure it")
     how.add_argument(
         "--kind",
@@ -140,7 +152,7 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
         "--batch-size", metavar="N", type=_count(1), default=default.batch_size, help="rows per step (8)"
     )
     how.add_argument("--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="of the model (float32)")
-    how.add_argument("--seed", metavar="N", type=_count(0), default=0, help="random orders and ties (0)")
+    how.add_argument("--seed", metavar="N", type=_count(0), default=0, help="random orders, ties and signs (0)")
     where = parser.add_argument_group("where to keep it")
     where.add_argument("--out", metavar="DIR", type=Path, default=default.out, help="folder to write (report/)")
     where.add_argument("--resume", action="store_true", help="go on with an interrupted run")
@@ -162,6 +174,12 @@ def settings_from(options: argparse.Namespace) -> Settings:
         raise InputError("--resume goes on with a run and --overwrite drops it; give one of them.")
     values = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
     values["text"] = tuple(options.text)
+    values["max_tokens"] = options.max_tokens or DEFAULT_MAX_TOKENS[options.parameters]
+    if options.parameters == "all" and options.unit == "token":
+        raise InputError(
+            "--unit token is for the head alone: one backward pass of every layer tells documents, sequences or "
+            "batches apart; give one of these to --unit, or --parameters head."
+        )
     values["task"] = options.task or default_task(values["text"])
     if "/" in values["task"] or not values["task"].strip():
         raise InputError(f"--task {values['task']!r} is not a name; use letters and digits.")

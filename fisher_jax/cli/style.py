@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullL
 
 from fisher_jax.cli.blocks import Picture
 
-__all__ = ["Theme", "drawable", "log_axis", "percent_axis", "picture", "spread", "theme_context"]
+__all__ = ["Theme", "drawable", "log_axis", "log_ticks", "percent_axis", "picture", "spread", "theme_context"]
 
 
 class Theme(NamedTuple):
@@ -119,15 +119,22 @@ def log_axis(axes: Axes, which: str, low: float, high: float, *, compact: bool =
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
-    decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1).astype(int)
-    narrow = np.log10(high / low) < 2.2
-    every = max(1, round(len(decades) / 8))
-    ticks = {factor * 10.0**d: _tick_text(factor, d, compact or narrow)
-             for d in decades[::every] for factor in ((1, 2, 5) if narrow else (1,))}  # fmt: skip
-    ticks = {value: text for value, text in ticks.items() if low <= value <= high}
+    ticks = log_ticks(low, high, compact=compact)
     axis.set_major_locator(FixedLocator(list(ticks)))
     axis.set_major_formatter(FixedFormatter(list(ticks.values())))
     axis.set_minor_locator(NullLocator())
+
+
+def log_ticks(low: float, high: float, *, compact: bool = False, most: int = 8) -> dict[float, str]:
+    """Values for ticks between `low` and `high`, about `most` of them, and their texts."""
+    decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1).astype(int)
+    narrow = np.log10(high / low) < 2.2
+    every = max(1, round(len(decades) / most))
+    factors = (1,) if not narrow else (1, 3) if most < 6 else (1, 2, 5)
+    ticks = {
+        factor * 10.0**d: _tick_text(factor, d, compact or narrow) for d in decades[::every] for factor in factors
+    }
+    return {value: text for value, text in ticks.items() if low <= value <= high}
 
 
 def _tick_text(factor: int, exponent: int, plain: bool) -> str:

@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fisher_jax.cli.findings import Findings, verdict
+from fisher_jax.cli.findings import Findings, verdict, where
 from fisher_jax.cli.progress import duration
 
 __all__ = ["summary"]
@@ -32,6 +32,8 @@ def summary(console: Console, found: Findings, seconds: float) -> None:
     units = f"{main.units:,.0f} {found.settings.unit}s" if main.units != 1 else f"1 {found.settings.unit}"
     lines = [f"loss {found.loss:.3f} nats per token (perplexity {np.exp(found.loss):.1f}) over {main.tokens:,.0f} "
              f"tokens, {units}"]  # fmt: skip
+    if found.layers is not None:
+        lines.append(where(found, found.layers))
     if found.pruning:
         lines.append(verdict(found.pruning))
     lines += [

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.blocks.sharded_blocks import MESHES, UNITS
+from tests.blocks.sharded_blocks import CASES
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,7 @@ def found():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(("mesh", "unit"), CASES)
 def test_eight_devices_give_what_one_gives(found, mesh, unit):
     result = found[f"{mesh} {unit}"]
     assert result["error"] < 1e-6

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-__all__ = ["abstract", "bind", "stacked", "user_line", "zeros"]
+__all__ = ["abstract", "bind", "stacked", "unstacked", "user_line", "zeros"]
 
 _JAX = os.path.dirname(jax.__file__) + os.sep
 _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
@@ -51,6 +51,15 @@ def stacked(x: jax.ShapeDtypeStruct, length: int) -> jax.ShapeDtypeStruct:
     sharding = None if x.sharding is None else NamedSharding(x.sharding.mesh, P(None, *x.sharding.spec))
     return jax.ShapeDtypeStruct(
         (length, *x.shape), x.dtype, sharding=sharding, manual_axis_type=getattr(x, "manual_axis_type", None)
+    )
+
+
+def unstacked(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The type of one of the arrays that were stacked."""
+    named = _named(x.sharding)
+    sharding = None if named is None else NamedSharding(named.mesh, P(*named.spec[1:]))
+    return jax.ShapeDtypeStruct(
+        x.shape[1:], x.dtype, sharding=sharding, manual_axis_type=getattr(x, "manual_axis_type", None)
     )
 
 

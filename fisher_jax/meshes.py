@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
-__all__ = ["automatic"]
+__all__ = ["automatic", "replicated", "spread", "with_all_rows"]
 
 
 def automatic(function: Callable, *args: Any) -> Any:
@@ -16,3 +17,33 @@ def automatic(function: Callable, *args: Any) -> Any:
     if not explicit:
         return function(*args)
     return jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=PartitionSpec())(*args)
+
+
+def with_all_rows(x: Array) -> Array:
+    """The same array with its first axis whole on every device, where Explicit mesh axes shard it."""
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty or not sharding.spec or sharding.spec[0] is None:
+        return x
+    return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:])))
+
+
+def replicated(x: Array) -> Array:
+    """The same array, whole on every device, where Explicit mesh axes shard it."""
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty or not any(sharding.spec):
+        return x
+    return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*(None for _ in x.shape))))
+
+
+def spread(tree: Any, like: Any) -> Any:
+    """A concrete tree on all devices of the mesh that ``like`` is on, where it is on one."""
+    placed = (getattr(x, "sharding", None) for x in jax.tree.leaves(like) if not isinstance(x, jax.core.Tracer))
+    mesh = next((s.mesh for s in placed if isinstance(s, NamedSharding)), None)
+    if mesh is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+        return tree
+
+    def put(x):
+        known = isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
+        return x if known else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(put, tree)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from fisher_jax import groups as groups_room
@@ -244,3 +245,23 @@ def sizes(found: list[Grouping | None], params: Tree) -> Tree:
     return jax.tree.unflatten(
         treedef, [None if one is None else _count(one, x) for one, x in zip(found, leaves, strict=True)]
     )
+
+
+def as_sharded(found: list[Grouping | None], params: Tree, like: Tree) -> Tree:
+    """Shapes of a statistic with the shardings of their parameters, where these are concrete and sharded arrays."""
+    leaves, treedef = jax.tree.flatten(params)
+    shapes = treedef.flatten_up_to(like)
+    return jax.tree.unflatten(
+        treedef, [s if one is None else _sharded(one, x, s) for one, x, s in zip(found, leaves, shapes, strict=True)]
+    )
+
+
+def _sharded(one: Grouping, x: Any, shape: Tree) -> Tree:
+    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or one.keep is None or not isinstance(shape, jax.ShapeDtypeStruct):
+        return shape
+    spec = [*sharding.spec, *(None for _ in range(x.ndim - len(sharding.spec)))]
+    kept = [spec[i] for i in one.keep]
+    if shape.shape != tuple(x.shape[i] for i in one.keep):
+        kept = [None] * len(shape.shape)
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(sharding.mesh, PartitionSpec(*kept)))

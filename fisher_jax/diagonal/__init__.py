@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax import groups as groups_room
-from fisher_jax import orientation, program, welford
+from fisher_jax import meshes, orientation, program, welford
 from fisher_jax.batch import Batch
 from fisher_jax.diagonal.by_batch import by_batch
 from fisher_jax.diagonal.by_head import HeadProblem, head_estimator, head_group
@@ -142,7 +142,10 @@ def group_fisher(
         )  # fmt: skip
 
     def init(params: Tree):
-        return welford.init(jax.eval_shape(lambda p: problem(p).reduce(_floating(p)), params), unit=unit)
+        like = jax.eval_shape(lambda p: problem(p).reduce(_floating(p)), params)
+        if combine is None:
+            like = orientation.as_sharded(grouped(params, average), params, like)
+        return meshes.spread(welford.init(like, unit=unit), params)
 
     def observe(params: Tree, batch: Batch, key: Array | None = None, *, taps=None, taps_scale=1.0) -> Moments:
         if taps is not None:

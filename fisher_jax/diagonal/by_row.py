@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax import meshes, program, rejection
 from fisher_jax import moments as moments_room
-from fisher_jax import program, rejection
 from fisher_jax.batch import Batch
 from fisher_jax.diagonal import gram
 from fisher_jax.diagonal.problem import (
@@ -21,6 +21,7 @@ from fisher_jax.diagonal.problem import (
     unit_ids,
     zeros_like,
 )
+from fisher_jax.jaxprs import unstacked
 from fisher_jax.moments import Moments
 
 __all__ = ["by_row"]
@@ -38,13 +39,15 @@ def by_row(problem: Problem, params: Tree, batch: Batch, key: Array | None) -> t
     num_rows = out.shape[0]
     rows = (batch.inputs, tokens.targets, jnp.maximum(tokens.weights, 0))
     _check_rows(rows, num_rows)
+    rows = jax.tree.map(meshes.with_all_rows, jax.tree.map(jnp.asarray, rows))
     keys = jax.random.split(jax.random.key(0) if key is None else key, num_rows)
 
     def loss(free, row, key):
         inputs, targets, weights = jax.tree.map(lambda x: x[None], row)
         return signed_total(problem, model(free, inputs), Tokens(targets, weights, tokens.bad), key)
 
-    squares, plan = _squares(problem, free, loss, jax.tree.map(lambda x: x[0], rows), keys[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (rows, keys))
+    squares, plan = _squares(problem, free, loss, *shapes)
 
     def value(row, key):
         """``sum_t w_t f_t`` of one row: its squares, averaged over draws."""
@@ -130,7 +133,7 @@ def _fold(
 
     parts = (rows, keys, weights, ids)
     like = jax.eval_shape(lambda p: jax.vmap(value)(p[0], p[1])[0], parts)
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), like)
+    one = jax.tree.map(unstacked, like)
     first = (moments_room.start(zeros_like(one), problem.unit), jnp.ones((), bool))
     if chunk == num_rows:
         (folded, finite), _ = step(first, parts)

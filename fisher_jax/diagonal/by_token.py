@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax import meshes, rejection
 from fisher_jax import moments as moments_room
-from fisher_jax import rejection
 from fisher_jax.batch import Batch
 from fisher_jax.diagonal.problem import Problem, log_probs, split, tokens_of, unit_ids, zeros_like
 from fisher_jax.moments import Moments, from_sums
@@ -25,20 +25,22 @@ def by_token(problem: Problem, params: Tree, batch: Batch, key: Array | None) ->
     free, model = split(problem.apply_fn, params)
     outputs, pullback = jax.vjp(lambda free: model(free, batch.inputs), free)
     tokens = tokens_of(problem, outputs, batch)
-    num_outputs, weights = outputs.shape[-1], tokens.weights.reshape(-1)
-    flat = outputs.reshape(-1, num_outputs)
+    num_outputs, weights = outputs.shape[-1], meshes.with_all_rows(tokens.weights).reshape(-1)
     if problem.kind == "empirical":
         total, log_prob_pullback = jax.vjp(
             lambda z: jnp.sum(log_probs(problem.likelihood, z, tokens.targets, tokens.weights)), outputs
         )
-        (rows,) = log_prob_pullback(jnp.ones_like(total))
-        rows, columns, finite = rows.reshape(flat.shape), 1, jnp.isfinite(total)
+        (scores,) = log_prob_pullback(jnp.ones_like(total))
+        columns, finite = 1, jnp.isfinite(total)
     else:
-        rows, columns, finite = None, num_outputs, jnp.all(jnp.isfinite(flat) | (weights == 0)[:, None])
+        scores, columns = None, num_outputs
+        finite = jnp.all(jnp.isfinite(outputs) | (tokens.weights == 0)[..., None])
+    place = jnp.arange(weights.size, dtype=jnp.int32).reshape(outputs.shape[:-1])
 
     def squares(token, column):
-        row = rows[token] if rows is not None else problem.likelihood.fisher_factor(flat[token], column)
-        (grads,) = pullback(jnp.zeros_like(flat).at[token].set(row.astype(flat.dtype)).reshape(outputs.shape))
+        # Elementwise, so that outputs stay as they are sharded.
+        every = scores if scores is not None else problem.likelihood.fisher_factor(outputs, column)
+        (grads,) = pullback(jnp.where((place == token)[..., None], every, 0).astype(outputs.dtype))
         return problem.reduce(grads)
 
     def value(token):
@@ -51,7 +53,7 @@ def by_token(problem: Problem, params: Tree, batch: Batch, key: Array | None) ->
     if problem.unit == "token":
         found = _token_moments(value, weights, chunk)
     else:
-        found = _row_moments(problem, value, tokens.weights, batch, chunk)
+        found = _row_moments(problem, value, weights.reshape(tokens.weights.shape), batch, chunk)
     return found, tokens.bad | rejection.reason_mask(non_finite=~finite)
 
 

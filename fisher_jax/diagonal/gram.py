@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from fisher_jax.axes import UntraceableError, in_leaf_order, trace_axes
 from fisher_jax.dense import matrices, operand_axes
+from fisher_jax.meshes import replicated
 from fisher_jax.orientation import Grouping
 from fisher_jax.provenance import Spec, Use
 
@@ -66,7 +67,7 @@ def squared_sums(use: Use, side: str, inputs: tuple[Array, ...], cotangents: Arr
         sums, axes = _embedding(use, inputs[0], cotangents), [i for i, r in enumerate(use.roles) if r == "row"]
         return sums.sum() if side == "tensor" else in_leaf_order(use, sums, axes)
     batch, contracted, outputs = operand_axes(use)
-    a, g = matrices(use, (inputs[0].astype(wide),), cotangents)
+    a, g = map(replicated, matrices(use, (inputs[0].astype(wide),), cotangents))
     sums = _by_gram(a, g, side) if by_gram else _by_gradient(a, g, side)
     if side == "tensor":
         return sums.sum()
@@ -92,6 +93,7 @@ def _embedding(use: Use, indices: Array, cotangents: Array) -> Array:
     # Of a gather's output, offset axes are the entries of a vector and the others are those of the indices.
     offset = use.options["dimension_numbers"].offset_dims
     lead = [i for i in range(cotangents.ndim) if i not in offset]
+    cotangents, indices = replicated(cotangents), replicated(indices)
     vectors = jnp.transpose(cotangents, (*lead, *offset)).reshape(indices[..., 0].size, -1)
     index = indices.reshape(-1)
     if use.options["mode"] == jax.lax.GatherScatterMode.CLIP:

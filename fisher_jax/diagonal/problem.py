@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from fisher_jax import rejection
 from fisher_jax.batch import Batch
+from fisher_jax.jaxprs import zeros
 from fisher_jax.likelihoods import Likelihood
 from fisher_jax.orientation import Grouping
 
@@ -163,4 +164,5 @@ def unit_ids(unit: str, batch: Batch, num_rows: int) -> Array:
 
 
 def zeros_like(tree: Tree) -> Tree:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+    """Zeros of a tree of ``jax.ShapeDtypeStruct``s, laid out as they say."""
+    return jax.tree.map(zeros, tree)

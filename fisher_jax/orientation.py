@@ -249,11 +249,13 @@ def sizes(found: list[Grouping | None], params: Tree) -> Tree:
 
 def as_sharded(found: list[Grouping | None], params: Tree, like: Tree) -> Tree:
     """Shapes of a statistic with the shardings of their parameters, where these are concrete and sharded arrays."""
-    leaves, treedef = jax.tree.flatten(params)
-    shapes = treedef.flatten_up_to(like)
-    return jax.tree.unflatten(
-        treedef, [s if one is None else _sharded(one, x, s) for one, x, s in zip(found, leaves, shapes, strict=True)]
-    )
+    following = iter(found)
+
+    def leaf(x, shape):
+        one = next(following)
+        return shape if one is None else _sharded(one, x, shape)
+
+    return jax.tree.map(leaf, params, like)
 
 
 def _sharded(one: Grouping, x: Any, shape: Tree) -> Tree:

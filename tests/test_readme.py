@@ -41,6 +41,24 @@ def test_the_training_example_runs():
     assert float(names["fisher"]["kernel"].min()) > 0
 
 
+def test_the_example_with_taps_runs():
+    code = next(c for c in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "taps=taps" in c)
+    batch = fj.next_token_batch(jnp.array([[0, 1, 2, 2], [1, 0, 1, 2]]))
+
+    def apply_fn(params, x):
+        return jax.nn.one_hot(x, 3) @ params["kernel"]
+
+    def mean_loss(params, batch):
+        return -jnp.mean(fj.categorical.log_prob(apply_fn(params, batch.inputs), batch.targets))
+
+    names = {
+        "fj": fj, "params": {"kernel": jnp.zeros((3, 3))}, "batch": batch, "apply_fn": apply_fn, "mean_loss": mean_loss,
+    }  # fmt: skip
+    exec(code, names)
+    own = names["fisher"].observe(names["params"], batch)
+    np.testing.assert_allclose(fj.welford.mean(names["moments"])["kernel"], fj.welford.mean(own)["kernel"], rtol=1e-5)
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).is_file(), target

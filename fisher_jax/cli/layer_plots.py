@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
@@ -29,11 +29,16 @@ def model_figure(theme: Theme, found: Layers, columns: list[str], above: list[st
         num_layers = len(parts[0].mean)
         figure = Figure(figsize=(_WIDTH, _height(num_layers + len(outside))), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
-        readings = (("Total", "Fisher information\nper token", _mean), ("Per parameter", AVERAGE, _average))
-        for axes, (title, unit, read) in zip(panels, readings, strict=True):
+        readings = (("Total", "Fisher information\nper token", False), ("Per parameter", AVERAGE, True))
+        for axes, (title, unit, by_parameter) in zip(panels, readings, strict=True):
+            read = _average if by_parameter else _mean
             grid = np.stack([read(part) for part in parts], axis=1)
             bars = {path: float(read(tensor)) for path, tensor in outside.items()}
-            shown = _Scale(theme, np.concatenate([grid.ravel(), list(bars.values())]))
+            # Norms have so much per parameter that the matrices would look alike; they keep the scale of the totals.
+            scaled = [not by_parameter or "norm" not in node for node in columns]
+            bar_values = [value for path, value in bars.items() if not by_parameter or "norm" not in path]
+            everything = np.concatenate([grid.ravel(), list(bars.values())])
+            shown = _Scale(theme, np.concatenate([grid[:, scaled].ravel(), bar_values]), everything)
             shown.grid(axes, grid)
             places = [-len(above) + i for i in range(len(above))] + [num_layers + i for i in range(len(below))]
             for place, value in zip(places, bars.values(), strict=True):
@@ -116,7 +121,7 @@ def ratio_figure(
         limit = max(1.0, float(np.max(np.abs(logs[np.isfinite(logs)]), initial=0)))
         figure = Figure(figsize=(_WIDTH, _height(len(ratios))), layout="constrained")
         axes = figure.subplots()
-        shown = _Scale(theme, logs, Normalize(-limit, limit), colormaps["PuOr_r"])
+        shown = _Scale(theme, logs, norm=Normalize(-limit, limit), colours="PuOr")
         shown.grid(axes, logs)
         _ticks(axes, len(ratios), {})
         axes.set_xticks(range(len(columns)), [part_name(node) for node in columns], rotation=90)
@@ -130,17 +135,29 @@ def ratio_figure(
 
 
 class _Scale:
-    """One colour scale; logarithmic over the positive values, but a few very small ones, unless a norm is given."""
+    """One colour scale, logarithmic over the positive `values` but the smallest 2%, or as `norm` says.
+
+    `everything` is what will be drawn with it, if that is more: what lies beyond the scale has the colour of its end.
+    """
 
     def __init__(
-        self, theme: Theme, values: np.ndarray, norm: Normalize | None = None, colours: Colormap | None = None
+        self,
+        theme: Theme,
+        values: np.ndarray,
+        everything: np.ndarray | None = None,
+        *,
+        norm: Normalize | None = None,
+        colours: str = "viridis",
     ):
         self.theme = theme
         positive = values[np.isfinite(values) & (values > 0)]
         low, high = (float(np.quantile(positive, 0.02)), float(positive.max())) if positive.size else (1e-12, 1.0)
         self.norm = norm or LogNorm(low / 1.02, high * 1.02)
-        self.clipped = norm is None and bool(np.any(positive < low / 1.02))
-        self.colours = colours or colormaps["viridis"]
+        self.colours = colormaps[colours]
+        drawn = values if everything is None else everything
+        below = norm is None and bool(np.any((drawn > 0) & (drawn < low / 1.02)))
+        above = norm is None and bool(np.any(drawn > high * 1.02))
+        self.extend = "both" if below and above else "min" if below else "max" if above else "neither"
 
     def grid(
         self,
@@ -168,7 +185,7 @@ class _Scale:
             scale,
             ax=axes,
             orientation="horizontal",
-            extend="min" if self.clipped else "neither",
+            extend=self.extend,
             aspect=48 if isinstance(axes, list) else 22,
             pad=0.02,
         )

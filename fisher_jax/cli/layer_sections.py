@@ -61,7 +61,8 @@ def _what(found: Findings) -> str:
         "The Fisher information of every parameter: the derivative of the next token's log-probability with respect "
         "to it, squared for each token, averaged over the tokens. On the left summed over all parameters of a "
         "tensor, on the right the average of one of its parameters. Each row is a layer, the input at the top; bars "
-        "across are the tensors outside of the layers."
+        "across are the tensors outside of the layers. Norms have few parameters that act on everything: on the "
+        "right they lie beyond the colours, which are scaled to the matrices."
     )
     if found.tied:
         text += (

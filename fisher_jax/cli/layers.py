@@ -124,12 +124,10 @@ def part_name(path: str) -> str:
 
 
 def columns(config: DecoderConfig) -> list[str]:
-    """Nodes of a layer in the order in which data meets them."""
-    found = ["attention_norm", *(f"attention/{name}" for name in "qkv")]
-    if config.qk_norm:
-        found += ["attention/q_norm", "attention/k_norm"]
-    found += ["attention/o", "mlp_norm", *(["mlp/gate"] if config.gated else []), "mlp/up", "mlp/down"]
-    return [f"layers/{name}" for name in found]
+    """Nodes of a layer: matrices in the order in which data meets them, then norms."""
+    found = [*(f"attention/{name}" for name in "qkvo"), *(["mlp/gate"] if config.gated else []), "mlp/up", "mlp/down"]
+    found += ["attention/q_norm", "attention/k_norm"] if config.qk_norm else []
+    return [f"layers/{name}" for name in (*found, "attention_norm", "mlp_norm")]
 
 
 def layers_csv(found: Layers) -> str:

@@ -294,3 +294,36 @@ def test_several_groups_and_totals_of_layers_in_one_pass():
         np.testing.assert_allclose(found["q"]["column"], q.sum((2, 3)), rtol=1e-10)
         np.testing.assert_allclose(found["up"]["head"], up.sum((1, 2)), rtol=1e-10)
         assert fj.welford.standard_error(state)["layers"].shape == (L,)
+
+
+@pytest.mark.parametrize("options", [{"estimator": "sequence"}, {"estimator": "signs"}, {"estimator": "exact"}])
+def test_rows_of_leaves_of_every_sort_and_of_one_token(options):
+    params = {
+        "w": jnp.ones((2, 3)),
+        "table": jnp.arange(3),
+        "none": None,
+        "unused": jnp.ones((2, 2)),
+        "empty": jnp.ones((2, 0)),
+        "frozen": jnp.ones((2, 3)),
+    }
+
+    def model(p, x):
+        x = jnp.concatenate([x, x @ p["empty"]], -1)
+        return x @ p["w"] + x @ jax.lax.stop_gradient(p["frozen"]) + p["table"][0]
+
+    batch = fj.Batch(jnp.ones((1, 1, 2)), jnp.zeros((1, 1), int))
+    fisher = fj.group_fisher(model, groups="row", example=batch, **options)
+    state = jax.jit(fisher.update)(fisher.init(params), params, batch, jax.random.key(0))
+    found = fj.welford.mean(state)
+    assert found["table"] is None
+    assert found["none"] is None
+    assert found["empty"].shape == (0,)
+    assert found["unused"].shape == found["frozen"].shape == ()
+    np.testing.assert_array_equal(found["unused"], 0)
+    np.testing.assert_array_equal(found["frozen"], 0)
+    p = np.full(3, 1 / 3) - np.eye(3)[0]
+    np.testing.assert_allclose(found["w"], 2 * p**2, rtol=1e-5)
+    padding = fj.Batch(batch.inputs, batch.targets, jnp.zeros((1, 1)))
+    after = jax.jit(fisher.update)(state, params, padding, jax.random.key(1))
+    assert int(after.rejected) == 0
+    assert fj.welford.count(after) == 1

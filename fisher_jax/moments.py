@@ -11,7 +11,19 @@ from jaxtyping import Array
 
 from fisher_jax import compensated, rejection
 
-__all__ = ["UNITS", "Fold", "Fragment", "Moments", "finish", "fold", "from_sums", "map_values", "observe", "start"]
+__all__ = [
+    "UNITS",
+    "Fold",
+    "Fragment",
+    "Moments",
+    "finish",
+    "fold",
+    "from_sums",
+    "map_values",
+    "observe",
+    "one",
+    "start",
+]
 
 UNITS = ("token", "sequence", "document", "batch")
 
@@ -274,6 +286,16 @@ def observe(
         rejected=jnp.zeros((), jnp.int32), reasons=jnp.zeros((), jnp.int32), unit=unit, scale=scale,
     )  # fmt: skip
     return reject_if(moments, bad)
+
+
+def one(value: Tree, weight: Array, unit: str = "batch") -> Moments:
+    """Moments of a single observation; of weight 0, its value is zero."""
+    zeros = jax.tree.map(jnp.zeros_like, value)
+    return Moments(
+        mean=value, m2=zeros, square_mean=value, square_m2=zeros, weight=weight, weight_sq=weight**2,
+        count=(weight > 0).astype(weight.dtype), first=None, last=None, several=None,
+        rejected=jnp.zeros((), jnp.int32), reasons=jnp.zeros((), jnp.int32), unit=unit,
+    )  # fmt: skip
 
 
 def from_sums(sums: tuple[Tree | None, ...], weights: Array, scale: int = 0) -> Moments:

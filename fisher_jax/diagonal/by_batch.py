@@ -34,9 +34,8 @@ def by_batch(problem: Problem, params: Tree, batch: Batch, key: Array) -> tuple[
         total, finite = _sum_of_draws(one, jax.random.split(key, problem.num_samples))
     weight = tokens.weights.sum()
     scale = jnp.where(weight > 0, 1 / (problem.num_samples * jnp.where(weight > 0, weight, 1)), 0)
-    values = jax.tree.map(lambda x: (x * scale.astype(x.dtype))[None], total)
-    found = moments_room.observe(values, weight[None], unit="batch")
-    return found, tokens.bad | rejection.reason_mask(non_finite=~finite)
+    values = jax.tree.map(lambda x: jnp.where(weight > 0, x * scale.astype(x.dtype), 0), total)
+    return moments_room.one(values, weight), tokens.bad | rejection.reason_mask(non_finite=~finite)
 
 
 def _sum_of_draws(one, keys: Array) -> tuple[Tree, Array]:

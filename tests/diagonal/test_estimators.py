@@ -24,7 +24,8 @@ def apply_fn(params, inputs):
 def problem(dtype="float64"):
     rng = np.random.default_rng(0)
     shapes = {"embed": (7, D), "mix": {"kernel": (D, D)}, "head": (K, D), "bias": (K,)}
-    with jax.enable_x64(True):
+    # The first call may come from a traced function.
+    with jax.enable_x64(True), jax.ensure_compile_time_eval():
         params = jax.tree.map(
             lambda s: jnp.asarray(rng.standard_normal(s), dtype), shapes, is_leaf=lambda s: isinstance(s, tuple)
         )

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fisher_jax.cli.settings import add_report_options, settings_from
+from fisher_jax.cli.spectrum_settings import add_spectrum_options, spectrum_settings_from
 from fisher_jax.errors import InputError, RejectedBatchError
 
 __all__ = ["main"]
@@ -22,6 +23,17 @@ _EXAMPLES = """examples:
   fisher-jax report --text mine.txt --split-documents blank-line --out mine
   fisher-jax report --model path/to/model.gguf --max-tokens 20000 --out quick
   fisher-jax report --resume                        goes on after Ctrl-C or a crash
+"""
+
+_SPECTRUM_DESCRIPTION = """Eigenvalues of the curvature of a language model's loss on a text, each with a bound of its
+error: sharpness, condition number, gap; with --density how all of them are distributed, with --blocks the
+spectrum and capacity of every layer. Writes spectrum.html, spectrum.md, spectrum.csv and pictures."""
+
+_SPECTRUM_EXAMPLES = """examples:
+  fisher-jax spectrum --parameters final_norm                 one small tensor: a minute
+  fisher-jax spectrum                                         the 10 largest over all parameters; long
+  fisher-jax spectrum --operator hessian --k 3 --tokens 256   both ends
+  fisher-jax spectrum --parameters "layers/attention" --density --blocks --out attention
 """
 
 
@@ -49,20 +61,46 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_report_options(report)
+    report.set_defaults(start=_report)
+    spectrum = commands.add_parser(
+        "spectrum",
+        help="eigenvalues of the curvature of a language model's loss",
+        description=_SPECTRUM_DESCRIPTION,
+        epilog=_SPECTRUM_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_spectrum_options(spectrum)
+    spectrum.set_defaults(start=_spectrum)
     return parser
+
+
+def _report(options: argparse.Namespace) -> int:
+    settings = settings_from(options)
+    _say_start()
+    from fisher_jax.cli.report import run
+
+    return run(settings)
+
+
+def _spectrum(options: argparse.Namespace) -> int:
+    settings = spectrum_settings_from(options)
+    _say_start()
+    from fisher_jax.cli.spectrum import run
+
+    return run(settings)
+
+
+def _say_start() -> None:
+    print(f"fisher-jax {_version()}: starting up", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 0 when done, 2 for input that cannot be used, 130 when interrupted after saving."""
     options = _parser().parse_args(arguments)
+    # Errors are told once, by us; orbax would print a traceback of each of its threads as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        settings = settings_from(options)
-        print(f"fisher-jax {_version()}: starting up", flush=True)
-        from fisher_jax.cli.report import run
-
-        # Errors are told once, by us; orbax would print a traceback of each of its threads as well.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        return run(settings)
+        return options.start(options)
     except (InputError, RejectedBatchError) as error:
         print(f"fisher-jax: {error}", file=sys.stderr)
         return 2

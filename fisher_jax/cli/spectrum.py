@@ -1,0 +1,265 @@
+"""`fisher-jax spectrum` from start to end."""
+
+import json
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import fisher_jax as fj
+from fisher_jax.cli import html, markdown
+from fisher_jax.cli import spectrum_sections as sections
+from fisher_jax.cli.blocks import Picture
+from fisher_jax.cli.corpora import describe_sources, documents
+from fisher_jax.cli.folder import check_writable, disk_error, write_atomically
+from fisher_jax.cli.packing import Rows, pack
+from fisher_jax.cli.progress import duration
+from fisher_jax.cli.spectrum_measure import (
+    Measured,
+    basis_size,
+    block_spectra_of,
+    choose,
+    density_of,
+    eigenvalues_of,
+    one_batch,
+    operator_of,
+    time_passes,
+)
+from fisher_jax.cli.spectrum_sections import SpectrumFindings
+from fisher_jax.cli.spectrum_settings import SpectrumSettings
+from fisher_jax.errors import InputError
+from fisher_jax.models import LanguageModel, load
+from fisher_jax.models.layout import flatten, unflatten
+
+__all__ = ["run"]
+
+_CHEAP_SAVE = 2 * 2**30
+_SAVE_EVERY = 10
+
+
+class _Run:
+    """Where an interrupted run is kept: the state of `fj.lanczos`, and which run it is of."""
+
+    def __init__(self, settings: SpectrumSettings):
+        self.settings = settings
+        self.folder = settings.out / "unfinished"
+        self.state = self.folder / "lanczos"
+        self._facts = self.folder / "run.json"
+
+    def check_before_loading(self) -> None:
+        # A save is renamed into place; one that was cut off there lies beside it.
+        there = self._facts.exists() and any(self.folder.glob(f"{self.state.name}*"))
+        if self.settings.resume and not there:
+            raise InputError(f"there is nothing to resume in {self.settings.out}; start without --resume.")
+        if there and not (self.settings.resume or self.settings.overwrite):
+            raise InputError(
+                f"{self.settings.out} holds an unfinished run; add --resume to go on with it, --overwrite to drop "
+                "it, or choose another --out."
+            )
+
+    def begin(self, facts: dict[str, Any], saving: bool) -> None:
+        """Raises InputError where the saved run is another one."""
+        if self.settings.resume:
+            saved = json.loads(self._facts.read_text(encoding="utf-8"))
+            for name, value in facts.items():
+                if saved.get(name) != value:
+                    raise InputError(
+                        f"the run in {self.settings.out} had {name} {saved.get(name)}, and this one has {value}; "
+                        "give the same settings, another --out, or --overwrite to start again."
+                    )
+            return
+        self.drop()
+        if saving:
+            write_atomically(self._facts, json.dumps(facts, indent=1))
+
+    def drop(self) -> None:
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+
+class _Clock:
+    """Says what is done now and remembers how long it took."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, sentence: str):
+        self.console.print(f"[bold]{name}[/bold]: {sentence}", highlight=False)
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+
+def run(settings: SpectrumSettings) -> int:
+    """Measures, writes the pages and prints the table; the exit code."""
+    console, errors = Console(file=sys.stdout, soft_wrap=True), Console(stderr=True, soft_wrap=True)
+    clock, began = _Clock(console), time.monotonic()
+    check_writable(settings.out)
+    kept = _Run(settings)
+    kept.check_before_loading()
+    with clock.stage("model", settings.model):
+        model = load(settings.model, dtype=settings.dtype)
+        chosen = _chosen(settings, model, console)
+    with clock.stage("text", describe_sources(settings.text)):
+        rows = _rows(settings, model)
+        console.print(f"  {rows.num_targets:,} tokens of {len(rows.names):,} documents in {len(rows.lengths)} rows")
+    try:
+        found = _measure(settings, console, errors, clock, kept, model, rows, chosen)
+        with clock.stage("pages", "pictures and tables"):
+            _write(settings.out, found)
+        kept.drop()
+    except KeyboardInterrupt:
+        saved = kept.state.exists()
+        console.print(
+            "interrupted; the same command with --resume goes on from the last save."
+            if saved
+            else "interrupted before anything was saved; --save-every saves along the way."
+        )
+        if not saved:
+            kept.drop()
+        return 130
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise disk_error(error, settings.out) from error
+    _summary(console, found, time.monotonic() - began)
+    return 0
+
+
+def _chosen(settings: SpectrumSettings, model: LanguageModel, console: Console) -> dict[str, bool]:
+    if settings.length > model.config.max_positions:
+        raise InputError(
+            f"--length {settings.length} is longer than the {model.config.max_positions} positions of {model.name}; "
+            "give a smaller one."
+        )
+    chosen = choose(model, settings.parameters)
+    sizes = _sizes(model, chosen)
+    dimension = sum(sizes.values())
+    if settings.k > dimension:
+        raise InputError(f"--k {settings.k} is more than the {dimension} entries of the chosen parameters.")
+    console.print(f"  {model.name}: {dimension:,} parameters in {len(sizes)} tensors", highlight=False)
+    return chosen
+
+
+def _sizes(model: LanguageModel, chosen: dict[str, bool]) -> dict[str, int]:
+    return {name: leaf.size for name, leaf in flatten(model.params).items() if chosen[name]}
+
+
+def _rows(settings: SpectrumSettings, model: LanguageModel) -> Rows:
+    return pack(
+        documents(settings.text, split=settings.split_documents),
+        model.tokenizer.encode,
+        seq_len=settings.length,
+        max_targets=settings.tokens,
+        held_out_targets=0,
+        vocab_size=model.config.vocab_size,
+    ).stream
+
+
+def _measure(
+    settings: SpectrumSettings,
+    console: Console,
+    errors: Console,
+    clock: _Clock,
+    kept: _Run,
+    model: LanguageModel,
+    rows: Rows,
+    chosen: dict[str, bool],
+) -> SpectrumFindings:
+    sizes = _sizes(model, chosen)
+    dimension, batch = sum(sizes.values()), one_batch(rows, settings.batch_size)
+    like = fj.operators.restrict(model.params, unflatten(chosen))
+    with clock.stage("passes", "the loss, forward and backward, to compare products with"):
+        passes = time_passes(settings, model, batch, chosen)
+    matvec = operator_of(settings, model, batch, chosen)
+    basis = basis_size(settings, dimension)
+    save_every = _save_every(settings, basis, dimension)
+    with clock.stage("eigenvalues", _plan(settings, basis, dimension, save_every)):
+        facts = {**settings.fixed(), "the model": model.fingerprint, "the text": rows.digest()[:16]}
+        kept.begin(facts, saving=save_every > 0)
+        spectrum = eigenvalues_of(settings, errors, matvec, like, dimension, kept.state, save_every)
+    density: Measured | None = None
+    if settings.density:
+        with clock.stage("density", f"{settings.probes} probes of {settings.density_steps} products"):
+            density = density_of(settings, errors, matvec, like)
+    spectra: dict[str, dict[int | None, Any]] = {}
+    if settings.blocks:
+        with clock.stage("blocks", f"scores of {min(settings.block_tokens, rows.num_targets)} tokens"):
+            spectra = block_spectra_of(settings, model, batch, chosen)
+    return SpectrumFindings(
+        settings, model.name, sizes, rows.num_targets, len(rows.lengths), len(rows.names), passes, spectrum, basis,
+        density, spectra, clock.seconds,
+    )  # fmt: skip
+
+
+def _save_every(settings: SpectrumSettings, basis: int, dimension: int) -> int:
+    """Products between saves; 0 for none."""
+    size = 4 * basis * dimension
+    wanted = settings.save_every
+    if wanted is None:
+        wanted = _SAVE_EVERY if size <= _CHEAP_SAVE or settings.resume else 0
+    if settings.resume and not wanted:
+        raise InputError("--resume goes on saving; give a --save-every above 0, or leave it out.")
+    if wanted:
+        # The new save is complete before the old one goes.
+        check_writable(settings.out, bytes_needed=2 * size)
+    return wanted
+
+
+def _plan(settings: SpectrumSettings, basis: int, dimension: int, save_every: int) -> str:
+    ends = f"{settings.k} of each end" if settings.which == "both" else f"the {settings.k} largest"
+    place = "on the host" if jax.default_backend() == "cpu" else "on the device"
+    kept = f"{basis} vectors {place}, {sections.memory(4 * basis * dimension)}"
+    saves = f"saved every {save_every} products" if save_every else "not saved along the way (--save-every N would)"
+    return f"{ends} of the {sections.NAMES[settings.operator]}; {kept}; {saves}"
+
+
+def _write(out: Path, found: SpectrumFindings) -> None:
+    """Everything is drawn and worded before the first file is written; what an earlier run left is replaced."""
+    parts = sections.blocks(found)
+    pictures = {f"{block.name}.png": block.light for block in parts if isinstance(block, Picture)}
+    heading = sections.title(found), sections.lead(found)
+    pages = {
+        "spectrum.csv": sections.eigenvalues_csv(found),
+        "density.csv": sections.density_csv(found) if found.density is not None else None,
+        "blocks.csv": sections.blocks_csv(found) if found.blocks else None,
+        "spectrum.md": markdown.render(*heading, parts),
+        "spectrum.html": html.render(*heading, parts),
+    }
+    for path in (out / "figures").glob("spectrum-*.png"):
+        if path.name not in pictures:
+            path.unlink()
+    for name, raw in pictures.items():
+        write_atomically(out / "figures" / name, raw)
+    for name, text in pages.items():
+        if text is None:
+            (out / name).unlink(missing_ok=True)
+        else:
+            write_atomically(out / name, text)
+
+
+def _summary(console: Console, found: SpectrumFindings, seconds: float) -> None:
+    """The last thing on the terminal."""
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for i, name in enumerate(sections.EIGENVALUE_HEADER):
+        table.add_column(name, justify="right" if i else "left")
+    for row in sections.eigenvalue_rows(found):
+        table.add_row(*row)
+    console.print()
+    console.print(Text(sections.title(found), style="bold"))
+    console.print(table)
+    console.print()
+    for name, value in sections.facts(found):
+        console.print(f"{name}: {value}", highlight=False, markup=False)
+    console.print(f"took {duration(seconds)}", highlight=False)
+    path = (found.settings.out / "spectrum.html").resolve()
+    console.print(Text.assemble("spectrum: ", (str(path), "bold")), soft_wrap=True)

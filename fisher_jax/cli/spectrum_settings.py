@@ -1,0 +1,198 @@
+"""The options of `fisher-jax spectrum`, with no heavy import so that help is instant."""
+
+import argparse
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fisher_jax.errors import InputError
+
+__all__ = ["SpectrumSettings", "add_spectrum_options", "spectrum_settings_from"]
+
+OPERATORS = ("ggn", "fisher", "empirical-fisher", "hessian")
+# What decides the numbers of the Lanczos run, and so what a resumed run must share.
+_FIXED = ("operator", "parameters", "k", "tokens", "length", "dtype", "batch_size", "remat", "basis", "tol", "seed")
+
+
+@dataclass(frozen=True)
+class SpectrumSettings:
+    """What one run of the spectrum was asked to do."""
+
+    model: str = "smollm2"
+    text: tuple[str, ...] = ("wikipedia",)
+    split_documents: str = "none"
+    tokens: int = 1_280
+    length: int = 256
+    operator: str = "ggn"
+    parameters: str | None = None
+    k: int = 10
+    density: bool = False
+    probes: int = 4
+    density_steps: int = 20
+    blocks: bool = False
+    block_tokens: int = 32
+    tol: float = 0.01
+    max_products: int = 300
+    basis: int | None = None
+    batch_size: int = 1
+    remat: bool = False
+    dtype: str = "float32"
+    seed: int = 0
+    out: Path = Path("spectrum")
+    resume: bool = False
+    overwrite: bool = False
+    save_every: int | None = None
+
+    @property
+    def which(self) -> str:
+        """A Hessian has two ends; the others have no negative eigenvalue."""
+        return "both" if self.operator == "hessian" else "largest"
+
+    @property
+    def wanted(self) -> int:
+        """Eigenvalues of all ends."""
+        return 2 * self.k if self.which == "both" else self.k
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings that a resumed run must share, by option name."""
+        values = asdict(self)
+        return {f"--{name.replace('_', '-')}": values[name] for name in _FIXED}
+
+
+def _count(minimum: int):
+    def count(text: str) -> int:
+        value = int(text.replace("_", "").replace(",", ""))
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {value}")
+        return value
+
+    return count
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, for example 0.01, not {text}")
+    return value
+
+
+def add_spectrum_options(parser: argparse.ArgumentParser) -> None:
+    """Options in the order in which a person meets them."""
+    default = SpectrumSettings()
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "--operator",
+        choices=OPERATORS,
+        default=default.operator,
+        help="generalised Gauss-Newton (default; equal to the true Fisher of a language model), true Fisher, "
+        "empirical Fisher, or Hessian (both ends of its spectrum)",
+    )
+    what.add_argument(
+        "--parameters",
+        metavar="PATTERN",
+        help="a regular expression searched in names such as layers/attention/q/kernel or final_norm/scale; the "
+        "others are frozen (default: all)",
+    )
+    what.add_argument(
+        "--k", metavar="N", type=_count(1), default=default.k, help="eigenvalues of each end (default %(default)s)"
+    )
+    what.add_argument("--density", action="store_true", help="also the density of all eigenvalues, by random probes")
+    what.add_argument(
+        "--blocks", action="store_true", help="also the spectrum and the capacity of every layer's tensors"
+    )
+    what.add_argument(
+        "--model",
+        metavar="M",
+        default=default.model,
+        help="the shipped SmolLM2-135M (default), a GGUF file, a Hugging Face folder or a hub name",
+    )
+    what.add_argument(
+        "--text",
+        metavar="FILE",
+        nargs="+",
+        default=list(default.text),
+        help="UTF-8 text files, - for standard input, or a shipped corpus: wikipedia (default), news, pubmed",
+    )
+    what.add_argument(
+        "--split-documents", choices=("none", "blank-line"), default=default.split_documents,
+        help="blank-line: each paragraph of a file is a document of its own",
+    )  # fmt: skip
+    what.add_argument(
+        "--tokens", "--max-tokens", metavar="N", type=_count(1), default=default.tokens,
+        help=f"next tokens that the mean is over, at most (default {default.tokens:,})",
+    )  # fmt: skip
+    what.add_argument(
+        "--length", "--seq-len", metavar="L", type=_count(2), default=default.length,
+        help="tokens per row (default %(default)s)",
+    )  # fmt: skip
+    _add_how(parser.add_argument_group("how to measure it"), default)
+    where = parser.add_argument_group("where to keep it")
+    where.add_argument("--out", metavar="DIR", type=Path, default=default.out, help="folder to write (spectrum/)")
+    where.add_argument("--resume", action="store_true", help="go on with an interrupted run from what it saved")
+    where.add_argument("--overwrite", action="store_true", help="drop what an interrupted run saved")
+    where.add_argument(
+        "--save-every", metavar="N", type=_count(0),
+        help="products between saves, 0 for none (default: 10 if the basis is below 2 GiB, otherwise none)",
+    )  # fmt: skip
+
+
+def _add_how(how: Any, default: SpectrumSettings) -> None:
+    how.add_argument(
+        "--tol", metavar="P", type=_tolerance, default=default.tol,
+        help="wanted bound of each eigenvalue's error, relative to it (default %(default)s)",
+    )  # fmt: skip
+    how.add_argument(
+        "--max-products", metavar="N", type=_count(1), default=default.max_products,
+        help="Lanczos steps, at most; it stops as soon as all eigenvalues have converged (default %(default)s)",
+    )  # fmt: skip
+    how.add_argument(
+        "--basis", metavar="N", type=_count(3),
+        help="vectors in memory, each as large as the chosen parameters; Lanczos restarts when they are full "
+        "(default: what 10 GiB hold, between 20 and 40 for k of 10)",
+    )  # fmt: skip
+    how.add_argument(
+        "--batch-size", metavar="N", type=_count(1), default=default.batch_size,
+        help="rows at a time inside a product: more memory (default %(default)s)",
+    )  # fmt: skip
+    how.add_argument("--remat", action="store_true", help="recompute activations in backward passes: less memory")
+    how.add_argument(
+        "--probes", metavar="N", type=_count(2), default=default.probes, help="random vectors of the density (4)"
+    )
+    how.add_argument(
+        "--density-steps", metavar="N", type=_count(2), default=default.density_steps, help="products per probe (20)"
+    )
+    how.add_argument(
+        "--block-tokens", metavar="N", type=_count(1), default=default.block_tokens,
+        help="tokens whose scores the block spectra are of, spread over the text: one backward pass each (32)",
+    )  # fmt: skip
+    how.add_argument("--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="of the model (float32)")
+    how.add_argument("--seed", metavar="N", type=_count(0), default=0, help="start vector, probes, drawn labels (0)")
+
+
+def spectrum_settings_from(options: argparse.Namespace) -> SpectrumSettings:
+    """Checked settings."""
+    if options.resume and options.overwrite:
+        raise InputError("--resume goes on with a run and --overwrite drops it; give one of them.")
+    values = {name: x for name, x in vars(options).items() if name in SpectrumSettings.__dataclass_fields__}
+    settings = SpectrumSettings(**{**values, "text": tuple(options.text)})
+    if settings.parameters is not None:
+        try:
+            re.compile(settings.parameters)
+        except re.error as error:
+            raise InputError(
+                f"--parameters {settings.parameters!r} is not a regular expression ({error}); names are like "
+                "layers/attention/q/kernel."
+            ) from None
+    ends = " of both ends" if settings.which == "both" else ""
+    if settings.max_products < settings.wanted:
+        raise InputError(
+            f"--max-products {settings.max_products} is fewer than the {settings.wanted} eigenvalues{ends} that are "
+            "asked for; give more products or a smaller --k."
+        )
+    if settings.basis is not None and settings.basis < settings.wanted + 2:
+        raise InputError(
+            f"--basis {settings.basis} is too small: {settings.wanted} eigenvalues{ends} need at least "
+            f"{settings.wanted + 2} vectors; give more or a smaller --k."
+        )
+    return settings

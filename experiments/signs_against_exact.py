@@ -172,15 +172,14 @@ def picture(results, path):
         for axes, name, scale in ((left, "error", 100), (right, "correlation", 1)):
             axes.plot(counts, [scale * r[name] for r in rows], marker=marker, color=colour, lw=1.6, ms=5, label=kind)
     left.plot(counts, [100 * np.sqrt(2 / n) for n in counts], "--", color="0.4", lw=1.5)
-    left.annotate("sqrt(2 / n)", (counts[-1], 100 * np.sqrt(2 / counts[-1])), (-4, 6), textcoords="offset points",
-                  color="0.3", ha="right")  # fmt: skip
-    left.set(
-        yscale="log", ylabel="relative error of a tensor's total (%, root mean square)", title="Totals of tensors"
+    left.annotate(
+        "sqrt(2 / n)", (counts[1], 100 * np.sqrt(2 / counts[1])), (8, 4), textcoords="offset points", color="0.3"
     )
+    left.set(yscale="log", ylabel="relative error, root mean square", title="Totals of tensors")
     ticks = [t for t in (1, 2, 5, 10, 20, 50, 100) if left.get_ylim()[0] <= t <= left.get_ylim()[1]]
     left.set_yticks(ticks, [f"{t}%" for t in ticks])
     left.set_yticks([], minor=True)
-    right.set(ylabel="Spearman rank correlation with exact", title="Rows within a tensor", ylim=(None, 1))
+    right.set(ylabel="Spearman rank correlation", title="Rows within a tensor", ylim=(None, 1))
     for axes in (left, right):
         axes.set(xscale="log", xlabel="sequences, each observed apart")
         axes.set_xticks(counts, [str(n) for n in counts])

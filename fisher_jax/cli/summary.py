@@ -29,7 +29,8 @@ def summary(console: Console, found: Findings, seconds: float) -> None:
     console.print(Text(f"{found.model_name} on {found.settings.task}: what matters most", style="bold"))
     console.print(table)
     console.print()
-    units = f"{main.units:,.0f} {found.settings.unit}s" if main.units != 1 else f"1 {found.settings.unit}"
+    plural = "" if main.units == 1 else "es" if found.settings.unit == "batch" else "s"
+    units = f"{main.units:,.0f} {found.settings.unit}{plural}"
     lines = [f"loss {found.loss:.3f} nats per token (perplexity {np.exp(found.loss):.1f}) over {main.tokens:,.0f} "
              f"tokens, {units}"]  # fmt: skip
     if found.layers is not None:

@@ -1,8 +1,10 @@
 """What `fisher-jax spectrum` computes: the chosen parameters, the operator, its eigenvalues, density and blocks."""
 
+import functools
 import math
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,34 +138,39 @@ def time_passes(settings: SpectrumSettings, model: LanguageModel, batch: fj.Batc
         InputError: the loss is not finite.
     """
     moving = fj.operators.restrict(model.params, unflatten(chosen))
-
-    def loss(moving, params, part):
-        joined = jax.tree.map(lambda p, m: p if m is None else m, params, moving, is_leaf=lambda x: x is None)
-        inputs, targets, weights = part
-        scores = fj.categorical.log_prob(model.apply(joined, inputs), targets)
-        return -jnp.sum(jnp.where(weights > 0, weights * scores, 0))
-
-    def summed(function):
-        def run(moving, params, parts):
-            first = jax.tree.map(lambda x: x[0], parts)
-            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, moving, params, first))
-            add = lambda sums, part: (jax.tree.map(jnp.add, sums, function(moving, params, part)), None)  # noqa: E731
-            return jax.lax.scan(add, zeros, parts)[0]
-
-        return jax.jit(run)
-
-    size = settings.batch_size
-    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (batch.inputs, batch.targets, batch.weights))
-    forward, total = _seconds(summed(loss), moving, model.params, parts)
-    both, _ = _seconds(summed(jax.value_and_grad(loss)), moving, model.params, parts)
+    parts = jax.tree.map(
+        lambda x: x.reshape(-1, settings.batch_size, *x.shape[1:]), (batch.inputs, batch.targets, batch.weights)
+    )
+    forward, total = _seconds(_summed, model.apply, False, moving, model.params, parts)
     mean = float(total) / float(jnp.sum(batch.weights))
     if not math.isfinite(mean):
         raise InputError(f"the loss of {model.name} on this text is {mean}, so it has no curvature here.")
+    both, _ = _seconds(_summed, model.apply, True, moving, model.params, parts)
     return Passes(forward, both, mean)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _summed(apply_fn: Callable, backward: bool, moving: Tree, params: Tree, parts: Any) -> Any:
+    """The loss summed over all tokens, and its gradient if it is wanted, micro-batch by micro-batch."""
+
+    def loss(moving, part):
+        inputs, targets, weights = part
+        joined = jax.tree.map(lambda p, m: p if m is None else m, params, moving, is_leaf=lambda x: x is None)
+        scores = fj.categorical.log_prob(apply_fn(joined, inputs), targets)
+        return -jnp.sum(jnp.where(weights > 0, weights * scores, 0))
+
+    function = jax.value_and_grad(loss) if backward else loss
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, moving, jax.tree.map(lambda x: x[0], parts)))
+
+    def add(sums, part):
+        return jax.tree.map(jnp.add, sums, function(moving, part)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
 def _seconds(function: Any, *arguments: Any) -> tuple[float, Any]:
-    jax.block_until_ready(function(*arguments))  # compiles
+    """The second of two calls: the first one compiles."""
+    jax.block_until_ready(function(*arguments))
     started = time.monotonic()
     out = jax.block_until_ready(function(*arguments))
     return time.monotonic() - started, out

@@ -98,6 +98,7 @@ def density_figure(theme: Theme, density: Any, floor: float, name: str) -> Figur
                 axes.set_title(sign.capitalize(), color=colours[sign], fontsize=11)
             else:
                 axes.set_title(f"All eigenvalues of the {name}")
+        _say_unresolved(panels[-1], density, floor, means.get("positive"), sizes)
         panels[0].set_ylabel("share of all eigenvalues, per decade")
         label = f"eigenvalue ({UNIT}), band: standard error over {len(zero)} probes"
         figure.supxlabel(label, fontsize=10.5)
@@ -105,6 +106,19 @@ def density_figure(theme: Theme, density: Any, floor: float, name: str) -> Figur
             said = f"{100 * zero.mean():.3g}% of all below {floor:.1g}"
             panels[-1].text(0.97, 0.95, said, transform=panels[-1].transAxes, fontsize=9, va="top", ha="right")
         return figure
+
+
+def _say_unresolved(axes: Axes, density: Any, floor: float, mean: np.ndarray | None, sizes: np.ndarray) -> None:
+    """The node next to zero stands for all that are about as small or smaller: say so where it holds most of them."""
+    there = np.where(density.weights > 0, np.abs(density.nodes), np.inf)
+    smallest = np.argmin(there, axis=1)[:, None]
+    share = float(np.take_along_axis(density.weights, smallest, axis=1).mean())
+    size = float(np.exp(np.log(np.maximum(np.take_along_axis(there, smallest, axis=1), floor)).mean()))
+    if mean is None or share < 0.3 or size <= floor:
+        return
+    peak = float(np.interp(size, sizes, mean))
+    said = f"{100 * share:.3g}% of all are\nabout this small,\nor smaller"
+    axes.annotate(said, (size, peak), xytext=(16, -4), textcoords="offset points", fontsize=9, va="top")
 
 
 def _size_axis(axes: Axes, low: float, high: float, negative: bool, most: int) -> None:
@@ -142,6 +156,8 @@ def blocks_figure(theme: Theme, spectra: dict[str, dict[int | None, Any]]) -> Fi
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         for axes in panels[len(spectra) :]:
             axes.set_visible(False)
+        for axes in panels[len(spectra) - columns : len(spectra)]:  # also above an empty place
+            axes.tick_params(labelbottom=True)
         figure.supylabel(f"eigenvalue ({UNIT})", fontsize=10.5)
         figure.supxlabel("rank of the eigenvalue within its block", fontsize=10.5)
         if layers > 1:

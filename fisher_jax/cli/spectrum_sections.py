@@ -127,7 +127,7 @@ def facts(found: SpectrumFindings) -> list[list[str]]:
         )
     if found.density is not None:
         d, n = found.density.found, found.dimension
-        rows.append(["trace", f"{n * d.mean:.4g} ± {n * d.mean_error:.2g} (standard error over probes)"])
+        rows.append(["trace", f"{_with_error(n * d.mean, n * d.mean_error)} (standard error over probes)"])
     if s.statement:
         rows.append(["what is missing" if s.num_missing else "beyond these", s.statement])
     price, both, forward = found.spectrum.per_product, passes.forward_and_backward, passes.forward
@@ -138,6 +138,14 @@ def facts(found: SpectrumFindings) -> list[list[str]]:
         ["products", f"{s.num_products} with {s.num_restarts} restarts, {one}"],
     ]
     return rows
+
+
+def _with_error(value: float, error: float) -> str:
+    """As many decimals as the error leaves two digits of."""
+    if not 1e-6 < error < 1e6:
+        return f"{value:.4g} ± {error:.2g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"
 
 
 def memory(size: int) -> str:

@@ -27,6 +27,7 @@ class Rules:
     token_cap: int | None = 1024
     fisher: str = "empirical"
     shared: str = "expand"
+    corrected: bool = False
     diagonal: Callable[[str], bool] = lambda path: False
     follow: Callable[[str], bool] = lambda path: True
 
@@ -62,6 +63,11 @@ class Block:
     @property
     def is_kronecker(self) -> bool:
         return self.kind in ("dense", "embedding", "tied")
+
+    def is_corrected(self, rules: Rules) -> bool:
+        """Whether its eigenvalues are corrected: it has both eigenbases, and its output gradients in the taps."""
+        closed_form = self.head and rules.fisher == "exact_head"
+        return rules.corrected and self.kind == "dense" and not self.low_rank and not closed_form
 
 
 def plan(specs: list[Spec], leaves: list, paths: list[str], found: Structure, rules: Rules) -> tuple[Block, ...]:

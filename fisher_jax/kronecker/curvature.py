@@ -13,6 +13,7 @@ from jaxtyping import Array
 from fisher_jax.batch import Batch
 from fisher_jax.errors import RejectedBatchError
 from fisher_jax.kronecker.blocks import Block, Rules
+from fisher_jax.kronecker.corrected import corrected, second_moments
 from fisher_jax.kronecker.factors import Diagonal, Eigen, Factor, LowRank, diagonal, eigen, low_rank, wide
 from fisher_jax.kronecker.layout import bias_rows, inverse, kernel_matrices, table_matrices
 from fisher_jax.kronecker.placement import automatic, spec_of
@@ -53,12 +54,14 @@ class BlockFactors(NamedTuple):
         A, G: second moments of inputs and of output gradients; ``None`` for a diagonal.
         rows: of a tied leaf, what its use as an embedding adds to each row.
         diagonal: of scales and lone biases, in the shape of the leaf.
+        eigenvalues: corrected ones ``[N, out, in]``, in the bases of ``G`` and ``A``.
     """
 
     A: Factor | None = None
     G: Factor | SoftmaxHead | None = None
     rows: Array | None = None
     diagonal: Array | None = None
+    eigenvalues: Array | None = None
 
 
 @functools.partial(
@@ -82,17 +85,31 @@ class Factors:
     power: float = -1.0
 
 
-def decompose(blocks: tuple[Block, ...], seen: Observation, storage: Any = None) -> tuple[BlockFactors, ...]:
-    """Normalise the sums of an observation and decompose them."""
+def decompose(
+    blocks: tuple[Block, ...],
+    seen: Observation,
+    storage: Any = None,
+    rules: Rules | None = None,
+    axis_name: Any = None,
+) -> tuple[BlockFactors, ...]:
+    """Normalise the sums of an observation and decompose them; ``rules`` say which eigenvalues are corrected."""
+    rules = rules or Rules()
 
     def run(seen):
         weight = jnp.where(seen.weight > 0, seen.weight, 1)
-        return tuple(_factors(b, sums, weight, seen, storage) for b, sums in zip(blocks, seen.sums, strict=True))
+        found = [_factors(b, sums, weight, seen, storage) for b, sums in zip(blocks, seen.sums, strict=True)]
+        for i, block in enumerate(blocks):
+            if block.is_corrected(rules):
+                taps, masks = seen.taps
+                sums = second_moments(block, taps, masks, rules, found[i].A, found[i].G)
+                sums = sums if axis_name is None else jax.lax.psum(sums, axis_name)
+                found[i] = found[i]._replace(eigenvalues=sums / weight)
+        return tuple(found)
 
-    return automatic(run, tuple(_places(b, s, seen) for b, s in zip(blocks, seen.sums, strict=True)), seen)
+    return automatic(run, tuple(_places(b, s, seen, rules) for b, s in zip(blocks, seen.sums, strict=True)), seen)
 
 
-def _places(block: Block, sums: dict, seen: Observation) -> Any:
+def _places(block: Block, sums: dict, seen: Observation, rules: Rules) -> Any:
     """Where the factors of a block lie, as a `BlockFactors` of specs: columns as before, all else everywhere."""
     P: Any = PartitionSpec
     if block.kind == "diagonal":
@@ -104,7 +121,8 @@ def _places(block: Block, sums: dict, seen: Observation) -> Any:
     if block.head and seen.probabilities is not None and block.low_rank:
         vocabulary = spec_of(seen.probabilities[0])[:1] or (None,)
         G = SoftmaxHead(P(None, *vocabulary), P(None, *vocabulary, None))
-    return BlockFactors(A, G, P() if block.kind == "tied" else None)
+    corrected_places = P() if block.is_corrected(rules) else None
+    return BlockFactors(A, G, P() if block.kind == "tied" else None, eigenvalues=corrected_places)
 
 
 def _factors(block: Block, sums: dict, weight: Array, seen: Observation, storage: Any) -> BlockFactors:
@@ -157,6 +175,7 @@ def kfac_factors(
     temperature: float = 1.0,
     storage: Any = None,
     diagonal: Callable[[str], bool] | None = None,
+    eigenvalue_correction: bool = False,
     axis_name: Any = None,
 ) -> Factors:
     """Kronecker factors of the Fisher matrix of every parameter: ``F ~ A (x) G``, per weighted token.
@@ -192,6 +211,10 @@ def kfac_factors(
         storage: dtype of ``U``; ``jnp.bfloat16`` halves it, with relative errors of ``2**-8`` in its entries.
         diagonal: ``diagonal(path)`` says which leaves get, in place of a block, the diagonal
             ``(sum_t s_t)**2 / W`` of the batch (scales and biases: squares summed over positions).
+        eigenvalue_correction: EK-FAC. Where both factors of a dense kernel are eigendecomposed, ``a_j g_i`` becomes
+            ``sum_t (p_j . a_t)**2 (v_i . g_t)**2 / W``, the diagonal of the second moment of ``vec(g_t a_t^T)`` in
+            the same basis: the best one in Frobenius norm. Other blocks stay as they are. Holds the taps of the
+            whole backward pass; needs ``form`` other than factored and a ``fisher`` other than ggn.
         axis_name: inside ``jax.shard_map``, the mesh axes over which rows of the batch are spread: sums are summed
             over them and columns gathered, so that all devices get the factors of the whole batch.
 
@@ -202,7 +225,7 @@ def kfac_factors(
         ValueError: an unknown option; a parameter without a block, named with its line and the way out; masks of
             another shape; a missing key.
 
-    See Martens and Grosse (2015); Eschenhagen et al. (2023) for shared weights.
+    See Martens and Grosse (2015); Eschenhagen et al. (2023) for shared weights; George et al. (2018) for EK-FAC.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
@@ -216,20 +239,24 @@ def kfac_factors(
         (3,)
     """
     check_options(policy, fisher, shared, token_cap, temperature)
-    check_form(form)
-    rules = Rules(policy, token_cap, fisher, shared, diagonal or (lambda path: False))
+    check_form(form, eigenvalue_correction, fisher)
+    rules = Rules(policy, token_cap, fisher, shared, eigenvalue_correction, diagonal or (lambda path: False))
     problem = Problem(apply_fn, likelihood, rules, temperature, axis_name)
     blocks = block_plan(problem, params, batch)
     seen = observe(problem, blocks, params, batch, key)
     if not isinstance(seen.bad, jax.core.Tracer) and int(seen.bad):
         raise RejectedBatchError(f"the batch has {'; '.join(reasons(int(seen.bad)))}")
-    return Factors(decompose(blocks, seen, storage), jnp.asarray(damping), blocks, form, power)
+    return Factors(decompose(blocks, seen, storage, rules, axis_name), jnp.asarray(damping), blocks, form, power)
 
 
-def check_form(form: str) -> None:
-    """Raise where ``form`` is none of those there are."""
+def check_form(form: str, eigenvalue_correction: bool = False, fisher: str = "empirical") -> None:
+    """Raise where ``form`` is none of those there are, or cannot go with corrected eigenvalues."""
     if form not in ("auto", "exact", "factored"):
         raise ValueError(f"form is one of auto, exact, factored, found {form!r}")
+    if eigenvalue_correction and form == "factored":
+        raise ValueError("corrected eigenvalues are no product that factored damping could split; use form='exact'")
+    if eigenvalue_correction and fisher == "ggn":
+        raise ValueError("eigenvalue_correction needs the taps of one backward pass; use fisher='sampled'")
 
 
 def precondition(factors: Factors, tree: Tree) -> Tree:
@@ -322,5 +349,8 @@ def _apply(block: Block, found: BlockFactors, M: Array, damping: Any, form: str,
     if isinstance(G, SoftmaxHead):
         with_head = head_exact if form == "exact" else head_factored
         return jax.vmap(lambda a, g, m: with_head(a, g, m, damping))(A, G, M)
+    if found.eigenvalues is not None:
+        with_values = functools.partial(corrected, damping=damping, power=power)
+        return jax.vmap(lambda a, g, e, m: with_values(a, g, e, m))(A, G, found.eigenvalues, M)
     rule = factored if form == "factored" else exact
     return jax.vmap(lambda a, g, m: rule(a, g, m, damping, power))(A, G, M)

@@ -62,6 +62,10 @@ def kfac(
     temperature: float = 1.0,
     storage: Any = None,
     diagonal: Callable[[str], bool] | None = None,
+    eigenvalue_correction: bool = False,
+    statistics_freq: int | None = None,
+    factor_decay: float | None = None,
+    factor_rank: int | None = None,
     model_params: Tree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC with momentum: ``update(grads, state, params, batch=batch, key=key)``, ready for ``apply_updates``.
@@ -106,7 +110,8 @@ def kfac(
     inner = functools.partial(
         scale_by_kfac, apply_fn, likelihood, example=example, update_freq=update_freq, fisher=fisher, policy=policy,
         token_cap=token_cap, form=form, power=power, shared=shared, temperature=temperature, storage=storage,
-        diagonal=diagonal, model_params=model_params,
+        diagonal=diagonal, eigenvalue_correction=eigenvalue_correction, statistics_freq=statistics_freq,
+        factor_decay=factor_decay, factor_rank=factor_rank, model_params=model_params,
     )  # fmt: skip
 
     def init(params: Tree) -> KFACOptimizerState:

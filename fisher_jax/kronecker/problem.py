@@ -53,12 +53,14 @@ class Observation(NamedTuple):
         weight: ``W``, sum of the weights of the tokens.
         bad: int32 bits, why the batch cannot be used; 0 if it can.
         probabilities: ``[V, T]`` and weights ``[T]`` of (some of) the tokens, for ``exact_head``.
+        taps: the raw taps and their masks, where eigenvalues are to be corrected.
     """
 
     sums: tuple[dict[str, Array], ...]
     weight: Array
     bad: Array
     probabilities: tuple[Array, Array] | None = None
+    taps: tuple[list, Masks] | None = None
 
 
 def check_options(policy: str, fisher: str, shared: str, token_cap: int | None, temperature: float) -> None:
@@ -142,17 +144,19 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
 
             return automatic(sums, places(tap, owner[tap.leaf]), tap.inputs, tap.cotangents, masks)
 
-        traced = program.trace(loss, params, (batch.inputs, batch.targets, root), {}, kept, lambda i: i in followed)
+        reduce = None if rules.corrected else kept
+        traced = program.trace(loss, params, (batch.inputs, batch.targets, root), {}, reduce, lambda i: i in followed)
         value, _, taps = program.differentiate(traced)
-        found = [(tap.leaf, tap.use, _over_devices(tap.reduced, problem.axis_name)) for tap in taps]
-        return _sums(blocks, found, masks, rules), value
+        found = [(t.leaf, t.use, t.reduced if reduce else _raw(t, owner, masks, rules)) for t in taps]
+        found = [(leaf, use, _over_devices(x, problem.axis_name)) for leaf, use, x in found]
+        return _sums(blocks, found, masks, rules), value, taps if rules.corrected else []
 
     if rules.fisher == "ggn":
-        sums, values = jax.lax.map(one, jnp.arange(out.shape[-1]))
+        sums, values, taps = jax.lax.map(one, jnp.arange(out.shape[-1]))
         sums = tuple(_over_columns(found) for found in sums)
         finite = jnp.all(jnp.isfinite(values))
     else:
-        sums, value = one(0)
+        sums, value, taps = one(0)
         finite = jnp.isfinite(value)
     finite &= jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
     probabilities = None
@@ -170,7 +174,7 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
             p, w = probabilities
             gather = functools.partial(jax.lax.all_gather, axis_name=problem.axis_name, tiled=True)
             probabilities = gather(p, axis=1), gather(w)
-    return Observation(sums, weight, bad, probabilities)
+    return Observation(sums, weight, bad, probabilities, (taps, masks) if rules.corrected else None)
 
 
 def observe_taps(
@@ -185,25 +189,35 @@ def observe_taps(
     weights = _weights(lead, jnp.float32, batch)
     masks, _ = _masks(rules, weights, batch, key)
     owner = {i: b for b in blocks for i in (b.leaf, b.bias) if i is not None}
-    found = []
+    taps = [tap for tap in taps if tap.leaf in owner]
     for tap in taps:
-        if tap.leaf not in owner:
-            continue
         if tap.cotangents is None:
             raise ValueError(f"the tap of {tap.path} was reduced; pass the taps of fj.value_grad_and_taps(loss)")
-
-        def kept(inputs, cotangents, tap=tap):
-            scaled = cotangents.astype(jnp.promote_types(cotangents.dtype, jnp.float32)) * scale
-            whole = dataclasses.replace(tap, inputs=inputs, cotangents=scaled)
-            return statistic(whole, owner[tap.leaf], masks, rules)
-
-        for _ in tap.use.loops:
-            kept = jax.vmap(kept)
-        found.append((tap.leaf, tap.use, kept(tap.inputs, tap.cotangents)))
+    taps = [dataclasses.replace(tap, cotangents=wide(tap.cotangents) * scale) for tap in taps]
+    found = [(tap.leaf, tap.use, _raw(tap, owner, masks, rules)) for tap in taps]
     sums = _sums(blocks, found, masks, rules)
     finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
     negative = ~jnp.all((weights >= 0) & jnp.isfinite(weights))
-    return Observation(sums, weights.sum(), rejection.reason_mask(non_finite=~finite, negative_weight=negative))
+    bad = rejection.reason_mask(non_finite=~finite, negative_weight=negative)
+    return Observation(sums, weights.sum(), bad, None, (taps, masks) if rules.corrected else None)
+
+
+def _raw(tap: Any, owner: dict[int, Block], masks: Masks, rules: Rules) -> Tree:
+    """The statistic of a raw tap, one for each iteration of its loops."""
+    block = owner[tap.leaf]
+
+    def run(inputs, cotangents, masks):
+        def kept(inputs, cotangents):
+            whole = dataclasses.replace(tap, inputs=inputs, cotangents=cotangents)
+            return statistic(whole, block, masks, rules)
+
+        for _ in tap.use.loops:
+            kept = jax.vmap(kept)
+        return kept(inputs, cotangents)
+
+    looped = [None] * len(tap.use.loops)
+    where = {name: PartitionSpec(*looped, *spec) for name, spec in places(tap, block).items()}
+    return automatic(run, where, tap.inputs, tap.cotangents, masks)
 
 
 def _over_devices(reduced: Tree, axis_name: Any) -> Tree:

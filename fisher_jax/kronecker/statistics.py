@@ -17,7 +17,7 @@ from fisher_jax.kronecker.placement import spec_of
 from fisher_jax.program import Tap
 from fisher_jax.provenance import Segment, Use
 
-__all__ = ["Masks", "combine", "diagonal_of", "places", "statistic"]
+__all__ = ["Masks", "combine", "diagonal_of", "observations", "places", "statistic"]
 
 Tree = Any
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -51,6 +51,15 @@ def statistic(tap: Tap, block: Block, masks: Masks, rules: Rules) -> Tree:
         return {}
     if tap.kind == "embedding":
         return _embedding(tap, block, masks, rules)
+    a, g, mask = observations(tap, block, masks, rules)
+    A = jnp.einsum("bti,btj->bij", a * mask[:, None], a, precision=_HIGHEST)
+    return {"A": A, "count": mask.sum(), **_outputs(g, block, masks, rules)}
+
+
+def observations(tap: Tap, block: Block, masks: Masks, rules: Rules) -> tuple[Array, Array, Array]:
+    """Of one dense use: inputs ``[batch, T, in]`` with the 1 of a bias, output gradients, and weights in ``A``."""
+    assert tap.inputs is not None
+    assert tap.cotangents is not None
     a, g = matrices(tap.use, tap.inputs, tap.cotangents)
     a, g = wide(a), wide(g)
     mask = _mask(tap, block, masks, a.shape[1]).astype(a.dtype)
@@ -58,8 +67,7 @@ def statistic(tap: Tap, block: Block, masks: Masks, rules: Rules) -> Tree:
         a, g, mask = _reduce(a, g, mask, masks.rows, tap.path)
     if block.bias is not None:
         a = jnp.concatenate([a, jnp.ones((*a.shape[:2], 1), a.dtype)], -1)
-    A = jnp.einsum("bti,btj->bij", a * mask[:, None], a, precision=_HIGHEST)
-    return {"A": A, "count": mask.sum(), **_outputs(g, block, masks, rules)}
+    return a, g, mask
 
 
 def places(tap: Tap, block: Block) -> Tree:

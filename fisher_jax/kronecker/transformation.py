@@ -13,9 +13,10 @@ from jaxtyping import Array
 from fisher_jax import rejection
 from fisher_jax.batch import Batch
 from fisher_jax.jaxprs import zeros
-from fisher_jax.kronecker.blocks import Block, Rules
+from fisher_jax.kronecker.averaging import averaged, widened
+from fisher_jax.kronecker.blocks import Rules
 from fisher_jax.kronecker.curvature import BlockFactors, check_form, decompose, solve
-from fisher_jax.kronecker.problem import Problem, block_plan, check_options, observe, observe_taps
+from fisher_jax.kronecker.problem import Observation, Problem, block_plan, check_options, observe, observe_taps
 from fisher_jax.likelihoods import Likelihood, categorical
 
 __all__ = ["KFACState", "aligned", "kfac_static_args", "scale_by_kfac"]
@@ -24,7 +25,8 @@ Tree = Any
 
 kfac_static_args = (
     "apply_fn", "likelihood", "example", "update_freq", "fisher", "policy", "token_cap", "form", "power", "shared",
-    "temperature", "storage", "diagonal", "model_params",
+    "temperature", "storage", "diagonal", "eigenvalue_correction", "statistics_freq", "factor_decay", "factor_rank",
+    "model_params",
 )  # fmt: skip
 """What must stay static: ``optax.inject_hyperparams(fj.scale_by_kfac, fj.kfac_static_args)``."""
 
@@ -38,6 +40,8 @@ class KFACState(NamedTuple):
         age: int32, updates that these factors have served; -1 before there are any.
         rejected: int32, updates with a batch or gradients that cannot be used; read it with ``fj.check``.
         reasons: int32 bits, why.
+        raw: sums that stay between refreshes, with ``statistics_freq`` or ``factor_decay``; else ``None``.
+        raw_age: int32, updates since the last statistics; -1 before there are any.
     """
 
     blocks: tuple[BlockFactors, ...]
@@ -45,6 +49,8 @@ class KFACState(NamedTuple):
     age: Array
     rejected: Array
     reasons: Array
+    raw: Observation | None = None
+    raw_age: Any = None
 
 
 def scale_by_kfac(
@@ -63,6 +69,10 @@ def scale_by_kfac(
     temperature: float = 1.0,
     storage: Any = None,
     diagonal: Callable[[str], bool] | None = None,
+    eigenvalue_correction: bool = False,
+    statistics_freq: int | None = None,
+    factor_decay: float | None = None,
+    factor_rank: int | None = None,
     model_params: Tree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradients: updates become ``(F + damping I)**power`` times the gradient, block by block.
@@ -87,6 +97,13 @@ def scale_by_kfac(
         example: a `Batch` of arrays or ``jax.ShapeDtypeStruct``s, with the shapes of every batch to come.
         damping: in the units of ``F``: per weighted token.
         update_freq: updates that share factors.
+        statistics_freq: statistics are taken every so many updates, at most ``update_freq``, and stay in the state;
+            factors are decomposed from them every ``update_freq`` updates. ``None``: at the refresh.
+        factor_decay: sums and what divides them are averaged with it before they are decomposed: ``A`` and ``G`` are
+            means over the tokens of all statistics so far, those ``k`` statistics ago with ``factor_decay**k`` times
+            their weight. Exact for all but columns ``U``, of which the ``factor_rank`` (as many as one batch gives)
+            with the largest eigenvalues stay: exact where the rank of the average is not above. ``None``: the newest
+            statistics alone.
         model_params: the whole tree (or its ``ShapeDtypeStruct``s), where ``init`` sees a part.
 
     The other arguments, and the errors, are those of `fj.kfac_factors`.
@@ -103,12 +120,13 @@ def scale_by_kfac(
         (1, (2, 3))
     """
     check_options(policy, fisher, shared, token_cap, temperature)
-    check_form(form)
+    check_form(form, eigenvalue_correction, fisher)
+    keeps = _check_average(fisher, eigenvalue_correction, update_freq, statistics_freq, factor_decay, factor_rank)
     if not isinstance(update_freq, int) or update_freq < 1:
         raise ValueError(f"update_freq is a whole number, at least 1, found {update_freq!r}")
-    rules = Rules(policy, token_cap, fisher, shared, diagonal or (lambda path: False))
+    rules = Rules(policy, token_cap, fisher, shared, eigenvalue_correction, diagonal or (lambda path: False))
     problem = Problem(apply_fn, likelihood, rules, temperature)
-    refresh = functools.partial(_refresh, storage=storage)
+    build = functools.partial(decompose, storage=storage, rules=rules)
     shapes = _shapes(model_params)
 
     def init(params: Tree) -> KFACState:
@@ -116,13 +134,13 @@ def scale_by_kfac(
         part = _restricted(problem, params)
         plan = block_plan(part, whole, example)
         key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-        like = jax.eval_shape(
-            lambda p, b, k: decompose(plan, observe(part, plan, p, b, k), storage), whole, example, key
-        )
-        blocks = jax.tree.map(zeros, like)
+        seen = jax.eval_shape(lambda p, b, k: observe(part, plan, p, b, k), whole, example, key)
+        raw = widened(plan, seen, factor_rank) if keeps else None
+        blocks = jax.tree.map(zeros, jax.eval_shape(functools.partial(build, plan), raw or seen))
         # Each counter its own buffer, so that the state can be donated.
         step, age, rejected, reasons = (jnp.full((), n, jnp.int32) for n in (0, -1, 0, 0))
-        return KFACState(blocks, step, age, rejected, reasons)
+        raw_age = jnp.full((), -1, jnp.int32) if keeps else None
+        return KFACState(blocks, step, age, rejected, reasons, jax.tree.map(zeros, raw), raw_age)
 
     def update(
         updates: Tree, state: KFACState, params: Tree = None, *, batch: Batch | None = None, key: Any = None,
@@ -150,7 +168,11 @@ def scale_by_kfac(
             lead = jax.eval_shape(apply_fn, whole, example.inputs).shape[:-1]
             return observe_taps(part, plan, taps, taps_scale, lead, batch or Batch(None, None), key)
 
-        state, bad = refresh(plan, state, seen, update_freq)
+        decompose_all = functools.partial(build, plan)
+        if keeps:
+            state, bad = _refresh_raw(decompose_all, state, seen, update_freq, statistics_freq, factor_decay)
+        else:
+            state, bad = _refresh(decompose_all, state, seen, update_freq)
         leaves, treedef = aligned(updates, whole)
         finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates)]))
         bad = bad | rejection.reason_mask(non_finite=~finite)
@@ -163,24 +185,79 @@ def scale_by_kfac(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _refresh(
-    plan: tuple[Block, ...], state: KFACState, seen: Callable, update_freq: int, storage: Any
-) -> tuple[KFACState, Array]:
+def _refresh(build: Callable, state: KFACState, seen: Callable, update_freq: int) -> tuple[KFACState, Array]:
     """Fresh factors where they are due and the batch can be used, and why it cannot."""
 
     def fresh(old):
         found = seen()
         usable = (found.bad == 0) & (found.weight > 0)
-        new = jax.lax.cond(usable, lambda: decompose(plan, found, storage), lambda: old)
+        new = jax.lax.cond(usable, lambda: build(found), lambda: old)
         return new, usable, found.bad
 
     def stale(old):
         return old, jnp.zeros((), bool), jnp.zeros((), jnp.int32)
 
-    due = (state.age < 0) | (state.age >= update_freq)
+    due = _due(state.age, update_freq)
     blocks, renewed, bad = jax.lax.cond(due, fresh, stale, state.blocks)
-    age = jnp.where(renewed, 1, jnp.where(state.age < 0, -1, optax.safe_increment(state.age)))
-    return state._replace(blocks=blocks, step=optax.safe_increment(state.step), age=age), bad
+    return state._replace(blocks=blocks, step=optax.safe_increment(state.step), age=_older(state.age, renewed)), bad
+
+
+def _refresh_raw(
+    build: Callable, state: KFACState, seen: Callable, update_freq: int, statistics_freq: int | None, decay: Any
+) -> tuple[KFACState, Array]:
+    """Statistics where they are due, and factors from them where those are; none from before a batch refused now."""
+
+    def fresh(old):
+        found = seen()
+        usable = (found.bad == 0) & (found.weight > 0)
+        new = found._replace(bad=jnp.zeros_like(found.bad)) if decay is None else averaged(old, found, decay)
+        return jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, old), usable, found.bad
+
+    def stale(old):
+        return old, jnp.zeros((), bool), jnp.zeros((), jnp.int32)
+
+    due = _due(state.age, update_freq)
+    wanted = due if statistics_freq is None else _due(state.raw_age, statistics_freq)
+    raw, renewed, bad = jax.lax.cond(wanted, fresh, stale, state.raw)
+    ready = due & (renewed | ~wanted)
+    blocks = jax.lax.cond(ready, lambda raw, old: build(raw), lambda raw, old: old, raw, state.blocks)
+    ages = _older(state.age, ready), _older(state.raw_age, renewed)
+    step = optax.safe_increment(state.step)
+    return state._replace(blocks=blocks, step=step, age=ages[0], raw=raw, raw_age=ages[1]), bad
+
+
+def _due(age: Array, freq: int) -> Array:
+    return (age < 0) | (age >= freq)
+
+
+def _older(age: Array, renewed: Array) -> Array:
+    return jnp.where(renewed, 1, jnp.where(age < 0, -1, optax.safe_increment(age)))
+
+
+def _check_average(
+    fisher: str, corrected: bool, update_freq: Any, statistics_freq: Any, decay: Any, rank: int | None
+) -> bool:
+    """Whether statistics stay in the state."""
+    if statistics_freq is not None and not (isinstance(statistics_freq, int) and 1 <= statistics_freq <= update_freq):
+        raise ValueError(
+            f"statistics_freq is a whole number from 1 to update_freq={update_freq}, found {statistics_freq!r}"
+        )
+    if decay is not None and not 0 <= decay < 1:
+        raise ValueError(f"factor_decay is the share of the past that stays, in [0, 1), found {decay}")
+    if rank is not None and (decay is None or rank < 1):
+        raise ValueError(f"factor_rank is at least 1 and belongs to factor_decay=, found {rank}")
+    if decay is not None and fisher == "exact_head":
+        raise ValueError(
+            "the true Fisher of a head has a closed form for one batch, not for an average: leave out factor_decay, "
+            "or use fisher='sampled'"
+        )
+    keeps = statistics_freq is not None or decay is not None
+    if corrected and keeps:
+        raise ValueError(
+            "eigenvalue_correction projects the batch that the bases come from: leave out statistics_freq and "
+            "factor_decay"
+        )
+    return keeps
 
 
 def _is_floating(x: Any) -> bool:

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import pathlib
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +55,7 @@ def worst(found, wanted):
     )
 
 
+@functools.cache
 def one_device(explicit, fisher):
     params, batch = problem()
 
@@ -67,34 +70,56 @@ def one_device(explicit, fisher):
     return run(params, batch)
 
 
-def sharded(kind, layout):
+def setting(kind, layout, fisher="empirical", update_freq=1):
+    """A transformation and its arguments, on a mesh."""
     shape, param_specs, batch_spec = LAYOUTS[layout]
     explicit = kind == AxisType.Explicit
     mesh = jax.make_mesh(shape, ("data", "vocab"), axis_types=(kind,) * 2)
     params, batch = problem()
-    wanted = one_device(explicit, "empirical")
     with jax.set_mesh(mesh):
         params = {k: jax.device_put(x, NamedSharding(mesh, param_specs[k])) for k, x in params.items()}
         batch = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, batch_spec)), batch)
+        grads = {k: jax.device_put(x, NamedSharding(mesh, param_specs[k])) for k, x in tree_for(params).items()}
         apply_fn = functools.partial(model, rows=batch_spec) if explicit else model
         tx = fj.scale_by_kfac(
-            apply_fn, example=batch, policy="all", damping=0.1, update_freq=1, diagonal=diagonal(explicit)
-        )
-        grads = {k: jax.device_put(x, NamedSharding(mesh, param_specs[k])) for k, x in tree_for(params).items()}
+            apply_fn, example=batch, policy="all", damping=0.1, update_freq=update_freq, fisher=fisher,
+            diagonal=diagonal(explicit),
+        )  # fmt: skip
+    return mesh, tx, grads, params, batch
+
+
+def sharded(kind, layout, fisher="empirical"):
+    mesh, tx, grads, params, batch = setting(kind, layout, fisher)
+    with jax.set_mesh(mesh):
         state = jax.jit(tx.init)(params)
         update = jax.jit(tx.update)
         seen = []
         for _ in range(3):
-            updates, state = update(grads, state, params, batch=batch)
+            updates, state = update(grads, state, params, batch=batch, key=jax.random.key(0))
             seen.append([x.sharding for x in jax.tree.leaves((updates, state))])
-        columns = [b.G.columns for b, leaf in zip(state.blocks, range(9), strict=False) if b.G is not None]
-        (head,) = [x for x in columns if x.shape[1] == V]
+        (head,) = [b.G.columns for b in state.blocks if b.G is not None and b.G.columns.shape[1] == V]
         stable = all(
             a.is_equivalent_to(b, x.ndim)
             for a, b, x in zip(*seen[1:], jax.tree.leaves((updates, state)), strict=True)
         )
         largest = max(s.data.shape[1] for s in head.addressable_shards)
-    return {"error": worst(updates, wanted), "stable": stable, "rows_per_device": largest}
+    wanted = one_device(kind == AxisType.Explicit, fisher)
+    return {"error": worst(updates, wanted), "stable": stable, "rows_per_device": largest}, state
+
+
+def restored(state, other):
+    """``state`` saved on its mesh and restored where ``other`` lies, and what it then gives without a refresh."""
+    mesh, tx, grads, params, batch = setting(AxisType.Auto, "vocabulary", update_freq=10)
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+        path = pathlib.Path(folder) / "kfac"
+        fj.checkpoint.save(path, state)
+        back = fj.checkpoint.restore(path, other)
+        same = all(
+            bool(np.array_equal(a, b)) and a.dtype == b.dtype and a.sharding.is_equivalent_to(c.sharding, a.ndim)
+            for a, b, c in zip(*map(jax.tree.leaves, (back, state, other)), strict=True)
+        )
+        updates, after = jax.jit(tx.update)(grads, back, params, batch=jax.tree.map(jnp.zeros_like, batch))
+        return {"same": same, "error": worst(updates, one_device(False, "empirical")), "step": int(after.step)}
 
 
 def under_shard_map(fisher):
@@ -114,9 +139,12 @@ def under_shard_map(fisher):
 
 def main():
     found = {}
-    for name, kind in (("auto", AxisType.Auto), ("explicit", AxisType.Explicit)):
-        for layout in LAYOUTS:
-            found[f"{name} {layout}"] = sharded(kind, layout)
+    states = {}
+    for layout in LAYOUTS:
+        found[f"auto {layout}"], states[layout] = sharded(AxisType.Auto, layout)
+    found["explicit both"], _ = sharded(AxisType.Explicit, "both")
+    found["exact_head both"], _ = sharded(AxisType.Auto, "both", "exact_head")
+    found["restored"] = restored(states["both"], states["vocabulary"])
     found["shard_map"] = {"error": under_shard_map("empirical")}
     json.dump(found, sys.stdout)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from flax.training.train_state import TrainState
 
 import fisher_jax as fj
@@ -175,6 +176,47 @@ def test_multi_steps_and_apply_if_finite_pass_the_batch_on():
     tx = optax.apply_if_finite(inner, 2)
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params, batch=batch)
     close(updates, alone)
+
+
+def test_nnx_optimizer_recipe():
+    """``nnx.Optimizer.update`` hands its extra arguments on; the model is a function of ``nnx.Param``s."""
+    params, batch = setting()
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.w, self.b, self.head = (nnx.Param(params[k]) for k in ("w", "b", "head"))
+
+        def __call__(self, x):
+            return model({"w": self.w[...], "b": self.b[...], "head": self.head[...]}, x)
+
+    module = Model()
+    graph, _ = nnx.split(module, nnx.Param)
+    precondition = fj.scale_by_kfac(
+        lambda params, x: nnx.merge(graph, params)(x), example=batch, damping=1e-2, token_cap=4, policy="all"
+    )
+    optimizer = nnx.Optimizer(module, optax.chain(precondition, optax.sgd(0.1)), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(module, optimizer, batch, key):
+        grads = nnx.grad(lambda m: -jnp.mean(fj.categorical.log_prob(m(batch.inputs), batch.targets)))(module)
+        optimizer.update(module, grads, batch=batch, key=key)
+
+    key = jax.random.key(0)
+    step(module, optimizer, batch, key)
+
+    # The cap draws the same columns inside the transformation as outside.
+    @jax.jit
+    def by_hand(params):
+        factors = fj.kfac_factors(model, params, batch, damping=1e-2, token_cap=4, policy="all", key=key)
+        natural = fj.precondition(factors, jax.grad(mean_loss)(params, batch))
+        return jax.tree.map(lambda p, x: p - 0.1 * x, params, natural), factors
+
+    wanted, factors = by_hand(params)
+    assert {b.G.columns.shape[-1] for b in factors.blocks} == {4}
+    found = {k: getattr(module, k)[...] for k in params}
+    close(found, wanted)
+    assert float(jnp.abs(found["w"] - params["w"]).max()) > 1e-3
+    fj.check(nnx.as_pure(optimizer.opt_state)[0])
 
 
 def test_a_flax_train_state_in_bfloat16():

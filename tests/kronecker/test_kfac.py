@@ -1,5 +1,9 @@
 """The ready-made optimizer: its two ways to choose a step, against definitions written out."""
 
+import functools
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +31,12 @@ def mean_loss(params, batch):
     return -jnp.sum(batch.weights * log_p) / jnp.sum(batch.weights)
 
 
+value_and_gradient = jax.jit(jax.value_and_grad(mean_loss))
+
+
 def dot(a, b):
-    return sum(float(jnp.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum(float(np.vdot(np.asarray(x), np.asarray(y))) for x, y in pairs)
 
 
 def test_a_fixed_rate_has_momentum_a_trust_region_and_weight_decay():
@@ -38,12 +46,13 @@ def test_a_fixed_rate_has_momentum_a_trust_region_and_weight_decay():
         rate, model, example=batch, damping=1e-2, momentum=momentum, kl_clip=clip, weight_decay=decay, fisher="ggn"
     )
     update, state = jax.jit(tx.update), tx.init(params)
-    factors = fj.kfac_factors(model, params, batch, fisher="ggn", damping=1e-2)
+    factors = jax.jit(lambda p: fj.kfac_factors(model, p, batch, fisher="ggn", damping=1e-2))(params)
+    precondition = jax.jit(fj.precondition)
     velocity = jax.tree.map(jnp.zeros_like, params)
     for _ in range(2):  # both within the first refresh
-        grads = jax.grad(mean_loss)(params, batch)
+        _, grads = value_and_gradient(params, batch)
         updates, state = update(grads, state, params, batch=batch)
-        natural = fj.precondition(factors, grads)
+        natural = precondition(factors, grads)
         nu = min(1, np.sqrt(2 * clip / (rate**2 * dot(natural, grads))))
         assert nu < 0.9
         pulled = jax.tree.map(lambda x, p, nu=nu: nu * x + decay * p, natural, params)
@@ -58,10 +67,11 @@ def test_the_adaptive_step_minimises_the_exact_quadratic_model():
     tx = fj.kfac(None, model, example=batch, damping=0.2, weight_decay=decay, fisher="ggn", adapt_every=1)
     update, state = jax.jit(tx.update), tx.init(params)
     previous = jax.tree.map(jnp.zeros_like, params)
+    product = jax.jit(lambda params, u: fj.operators.ggn(model, fj.categorical, params, batch)(u))
     damping = 0.2
     for step in range(3):
-        value, grads = jax.value_and_grad(mean_loss)(params, batch)
-        matvec = fj.operators.ggn(model, fj.categorical, params, batch)
+        value, grads = value_and_gradient(params, batch)
+        matvec = functools.partial(product, params)
         slope = jax.tree.map(lambda g, p: g + decay * p, grads, params)
 
         def quadratic(u):
@@ -83,7 +93,9 @@ def test_the_adaptive_step_minimises_the_exact_quadratic_model():
         params, previous = moved, updates
 
 
-def train(tx, params, batch, steps):
+def train(damping, params, batch, steps):
+    tx = fj.kfac(None, model, example=batch, damping=damping)
+
     def step(carry, key):
         params, state = carry
         value, grads = jax.value_and_grad(mean_loss)(params, batch)
@@ -91,20 +103,23 @@ def train(tx, params, batch, steps):
         return (optax.apply_updates(params, updates), state), value
 
     keys = jax.random.split(jax.random.key(0), steps)
-    return jax.jit(lambda c: jax.lax.scan(step, c, keys))((params, tx.init(params)))
+    return jax.lax.scan(step, (params, tx.init(params)), keys)
 
 
 def test_the_adaptive_optimizer_forgives_its_first_damping():
     params, batch = setting()
+    run = jax.jit(train, static_argnames="steps")
     for damping in (1e-3, 1.0):
-        (_, state), losses = train(fj.kfac(None, model, example=batch, damping=damping), params, batch, 60)
+        (_, state), losses = run(damping, params, batch, 60)
         assert losses[-1] < 0.05 * losses[0]
         fj.check(state)
 
 
 def test_a_step_that_raises_the_loss_is_not_taken():
     params, batch = setting()
-    grads = jax.tree.map(lambda g: -g, jax.grad(mean_loss)(params, batch))  # uphill: what the model predicts is wrong
+    grads = jax.tree.map(
+        lambda g: -g, value_and_gradient(params, batch)[1]
+    )  # uphill: what the model predicts is wrong
     tx = fj.kfac(None, model, example=batch, damping=0.5, fisher="ggn")
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params, batch=batch)
     assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(updates))
@@ -114,7 +129,7 @@ def test_a_step_that_raises_the_loss_is_not_taken():
 
 def test_a_bad_batch_moves_nothing_and_is_counted():
     params, batch = setting()
-    grads = jax.grad(mean_loss)(params, batch)
+    _, grads = value_and_gradient(params, batch)
     nan = fj.Batch(batch.inputs.at[0, 0].set(jnp.nan), batch.targets, batch.weights)
     for rate in (0.1, None):
         tx = fj.kfac(rate, model, example=batch, fisher="ggn")
@@ -137,7 +152,28 @@ def test_it_serves_a_part_of_the_parameters():
     state, update = tx.init(params), jax.jit(tx.update)
     first = mean_loss(params, batch)
     for _ in range(5):
-        grads = jax.grad(mean_loss)(params, batch)
+        _, grads = value_and_gradient(params, batch)
         updates, state = update(grads, state, params, batch=batch, model_params=params)
         params = optax.apply_updates(params, updates)
     assert mean_loss(params, batch) < 0.5 * first
+
+
+def test_the_example_of_the_readme_runs():
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    code = next(c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "scale_by_kfac" in c)
+    params, batch = setting()
+    _, grads = value_and_gradient(params, batch)
+    names = {
+        "fj": fj,
+        "optax": optax,
+        "params": params,
+        "grads": grads,
+        "batch": batch,
+        "key": None,
+        "apply_fn": model,
+    }
+    *first, last = code.splitlines()
+    exec("\n".join(first), names)
+    names["tx"] = names["tx"]._replace(update=jax.jit(names["tx"].update))
+    exec(last, names)
+    assert mean_loss(optax.apply_updates(params, names["updates"]), batch) < mean_loss(params, batch)

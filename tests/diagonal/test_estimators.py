@@ -232,7 +232,7 @@ def test_groups_are_sums_of_squares():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"estimator": "hutchinson"}, "estimator is one of exact, sequence, signs, sampled"),
+        ({"estimator": "hutchinson"}, "estimator is one of head, exact, sequence, signs, sampled"),
         ({"kind": "joint"}, "kind is 'empirical' or 'true'"),
         ({"estimator": "sampled", "kind": "empirical"}, "kind is 'true'"),
         ({"estimator": "signs", "unit": "token"}, "observes by batch or sequence or document, not by 'token'"),

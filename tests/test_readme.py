@@ -51,9 +51,8 @@ def test_the_example_with_taps_runs():
     def mean_loss(params, batch):
         return -jnp.mean(fj.categorical.log_prob(apply_fn(params, batch.inputs), batch.targets))
 
-    names = {
-        "fj": fj, "params": {"kernel": jnp.zeros((3, 3))}, "batch": batch, "apply_fn": apply_fn, "mean_loss": mean_loss,
-    }  # fmt: skip
+    params = {"kernel": jnp.zeros((3, 3))}
+    names = {"fj": fj, "params": params, "batch": batch, "apply_fn": apply_fn, "mean_loss": mean_loss}
     exec(code, names)
     own = names["fisher"].observe(names["params"], batch)
     np.testing.assert_allclose(fj.welford.mean(names["moments"])["kernel"], fj.welford.mean(own)["kernel"], rtol=1e-5)

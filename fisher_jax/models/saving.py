@@ -1,0 +1,150 @@
+"""Write a model as a Hugging Face folder: ``config.json``, ``model.safetensors``, ``tokenizer.json``."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fisher_jax.errors import InputError
+from fisher_jax.models.config import DecoderConfig
+from fisher_jax.models.hf_config import ARCHITECTURES
+from fisher_jax.models.layout import GPT2_NAMES, HF_NAMES, flatten
+from fisher_jax.models.optional import optional
+from fisher_jax.models.tokenizer import Tokenizer
+
+__all__ = ["hf_settings", "hf_tensors", "save"]
+
+
+def save(
+    folder: Path,
+    config: DecoderConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    tokenizer_settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a folder that `load` and Hugging Face transformers read; weights keep their dtype.
+
+    Args:
+        folder: created where it is missing; files of these names are replaced.
+        settings: further entries of ``config.json``, such as ``bos_token_id``; they win over those of ``config``.
+        tokenizer_settings: entries of ``tokenizer_config.json``, such as ``{"eos_token": "<|endoftext|>"}``.
+
+    Raises:
+        InputError: the configuration has no counterpart in Hugging Face's families.
+    """
+    safetensors = optional("safetensors.numpy", "writing a model")
+    written = hf_settings(config, settings) | {"dtype": np.dtype(params["embedding"].dtype).name}
+    tensors = hf_tensors(config, params)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Metadata that transformers asks for before it reads a file.
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), "utf-8")
+    frame = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_positions}
+    write_json(folder / "tokenizer_config.json", frame | dict(tokenizer_settings or {}))
+    write_json(folder / "config.json", written)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def hf_settings(config: DecoderConfig, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of a ``config.json`` for this decoder; ``settings`` win."""
+    given = dict(settings or {})
+    if config.logit_soft_cap is not None:
+        raise InputError(
+            "a model with a soft cap on its logits has no counterpart among the families that are written"
+        )
+    kind = family(config)
+    shared = {
+        "model_type": kind,
+        "architectures": [ARCHITECTURES[kind]],
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if kind == "gpt2":
+        return (
+            shared
+            | {
+                "n_embd": config.width,
+                "n_layer": config.num_layers,
+                "n_head": config.num_heads,
+                "n_inner": config.mlp_size,
+                "n_positions": config.max_positions,
+                "layer_norm_epsilon": config.norm_eps,
+                "activation_function": "gelu_new",
+            }
+            | given
+        )
+    attention_bias = {} if kind == "qwen2" else {"attention_bias": config.qkv_bias}
+    scaled = {"rope_scaling", "rope_parameters"} & given.keys()
+    rotary = {"rope_theta": config.rope_base} if scaled else rotary_settings(config)
+    return shared | attention_bias | rotary | {
+        "hidden_size": config.width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "intermediate_size": config.mlp_size,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": "silu",
+        **({"mlp_bias": config.mlp_bias} if kind == "llama" else {}),
+    } | given  # fmt: skip
+
+
+def family(config: DecoderConfig) -> str:
+    """The family that computes what this decoder does; Mistral is Llama within its window."""
+    style = (config.norm, config.positions, config.activation, config.gated)
+    biases = (config.qkv_bias, config.out_bias, config.mlp_bias)
+    plain = config.num_kv_heads * config.head_size == config.width and not config.qk_norm
+    if style == ("layer", "learned", "gelu_tanh", False) and all(biases) and plain:
+        return "gpt2"
+    if style == ("rms", "rotary", "silu", True):
+        if config.qk_norm and config.qkv_bias == config.out_bias and not config.mlp_bias:
+            return "qwen3"
+        if not config.qk_norm and config.qkv_bias == config.out_bias:
+            return "llama"
+        if not config.qk_norm and biases == (True, False, False):
+            return "qwen2"
+    raise InputError(f"no family that is written computes this decoder: {config.to_json()}")
+
+
+def rotary_settings(config: DecoderConfig) -> dict[str, Any]:
+    base = {"rope_theta": config.rope_base}
+    divisors = config.rope_divisors
+    if divisors is None:
+        return base
+    if len(set(divisors)) == 1:
+        return base | {"rope_scaling": {"rope_type": "linear", "factor": divisors[0]}}
+    raise InputError(
+        "the scaling of this model's rotary frequencies cannot be written from its numbers; give the rope_scaling of "
+        "its config.json as settings="
+    )
+
+
+def hf_tensors(config: DecoderConfig, params: Any) -> dict[str, np.ndarray]:
+    """The weights under Hugging Face's names and in their orientation, one tensor for each layer."""
+    gpt2 = family(config) == "gpt2"
+    names, flat = (GPT2_NAMES if gpt2 else HF_NAMES), flatten(params)
+    tensors: dict[str, np.ndarray] = {}
+    for path in [path for path in names if path in flat]:  # in the order of the names, q before k before v
+        values = np.asarray(flat[path])
+        for i, tensor in enumerate(values if path.startswith("layers/") else values[None]):
+            name = names[path].format(i)
+            turned = tensor.T if path.endswith("/kernel") and not gpt2 else tensor
+            # GPT-2 keeps q, k and v side by side in one tensor.
+            tensors[name] = np.concatenate([tensors[name], turned], axis=-1) if name in tensors else turned
+    if left := flat.keys() - names.keys():
+        raise InputError(f"no name is known for {', '.join(sorted(left))}")
+    prefix = "transformer." if gpt2 else ""
+    return {
+        (name if name == "lm_head.weight" else prefix + name): np.ascontiguousarray(tensor)
+        for name, tensor in tensors.items()
+    }

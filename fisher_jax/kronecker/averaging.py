@@ -8,8 +8,8 @@ from jaxtyping import Array, Float
 
 from fisher_jax.kronecker.blocks import Block
 from fisher_jax.kronecker.factors import eigen, product
+from fisher_jax.kronecker.observation import Observation
 from fisher_jax.kronecker.placement import automatic, spec_of
-from fisher_jax.kronecker.problem import Observation
 
 __all__ = ["averaged", "beside", "widened"]
 

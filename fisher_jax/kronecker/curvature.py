@@ -3,65 +3,25 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from fisher_jax.batch import Batch
 from fisher_jax.errors import RejectedBatchError
 from fisher_jax.kronecker.blocks import Block, Rules
-from fisher_jax.kronecker.corrected import corrected, second_moments
-from fisher_jax.kronecker.factors import Diagonal, Eigen, Factor, LowRank, diagonal, eigen, low_rank, wide
-from fisher_jax.kronecker.layout import bias_rows, inverse, kernel_matrices, table_matrices
-from fisher_jax.kronecker.placement import automatic, spec_of
-from fisher_jax.kronecker.problem import Observation, Problem, block_plan, check_options, observe
-from fisher_jax.kronecker.tikhonov import diagonal_power, exact, factored
-from fisher_jax.kronecker.woodbury import (
-    SoftmaxHead,
-    head_exact,
-    head_factored,
-    head_matrix,
-    softmax_head,
-    tied,
-    tied_head,
-)
+from fisher_jax.kronecker.damped import solve
+from fisher_jax.kronecker.decomposition import BlockFactors, decompose
+from fisher_jax.kronecker.observation import observe
+from fisher_jax.kronecker.problem import Problem, block_plan, check_options
 from fisher_jax.likelihoods import Likelihood, categorical
 from fisher_jax.rejection import reasons
 
-__all__ = [
-    "EXACT_HEAD_LIMIT",
-    "BlockFactors",
-    "Factors",
-    "check_form",
-    "decompose",
-    "kfac_factors",
-    "precondition",
-    "solve",
-]
+__all__ = ["BlockFactors", "Factors", "check_form", "kfac_factors", "precondition"]
 
 Tree = Any
-# V T**2 in operations above which exact damping of a softmax head is refused.
-EXACT_HEAD_LIMIT = 10**11
-
-
-class BlockFactors(NamedTuple):
-    """Factors of one block; every array has a leading axis, one entry for each of its matrices.
-
-    Attributes:
-        A, G: second moments of inputs and of output gradients; ``None`` for a diagonal.
-        rows: of a tied leaf, what its use as an embedding adds to each row.
-        diagonal: of scales and lone biases, in the shape of the leaf.
-        eigenvalues: corrected ones ``[N, out, in]``, in the bases of ``G`` and ``A``.
-    """
-
-    A: Factor | None = None
-    G: Factor | SoftmaxHead | None = None
-    rows: Array | None = None
-    diagonal: Array | None = None
-    eigenvalues: Array | None = None
 
 
 @functools.partial(
@@ -83,79 +43,6 @@ class Factors:
     plan: tuple[Block, ...]
     form: str = "auto"
     power: float = -1.0
-
-
-def decompose(
-    blocks: tuple[Block, ...],
-    seen: Observation,
-    storage: Any = None,
-    rules: Rules | None = None,
-    axis_name: Any = None,
-) -> tuple[BlockFactors, ...]:
-    """Normalise the sums of an observation and decompose them; ``rules`` say which eigenvalues are corrected."""
-    rules = rules or Rules()
-
-    def run(seen):
-        weight = jnp.where(seen.weight > 0, seen.weight, 1)
-        found = [_factors(b, sums, weight, seen, storage) for b, sums in zip(blocks, seen.sums, strict=True)]
-        for i, block in enumerate(blocks):
-            if block.is_corrected(rules):
-                taps, masks = seen.taps
-                sums = second_moments(block, taps, masks, rules, found[i].A, found[i].G)
-                sums = sums if axis_name is None else jax.lax.psum(sums, axis_name)
-                found[i] = found[i]._replace(eigenvalues=sums / weight)
-        return tuple(found)
-
-    return automatic(run, tuple(_places(b, s, seen, rules) for b, s in zip(blocks, seen.sums, strict=True)), seen)
-
-
-def _places(block: Block, sums: dict, seen: Observation, rules: Rules) -> Any:
-    """Where the factors of a block lie, as a `BlockFactors` of specs: columns as before, all else everywhere."""
-    P: Any = PartitionSpec
-    if block.kind == "diagonal":
-        return BlockFactors(diagonal=P())
-    if not block.is_kronecker:
-        return BlockFactors()
-    A = Diagonal(P()) if block.kind == "embedding" else Eigen(P(), P())
-    G: Any = LowRank(P(*spec_of(sums["U"])), P(), P()) if block.low_rank else Eigen(P(), P())
-    if block.head and seen.probabilities is not None and block.low_rank:
-        vocabulary = spec_of(seen.probabilities[0])[:1] or (None,)
-        G = SoftmaxHead(P(None, *vocabulary), P(None, *vocabulary, None))
-    corrected_places = P() if block.is_corrected(rules) else None
-    return BlockFactors(A, G, P() if block.kind == "tied" else None, eigenvalues=corrected_places)
-
-
-def _factors(block: Block, sums: dict, weight: Array, seen: Observation, storage: Any) -> BlockFactors:
-    if block.kind == "diagonal":
-        return BlockFactors(diagonal=sums["squares"] / weight)
-    if not block.is_kronecker:
-        return BlockFactors()
-    if block.head and seen.probabilities is not None:
-        G = _true_head(block, *seen.probabilities)
-    elif block.low_rank:
-        G = jax.vmap(lambda U: low_rank(U, storage))(sums["U"] / jnp.sqrt(weight))
-    else:
-        G = jax.vmap(eigen)(sums["G"] / weight)
-    if block.kind == "embedding":
-        return BlockFactors(jax.vmap(diagonal)(_share(sums["frequency"], sums["positions"])), G)
-    A = jax.vmap(eigen)(_share(sums["A"], sums["count"]))
-    if block.kind == "dense":
-        return BlockFactors(A, G)
-    trace = sums["square"].sum() / weight
-    return BlockFactors(A, G, _share(sums["frequency"], sums["positions"]) * (trace / block.width))
-
-
-def _share(x: Array, count: Array) -> Array:
-    # Every layer of a stack meets the same positions.
-    count = jnp.ravel(count)[0]
-    return x / jnp.where(count > 0, count, 1)
-
-
-def _true_head(block: Block, probabilities: Array, weights: Array) -> Factor | SoftmaxHead:
-    head = softmax_head(probabilities, weights)
-    if block.low_rank:
-        return jax.tree.map(lambda x: x[None], head)
-    return jax.vmap(eigen)(head_matrix(head)[None])
 
 
 def kfac_factors(
@@ -276,81 +163,3 @@ def precondition(factors: Factors, tree: Tree) -> Tree:
     leaves, treedef = jax.tree.flatten(tree)
     found = solve(factors.plan, factors.blocks, leaves, factors.damping, factors.form, factors.power)
     return jax.tree.unflatten(treedef, found)
-
-
-def solve(
-    plan: tuple[Block, ...], blocks: tuple[BlockFactors, ...], leaves: list, damping: Any, form: str, power: float
-) -> list:
-    """`precondition` on a list of leaves, which may have ``None`` where no block is."""
-
-    def run(blocks, leaves, damping):
-        return _solve(plan, blocks, leaves, damping, form, power)
-
-    out = [None if x is None else spec_of(x) for x in leaves]
-    return automatic(run, out, blocks, leaves, jnp.asarray(damping))
-
-
-def _solve(plan, blocks, leaves: list, damping: Array, form: str, power: float) -> list:
-    out = list(leaves)
-    for block, found in zip(plan, blocks, strict=True):
-        if block.kind == "frozen":
-            continue
-        M = leaves[block.leaf]
-        wanted = M.shape if block.use is None else block.use.segments[0].source.shape
-        if M.shape != wanted:
-            raise ValueError(f"{block.path} has shape {list(wanted)} in the model, found {list(M.shape)} in the tree")
-        if block.kind in ("diagonal", "unused"):
-            values = jnp.zeros(M.shape) if found.diagonal is None else found.diagonal
-            out[block.leaf] = diagonal_power(values, M, damping, power).astype(M.dtype)
-            continue
-        arrange = _arrangement(block)
-        matrices = arrange(wide(M))
-        like = jax.ShapeDtypeStruct(M.shape, M.dtype)
-        if block.bias is not None:
-            rows, row_like = _bias(block), leaves[block.bias]
-            matrices = jnp.concatenate([matrices, rows(wide(row_like))[..., None]], -1)
-        X = _apply(block, found, matrices, damping, form, power)
-        if block.bias is not None:
-            out[block.bias] = inverse(rows, row_like)(X[..., -1]).astype(row_like.dtype)
-            X = X[..., :-1]
-        out[block.leaf] = inverse(arrange, like)(X).astype(M.dtype)
-    return out
-
-
-def _arrangement(block: Block) -> Callable[[Array], Array]:
-    assert block.use is not None
-    return functools.partial(table_matrices if block.kind == "embedding" else kernel_matrices, block.use)
-
-
-def _bias(block: Block) -> Callable[[Array], Array]:
-    assert block.bias_use is not None
-    return functools.partial(bias_rows, block.bias_use, block.units)
-
-
-def _apply(block: Block, found: BlockFactors, M: Array, damping: Any, form: str, power: float) -> Array:
-    """``[N, out, in]`` to the same."""
-    A, G = found.A, found.G
-    if isinstance(G, SoftmaxHead) and power != -1:
-        raise ValueError(
-            f"the low-rank true Fisher of the head {block.path} has a closed form for the inverse only, found power="
-            f"{power}; use policy='never' or fisher='sampled'"
-        )
-    if isinstance(G, SoftmaxHead) and (form == "exact" or found.rows is not None):
-        cost = block.units * G.columns.shape[-1] ** 2 * M.shape[-1]
-        if cost > EXACT_HEAD_LIMIT:
-            raise ValueError(
-                f"exact damping of the softmax head {block.path} takes {cost:.0e} operations, at most "
-                f"{EXACT_HEAD_LIMIT:.0e} are allowed; lower token_cap, or use fisher='sampled'"
-            )
-    if found.rows is not None:
-        if isinstance(G, SoftmaxHead):
-            return jax.vmap(lambda a, g, r, m: tied_head(a, g, r, m, damping))(A, G, found.rows, M)
-        return jax.vmap(lambda a, g, r, m: tied(a, g, r, m, damping, power))(A, G, found.rows, M)
-    if isinstance(G, SoftmaxHead):
-        with_head = head_exact if form == "exact" else head_factored
-        return jax.vmap(lambda a, g, m: with_head(a, g, m, damping))(A, G, M)
-    if found.eigenvalues is not None:
-        with_values = functools.partial(corrected, damping=damping, power=power)
-        return jax.vmap(lambda a, g, e, m: with_values(a, g, e, m))(A, G, found.eigenvalues, M)
-    rule = factored if form == "factored" else exact
-    return jax.vmap(lambda a, g, m: rule(a, g, m, damping, power))(A, G, M)

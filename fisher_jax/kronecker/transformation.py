@@ -1,9 +1,8 @@
 """K-FAC as one optax transformation: factors in the state, refreshed every few steps."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,16 @@ from jaxtyping import Array
 from fisher_jax import rejection
 from fisher_jax.batch import Batch
 from fisher_jax.jaxprs import zeros
-from fisher_jax.kronecker.averaging import averaged, widened
+from fisher_jax.kronecker import partial_trees
+from fisher_jax.kronecker.averaging import widened
 from fisher_jax.kronecker.blocks import Rules
-from fisher_jax.kronecker.curvature import BlockFactors, check_form, decompose, solve
-from fisher_jax.kronecker.problem import Observation, Problem, block_plan, check_options, observe, observe_taps
+from fisher_jax.kronecker.curvature import check_form
+from fisher_jax.kronecker.damped import solve
+from fisher_jax.kronecker.decomposition import decompose
+from fisher_jax.kronecker.observation import observe, observe_taps
+from fisher_jax.kronecker.partial_trees import aligned
+from fisher_jax.kronecker.problem import Problem, block_plan, check_options
+from fisher_jax.kronecker.refresh import KFACState, check_periods, refresh, refresh_raw
 from fisher_jax.likelihoods import Likelihood, categorical
 
 __all__ = ["KFACState", "aligned", "kfac_static_args", "scale_by_kfac"]
@@ -29,28 +34,6 @@ kfac_static_args = (
     "model_params",
 )  # fmt: skip
 """What must stay static: ``optax.inject_hyperparams(fj.scale_by_kfac, fj.kfac_static_args)``."""
-
-
-class KFACState(NamedTuple):
-    """State of `scale_by_kfac`: a pytree of arrays.
-
-    Attributes:
-        blocks: `BlockFactors` of every block.
-        step: int32, updates seen.
-        age: int32, updates that these factors have served; -1 before there are any.
-        rejected: int32, updates with a batch or gradients that cannot be used; read it with ``fj.check``.
-        reasons: int32 bits, why.
-        raw: sums that stay between refreshes, with ``statistics_freq`` or ``factor_decay``; else ``None``.
-        raw_age: int32, updates since the last statistics; -1 before there are any.
-    """
-
-    blocks: tuple[BlockFactors, ...]
-    step: Array
-    age: Array
-    rejected: Array
-    reasons: Array
-    raw: Observation | None = None
-    raw_age: Any = None
 
 
 def scale_by_kfac(
@@ -121,17 +104,17 @@ def scale_by_kfac(
     """
     check_options(policy, fisher, shared, token_cap, temperature)
     check_form(form, eigenvalue_correction, fisher)
-    keeps = _check_average(fisher, eigenvalue_correction, update_freq, statistics_freq, factor_decay, factor_rank)
+    keeps = check_periods(fisher, eigenvalue_correction, update_freq, statistics_freq, factor_decay, factor_rank)
     if not isinstance(update_freq, int) or update_freq < 1:
         raise ValueError(f"update_freq is a whole number, at least 1, found {update_freq!r}")
     rules = Rules(policy, token_cap, fisher, shared, eigenvalue_correction, diagonal or (lambda path: False))
     problem = Problem(apply_fn, likelihood, rules, temperature)
     build = functools.partial(decompose, storage=storage, rules=rules)
-    shapes = _shapes(model_params)
+    shapes = partial_trees.shapes(model_params)
 
     def init(params: Tree) -> KFACState:
-        whole = _whole(params, shapes, "init: give its shapes as scale_by_kfac(..., model_params=)")
-        part = _restricted(problem, params)
+        whole = partial_trees.whole(params, shapes, "init: give its shapes as scale_by_kfac(..., model_params=)")
+        part = partial_trees.restricted(problem, params)
         plan = block_plan(part, whole, example)
         key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
         seen = jax.eval_shape(lambda p, b, k: observe(part, plan, p, b, k), whole, example, key)
@@ -157,8 +140,8 @@ def scale_by_kfac(
             raise ValueError("taps= needs taps_scale=, the number that makes the training loss the summed one")
         if batch is not None:
             _check_shapes(batch, example)
-        whole = _whole(given, None, "update: give it as update(..., model_params=)")
-        part = _restricted(problem, updates)
+        whole = partial_trees.whole(given, None, "update: give it as update(..., model_params=)")
+        part = partial_trees.restricted(problem, updates)
         plan = block_plan(part, whole, example)
 
         def seen():
@@ -170,9 +153,9 @@ def scale_by_kfac(
 
         decompose_all = functools.partial(build, plan)
         if keeps:
-            state, bad = _refresh_raw(decompose_all, state, seen, update_freq, statistics_freq, factor_decay)
+            state, bad = refresh_raw(decompose_all, state, seen, update_freq, statistics_freq, factor_decay)
         else:
-            state, bad = _refresh(decompose_all, state, seen, update_freq)
+            state, bad = refresh(decompose_all, state, seen, update_freq)
         leaves, treedef = aligned(updates, whole)
         finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates)]))
         bad = bad | rejection.reason_mask(non_finite=~finite)
@@ -185,119 +168,8 @@ def scale_by_kfac(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _refresh(build: Callable, state: KFACState, seen: Callable, update_freq: int) -> tuple[KFACState, Array]:
-    """Fresh factors where they are due and the batch can be used, and why it cannot."""
-
-    def fresh(old):
-        found = seen()
-        usable = (found.bad == 0) & (found.weight > 0)
-        new = jax.lax.cond(usable, lambda: build(found), lambda: old)
-        return new, usable, found.bad
-
-    def stale(old):
-        return old, jnp.zeros((), bool), jnp.zeros((), jnp.int32)
-
-    due = _due(state.age, update_freq)
-    blocks, renewed, bad = jax.lax.cond(due, fresh, stale, state.blocks)
-    return state._replace(blocks=blocks, step=optax.safe_increment(state.step), age=_older(state.age, renewed)), bad
-
-
-def _refresh_raw(
-    build: Callable, state: KFACState, seen: Callable, update_freq: int, statistics_freq: int | None, decay: Any
-) -> tuple[KFACState, Array]:
-    """Statistics where they are due, and factors from them where those are; none from before a batch refused now."""
-
-    def fresh(old):
-        found = seen()
-        usable = (found.bad == 0) & (found.weight > 0)
-        new = found._replace(bad=jnp.zeros_like(found.bad)) if decay is None else averaged(old, found, decay)
-        return jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, old), usable, found.bad
-
-    def stale(old):
-        return old, jnp.zeros((), bool), jnp.zeros((), jnp.int32)
-
-    due = _due(state.age, update_freq)
-    wanted = due if statistics_freq is None else _due(state.raw_age, statistics_freq)
-    raw, renewed, bad = jax.lax.cond(wanted, fresh, stale, state.raw)
-    ready = due & (renewed | ~wanted)
-    blocks = jax.lax.cond(ready, lambda raw, old: build(raw), lambda raw, old: old, raw, state.blocks)
-    ages = _older(state.age, ready), _older(state.raw_age, renewed)
-    step = optax.safe_increment(state.step)
-    return state._replace(blocks=blocks, step=step, age=ages[0], raw=raw, raw_age=ages[1]), bad
-
-
-def _due(age: Array, freq: int) -> Array:
-    return (age < 0) | (age >= freq)
-
-
-def _older(age: Array, renewed: Array) -> Array:
-    return jnp.where(renewed, 1, jnp.where(age < 0, -1, optax.safe_increment(age)))
-
-
-def _check_average(
-    fisher: str, corrected: bool, update_freq: Any, statistics_freq: Any, decay: Any, rank: int | None
-) -> bool:
-    """Whether statistics stay in the state."""
-    if statistics_freq is not None and not (isinstance(statistics_freq, int) and 1 <= statistics_freq <= update_freq):
-        raise ValueError(
-            f"statistics_freq is a whole number from 1 to update_freq={update_freq}, found {statistics_freq!r}"
-        )
-    if decay is not None and not 0 <= decay < 1:
-        raise ValueError(f"factor_decay is the share of the past that stays, in [0, 1), found {decay}")
-    if rank is not None and (decay is None or rank < 1):
-        raise ValueError(f"factor_rank is at least 1 and belongs to factor_decay=, found {rank}")
-    if decay is not None and fisher == "exact_head":
-        raise ValueError(
-            "the true Fisher of a head has a closed form for one batch, not for an average: leave out factor_decay, "
-            "or use fisher='sampled'"
-        )
-    keeps = statistics_freq is not None or decay is not None
-    if corrected and keeps:
-        raise ValueError(
-            "eigenvalue_correction projects the batch that the bases come from: leave out statistics_freq and "
-            "factor_decay"
-        )
-    return keeps
-
-
 def _is_floating(x: Any) -> bool:
     return x is not None and bool(jnp.issubdtype(x.dtype, jnp.floating))
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
-
-
-def _shapes(tree: Tree) -> Tree:
-    return None if tree is None else jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), tree)
-
-
-def _whole(params: Tree, instead: Tree, where: str) -> Tree:
-    """``instead`` where it is given, else ``params``, which must then be all of them."""
-    found = params if instead is None else instead
-    if any(map(_is_masked, jax.tree.leaves(found, is_leaf=_is_masked))):
-        raise ValueError(
-            "scale_by_kfac sees a part of the parameters (under optax.masked or multi_transform), and the model "
-            f"needs all of them in {where}"
-        )
-    return found
-
-
-def _restricted(problem: Problem, part: Tree) -> Problem:
-    """The problem of the leaves that are in ``part``."""
-    present = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(part)[0]}
-    return problem._replace(rules=dataclasses.replace(problem.rules, follow=lambda path: path in present))
-
-
-def aligned(part: Tree, whole: Tree) -> tuple[list, Any]:
-    """Leaves of ``part`` at their places among those of ``whole``, ``None`` elsewhere."""
-    paths, treedef = jax.tree_util.tree_flatten_with_path(part)
-    present = {jax.tree_util.keystr(path): x for path, x in paths}
-    order = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(whole)[0]]
-    unknown = sorted(set(present) - set(order))
-    if unknown:
-        raise ValueError(f"updates have leaves that the parameters do not have: {', '.join(unknown)}")
-    return [present.get(path) for path in order], treedef
 
 
 def _check_shapes(batch: Batch, example: Batch) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fisher_jax import checkpoint, groups, lm_head, moving_average, operators, welford
+    from fisher_jax.alignment import per_parameter
     from fisher_jax.batch import Batch, next_token_batch
     from fisher_jax.blocks import BlockSpectra, BlockSpectrum, Capacity, block_spectra, block_spectrum
     from fisher_jax.diagonal import group_fisher
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from fisher_jax.likelihoods import Likelihood, bernoulli, categorical, gaussian
     from fisher_jax.memory import on_device, on_host
     from fisher_jax.moving_average import ema
+    from fisher_jax.pruning import apply_mask, prune_mask, saliency
     from fisher_jax.rejection import check
     from fisher_jax.taps import capture, coverage, gradients_from_taps, value_grad_and_taps
     from fisher_jax.tracking import track_fisher
@@ -60,6 +62,10 @@ _NAMES = {
     "lanczos": "krylov",
     "spectral_density": "krylov",
     "trace": "krylov",
+    "per_parameter": "alignment",
+    "apply_mask": "pruning",
+    "prune_mask": "pruning",
+    "saliency": "pruning",
 }
 
 __all__ = [
@@ -74,6 +80,7 @@ __all__ = [
     "Likelihood",
     "RejectedBatchError",
     "Spectrum",
+    "apply_mask",
     "bernoulli",
     "block_spectra",
     "block_spectrum",
@@ -98,7 +105,10 @@ __all__ = [
     "on_device",
     "on_host",
     "operators",
+    "per_parameter",
     "precondition",
+    "prune_mask",
+    "saliency",
     "scale_by_kfac",
     "spectral_density",
     "trace",

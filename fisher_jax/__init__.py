@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from fisher_jax.errors import InputError, RejectedBatchError
     from fisher_jax.estimator import FisherEstimator
     from fisher_jax.kronecker.curvature import kfac_factors, precondition
+    from fisher_jax.kronecker.from_state import kfac_factors_from_state
     from fisher_jax.kronecker.optimizer import kfac
+    from fisher_jax.kronecker.spectrum import KFACSpectrum, kfac_spectrum
+    from fisher_jax.kronecker.table import KFACCoverage, kfac_coverage
     from fisher_jax.kronecker.transformation import kfac_static_args, scale_by_kfac
     from fisher_jax.krylov import Density, Estimate, Spectrum, frobenius_norm, lanczos, spectral_density, trace
     from fisher_jax.likelihoods import Likelihood, bernoulli, categorical, gaussian
@@ -46,7 +49,12 @@ _NAMES = {
     "gradients_from_taps": "taps",
     "group_fisher": "diagonal",
     "kfac": "kronecker.optimizer",
+    "KFACCoverage": "kronecker.table",
+    "kfac_coverage": "kronecker.table",
     "kfac_factors": "kronecker.curvature",
+    "kfac_factors_from_state": "kronecker.from_state",
+    "kfac_spectrum": "kronecker.spectrum",
+    "KFACSpectrum": "kronecker.spectrum",
     "kfac_static_args": "kronecker.transformation",
     "next_token_batch": "batch",
     "on_device": "memory",
@@ -77,6 +85,8 @@ __all__ = [
     "Estimate",
     "FisherEstimator",
     "InputError",
+    "KFACCoverage",
+    "KFACSpectrum",
     "Likelihood",
     "RejectedBatchError",
     "Spectrum",
@@ -96,7 +106,10 @@ __all__ = [
     "group_fisher",
     "groups",
     "kfac",
+    "kfac_coverage",
     "kfac_factors",
+    "kfac_factors_from_state",
+    "kfac_spectrum",
     "kfac_static_args",
     "lanczos",
     "lm_head",

@@ -1,4 +1,4 @@
-"""Curvature as a product with a vector: GGN, true and empirical Fisher, Hessian, on pytrees.
+"""Curvature as a product with a vector: GGN, true and empirical Fisher, Hessian, K-FAC, on pytrees.
 
 Nothing is stored but parameters and batch. Every product is a mean over weighted tokens; with several rows at a time
 (``microbatch_size``) the sums are the same, and rows must not depend on each other.
@@ -14,11 +14,13 @@ from jaxtyping import Array
 
 from fisher_jax import products
 from fisher_jax.batch import Batch
+from fisher_jax.kronecker.curvature import Factors
+from fisher_jax.kronecker.curvature_product import curvature_product
 from fisher_jax.likelihoods import Likelihood
 from fisher_jax.selection import Chosen, select
 from fisher_jax.weighting import require_usable
 
-__all__ = ["empirical_fisher", "fisher", "ggn", "hessian", "over_batches", "restrict", "total_weight"]
+__all__ = ["empirical_fisher", "fisher", "ggn", "hessian", "kfac", "over_batches", "restrict", "total_weight"]
 
 Tree = Any
 Matvec = Callable[[Tree], Tree]
@@ -167,6 +169,43 @@ def hessian(
     return _operator(
         "hessian", apply_fn, likelihood, params, batch, parameters, microbatch_size, remat, keep_linearization
     )
+
+
+def kfac(factors: Factors) -> Partial:
+    """K-FAC products: ``v -> F v`` with the block diagonal ``F`` of Kronecker factors, without damping.
+
+    For a kernel ``M -> G M A`` on its matrix ``[out, in]``, a bias joined to it as one more input; with corrected
+    eigenvalues (EK-FAC) ``V [(V^T M P) * E] P^T``; a tied embedding's rows and the diagonals of scales are added as
+    they are. ``U U^T`` is applied by its columns. Normalised as the factors are, per weighted token. What the inverse
+    of `fj.precondition` undoes, but for the damping: ``precondition(factors, F v + damping v) = v`` where its damping
+    is exact.
+
+    Args:
+        factors: of `fj.kfac_factors`; a training state's are `fj.kfac_factors_from_state`.
+
+    Returns:
+        ``matvec(v)``: ``v`` is a tree like ``restrict(params)``, the result has at least float32. A
+        ``jax.tree_util.Partial`` with the factors as its leaves, for `fj.lanczos`, `fj.trace` and
+        `fj.spectral_density`; `fj.kfac_spectrum` gives its eigenvalues without any product.
+
+    Raises:
+        TypeError: no `Factors`.
+        ValueError: a tangent with other leaves or shapes, when it is multiplied.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> batch = fj.Batch(jnp.diag(jnp.array([2.0, 1.0])), jnp.array([[1.0], [1.0]]))
+        >>> params = {"kernel": jnp.zeros((2, 1))}
+        >>> factors = fj.kfac_factors(lambda p, x: x @ p["kernel"], params, batch, fj.gaussian)
+        >>> fj.operators.kfac(factors)({"kernel": jnp.ones((2, 1))})["kernel"].round(4).tolist()
+        [[2.0], [0.5]]
+    """
+    if not isinstance(factors, Factors):
+        raise TypeError(
+            f"expected the result of fj.kfac_factors, found {type(factors).__name__}; for an optimizer's state use "
+            "fj.kfac_factors_from_state(state, apply_fn, params, example)"
+        )
+    return Partial(curvature_product, factors)
 
 
 def restrict(params: Tree, parameters: Chosen = None) -> Tree:

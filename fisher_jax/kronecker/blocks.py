@@ -13,7 +13,7 @@ from fisher_jax.kronecker.layout import is_rearrangement
 from fisher_jax.kronecker.structure import Structure
 from fisher_jax.provenance import Spec, Use
 
-__all__ = ["EIGEN_LIMIT", "Block", "Rules", "plan"]
+__all__ = ["EIGEN_LIMIT", "Block", "Rules", "choice", "plan"]
 
 # Output factors above this size are never formed under policy="auto" and "hybrid".
 EIGEN_LIMIT = 4096
@@ -27,9 +27,14 @@ class Rules:
     token_cap: int | None = 1024
     fisher: str = "empirical"
     shared: str = "expand"
-    corrected: bool = False
+    corrected: Callable[[str], bool] = lambda path: False
     diagonal: Callable[[str], bool] = lambda path: False
     follow: Callable[[str], bool] = lambda path: True
+
+
+def choice(which: bool | Callable[[str], bool]) -> Callable[[str], bool]:
+    """All leaves, none, or those that a function chooses."""
+    return which if callable(which) else lambda path: bool(which)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +70,12 @@ class Block:
         return self.kind in ("dense", "embedding", "tied")
 
     def is_corrected(self, rules: Rules) -> bool:
-        """Whether its eigenvalues are corrected: it has both eigenbases, and its output gradients in the taps."""
-        closed_form = self.head and rules.fisher == "exact_head"
-        return rules.corrected and self.kind == "dense" and not self.low_rank and not closed_form
+        """Whether its eigenvalues are corrected (EK-FAC)."""
+        return self.is_kronecker and rules.corrected(self.path)
+
+    def needs_taps(self, rules: Rules) -> bool:
+        """Whether these need the raw taps; the inputs of a kernel's columns are kept beside them instead."""
+        return self.is_corrected(rules) and not (self.kind == "dense" and self.low_rank)
 
 
 def plan(specs: list[Spec], leaves: list, paths: list[str], found: Structure, rules: Rules) -> tuple[Block, ...]:
@@ -88,7 +96,25 @@ def plan(specs: list[Spec], leaves: list, paths: list[str], found: Structure, ru
         if joined is not None:
             blocks[kernel] = joined
             del blocks[bias]
+    for block in blocks.values():
+        _check_correction(block, rules)
     return tuple(blocks.values())
+
+
+def _check_correction(block: Block, rules: Rules) -> None:
+    """Nothing stays uncorrected silently."""
+    closed_form = block.head and rules.fisher == "exact_head"
+    if not block.is_corrected(rules) or (block.kind != "tied" and not closed_form):
+        return
+    reason = (
+        "an embedding tied to its head is a sum of two products without common eigenvectors"
+        if block.kind == "tied"
+        else "fisher='exact_head' has the head's output factor in closed form, without gradients of tokens"
+    )
+    raise ValueError(
+        f"the eigenvalues of {block.path} cannot be corrected: {reason}; leave it as it is with "
+        f"eigenvalue_correction=lambda path: path != {block.path!r}"
+    )
 
 
 def _block(leaf: int, path: str, x: Any, uses: list[Spec], found: Structure, rules: Rules) -> Block:

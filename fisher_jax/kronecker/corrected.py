@@ -6,25 +6,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from fisher_jax.kronecker.blocks import Block, Rules
-from fisher_jax.kronecker.factors import Eigen, product, wide
-from fisher_jax.kronecker.statistics import Masks, observations
+from fisher_jax.kronecker.factors import Diagonal, product
+from fisher_jax.kronecker.statistics import Masks, lookups, observations
 from fisher_jax.program import Tap
 
-__all__ = ["corrected", "second_moments"]
+__all__ = ["column_weights", "second_moments"]
 
 
 def second_moments(block: Block, taps: list[Tap], masks: Masks, rules: Rules, A: Any, G: Any) -> Array:
     """``[N, out, in]``: ``sum_t (v_i . g_t)**2 (p_j . a_t)**2`` over the positions of all uses.
 
-    ``A``, ``G`` are eigendecompositions with a leading axis; ``v_i`` and ``p_j`` are the eigenvectors of ``G`` and
-    ``A``. Divided by the weight of the tokens this is the diagonal, in that basis, of the second moment of
-    ``vec(g_t a_t^T)``. See George et al. (2018).
+    ``A``, ``G`` have a leading axis; ``v_i`` and ``p_j`` are the eigenvectors of ``G`` and ``A`` (of an embedding's
+    diagonal ``A`` the rows themselves). Divided by the weight of the tokens this is the diagonal, in that basis, of
+    the second moment of ``vec(g_t a_t^T)``. See George et al. (2018).
     """
-    own = [_of_use(block, tap, masks, rules, A.vectors, G.vectors) for tap in taps if tap.leaf == block.leaf]
+    if isinstance(A, Diagonal):
+        own = [_of_table(block, tap, masks, G.vectors) for tap in taps if tap.leaf == block.leaf]
+    else:
+        own = [_of_use(block, tap, masks, rules, A.vectors, G.vectors) for tap in taps if tap.leaf == block.leaf]
     return functools.reduce(jnp.add, own)
+
+
+def _of_table(block: Block, tap: Tap, masks: Masks, on_g: Array) -> Array:
+    """Of an embedding: squares summed over the tokens that look up the same row."""
+    rows, g, mask = lookups(tap, block, masks)
+    squares = product(g[0], on_g[0]).T ** 2 * (mask > 0)
+    return jnp.zeros((block.units, block.width), squares.dtype).at[:, rows].add(squares, mode="drop")[None]
 
 
 def _of_use(block: Block, tap: Tap, masks: Masks, rules: Rules, on_a: Array, on_g: Array) -> Array:
@@ -50,10 +60,18 @@ def _of_use(block: Block, tap: Tap, masks: Masks, rules: Rules, on_a: Array, on_
     return found.reshape(-1, *found.shape[-2:])
 
 
-def corrected(
-    A: Eigen, G: Eigen, eigenvalues: Float[Array, "out in"], M: Float[Array, "out in"], damping: Any, power: float
-) -> Array:
-    """``V [(V^T M P)_ij (eigenvalues_ij + damping)**power] P^T`` with ``V``, ``P`` the eigenvectors."""
-    inside = product(product(G.vectors.T, wide(M)), A.vectors)
-    scaled = inside * (eigenvalues + jnp.asarray(damping, inside.dtype)) ** power
-    return product(product(G.vectors, scaled), A.vectors.T)
+def column_weights(inputs: Array, A: Any, G: Any) -> Array:
+    """``[N, T, in]``: ``sum_t Q_ti**2 (p_j . a_t)**2``, corrected eigenvalues over those ``s_i`` of ``G = U U^T``.
+
+    ``inputs [N, in, T]`` are of the tokens that the columns are of (``[N, 1, T]`` rows of an embedding). With
+    ``U^T U = Q diag(s) Q^T`` the projection of column ``t`` on eigenvector ``U q_i / sqrt(s_i)`` is
+    ``sqrt(s_i) Q_ti``: no product with ``U`` is needed, and nothing is divided by a small ``s_i``.
+    """
+
+    def one(inputs, A, G):
+        shares = G.vectors.T**2
+        if isinstance(A, Diagonal):
+            return jnp.zeros((len(shares), len(A.values)), shares.dtype).at[:, inputs[0]].add(shares, mode="drop")
+        return product(shares, product(inputs.T, A.vectors) ** 2)
+
+    return jax.vmap(one)(inputs, A, G)

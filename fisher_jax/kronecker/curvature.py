@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from fisher_jax.batch import Batch
 from fisher_jax.errors import RejectedBatchError
-from fisher_jax.kronecker.blocks import Block, Rules
+from fisher_jax.kronecker.blocks import Block, Rules, choice
 from fisher_jax.kronecker.damped import solve
 from fisher_jax.kronecker.decomposition import BlockFactors, decompose
 from fisher_jax.kronecker.observation import observe
@@ -62,7 +62,7 @@ def kfac_factors(
     temperature: float = 1.0,
     storage: Any = None,
     diagonal: Callable[[str], bool] | None = None,
-    eigenvalue_correction: bool = False,
+    eigenvalue_correction: bool | Callable[[str], bool] = False,
     axis_name: Any = None,
 ) -> Factors:
     """Kronecker factors of the Fisher matrix of every parameter: ``F ~ A (x) G``, per weighted token.
@@ -98,10 +98,13 @@ def kfac_factors(
         storage: dtype of ``U``; ``jnp.bfloat16`` halves it, with relative errors of ``2**-8`` in its entries.
         diagonal: ``diagonal(path)`` says which leaves get, in place of a block, the diagonal
             ``(sum_t s_t)**2 / W`` of the batch (scales and biases: squares summed over positions).
-        eigenvalue_correction: EK-FAC. Where both factors of a dense kernel are eigendecomposed, ``a_j g_i`` becomes
+        eigenvalue_correction: EK-FAC. Of every kernel and embedding ``a_j g_i`` becomes
             ``sum_t (p_j . a_t)**2 (v_i . g_t)**2 / W``, the diagonal of the second moment of ``vec(g_t a_t^T)`` in
-            the same basis: the best one in Frobenius norm. Other blocks stay as they are. Holds the taps of the
-            whole backward pass; needs ``form`` other than factored and a ``fisher`` other than ggn.
+            the same basis: the best one in Frobenius norm. With columns ``U`` the sum is over the tokens that they
+            are of, and what they do not span has no curvature, as without. ``eigenvalue_correction(path)`` says
+            which leaves; a tied leaf, and the head of ``exact_head``, cannot be among them. Holds the taps of the
+            whole backward pass, but for kernels by columns; an embedding takes one number more for each of its own.
+            Needs ``form`` other than factored and a ``fisher`` other than ggn.
         axis_name: inside ``jax.shard_map``, the mesh axes over which rows of the batch are spread: sums are summed
             over them and columns gathered, so that all devices get the factors of the whole batch.
 
@@ -127,7 +130,7 @@ def kfac_factors(
     """
     check_options(policy, fisher, shared, token_cap, temperature)
     check_form(form, eigenvalue_correction, fisher)
-    rules = Rules(policy, token_cap, fisher, shared, eigenvalue_correction, diagonal or (lambda path: False))
+    rules = Rules(policy, token_cap, fisher, shared, choice(eigenvalue_correction), diagonal or (lambda path: False))
     problem = Problem(apply_fn, likelihood, rules, temperature, axis_name)
     blocks = block_plan(problem, params, batch)
     seen = observe(problem, blocks, params, batch, key)
@@ -136,7 +139,7 @@ def kfac_factors(
     return Factors(decompose(blocks, seen, storage, rules, axis_name), jnp.asarray(damping), blocks, form, power)
 
 
-def check_form(form: str, eigenvalue_correction: bool = False, fisher: str = "empirical") -> None:
+def check_form(form: str, eigenvalue_correction: Any = False, fisher: str = "empirical") -> None:
     """Raise where ``form`` is none of those there are, or cannot go with corrected eigenvalues."""
     if form not in ("auto", "exact", "factored"):
         raise ValueError(f"form is one of auto, exact, factored, found {form!r}")

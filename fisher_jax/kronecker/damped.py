@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax.kronecker.blocks import Block
-from fisher_jax.kronecker.corrected import corrected
 from fisher_jax.kronecker.decomposition import BlockFactors
 from fisher_jax.kronecker.factors import wide
 from fisher_jax.kronecker.layout import bias_rows, inverse, kernel_matrices, table_matrices
 from fisher_jax.kronecker.placement import automatic, spec_of
-from fisher_jax.kronecker.tikhonov import diagonal_power, exact, factored
+from fisher_jax.kronecker.tikhonov import corrected, diagonal_power, exact, factored
 from fisher_jax.kronecker.woodbury import SoftmaxHead, head_exact, head_factored, tied, tied_head
 
 __all__ = ["EXACT_HEAD_LIMIT", "solve"]

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from fisher_jax.kronecker.blocks import Block, Rules
-from fisher_jax.kronecker.corrected import second_moments
+from fisher_jax.kronecker.corrected import column_weights, second_moments
 from fisher_jax.kronecker.factors import Diagonal, Eigen, Factor, LowRank, diagonal, eigen, low_rank
 from fisher_jax.kronecker.observation import Observation
 from fisher_jax.kronecker.placement import automatic, spec_of
@@ -24,7 +24,8 @@ class BlockFactors(NamedTuple):
         A, G: second moments of inputs and of output gradients; ``None`` for a diagonal.
         rows: of a tied leaf, what its use as an embedding adds to each row.
         diagonal: of scales and lone biases, in the shape of the leaf.
-        eigenvalues: corrected ones ``[N, out, in]``, in the bases of ``G`` and ``A``.
+        eigenvalues: corrected ones ``[N, out, in]``, in the bases of ``G`` and ``A``; with a low-rank ``G``
+            ``[N, T, in]``, each divided by the eigenvalue of ``G``, as belongs to the basis ``U Q``.
     """
 
     A: Factor | None = None
@@ -48,7 +49,10 @@ def decompose(
         weight = jnp.where(seen.weight > 0, seen.weight, 1)
         found = [_factors(b, sums, weight, seen, storage) for b, sums in zip(blocks, seen.sums, strict=True)]
         for i, block in enumerate(blocks):
-            if block.is_corrected(rules):
+            if block.is_corrected(rules) and block.low_rank:
+                values = column_weights(seen.sums[i]["inputs"], found[i].A, found[i].G)
+                found[i] = found[i]._replace(eigenvalues=values)
+            elif block.is_corrected(rules):
                 taps, masks = seen.taps
                 sums = second_moments(block, taps, masks, rules, found[i].A, found[i].G)
                 sums = sums if axis_name is None else jax.lax.psum(sums, axis_name)

@@ -98,17 +98,19 @@ def low_rank(columns: Float[Array, "n T"], storage: Any = None) -> LowRank:
     return LowRank(columns, values, vectors)
 
 
-def subsample(columns: Float[Array, "n T"], cap: int, offsets: Float[Array, " cap"]) -> Float[Array, "n cap"]:
-    """At most ``cap`` columns ``V`` with ``E[V V^T] = U U^T``.
+def subsample(
+    columns: Float[Array, "n T"], cap: int, offsets: Float[Array, " cap"], *beside: Array
+) -> tuple[Array, ...]:
+    """At most ``cap`` columns ``V`` with ``E[V V^T] = U U^T``, and the same columns of ``beside``, not scaled.
 
     The ``N`` columns that are not zero, in order, are cut into ``cap`` strata of length ``N / cap``; from each one
     column is taken, at the place ``offsets`` (uniform in [0, 1)) says, and scaled by ``sqrt(N / cap)``. With
     ``N <= cap`` all are kept as they are.
     """
     if columns.shape[1] <= cap:
-        return columns
+        return columns, *beside
     index, scale = chosen(jnp.any(columns != 0, axis=0), cap, offsets)
-    return columns[:, index] * scale.astype(columns.dtype)
+    return columns[:, index] * scale.astype(columns.dtype), *(x[:, index] for x in beside)
 
 
 def chosen(alive: Bool[Array, " T"], cap: int, offsets: Float[Array, " cap"]) -> tuple[Array, Array]:

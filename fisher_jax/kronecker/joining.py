@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from fisher_jax.kronecker.blocks import Block, Rules
 from fisher_jax.kronecker.placement import automatic, spec_of
-from fisher_jax.kronecker.statistics import Masks, combine, diagonal_of
+from fisher_jax.kronecker.statistics import COLUMNS, Masks, combine, diagonal_of
 
 __all__ = ["over_columns", "over_devices", "sums_of_blocks"]
 
@@ -22,7 +22,7 @@ def over_devices(reduced: Tree, axis_name: Any) -> Tree:
         return reduced
 
     def whole(name, x):
-        if name == "U":
+        if name in COLUMNS:
             return jax.lax.all_gather(x, axis_name, axis=x.ndim - 1, tiled=True)
         return jax.lax.psum(x, axis_name)
 

@@ -55,6 +55,7 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
     if sampled and key is None:
         raise ValueError(f"fisher={rules.fisher!r} draws labels from the model: pass key=")
     root = jnp.sqrt(jnp.maximum(weights, 0))
+    whole = any(block.needs_taps(rules) for block in blocks)
 
     def one(column):
         def loss(params, inputs, targets, root):
@@ -73,17 +74,17 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
 
         def kept(tap):
             def sums(inputs, cotangents, masks):
-                whole = dataclasses.replace(tap, inputs=inputs, cotangents=cotangents)
-                return statistic(whole, owner[tap.leaf], masks, rules)
+                full = dataclasses.replace(tap, inputs=inputs, cotangents=cotangents)
+                return statistic(full, owner[tap.leaf], masks, rules)
 
-            return automatic(sums, places(tap, owner[tap.leaf]), tap.inputs, tap.cotangents, masks)
+            return automatic(sums, places(tap, owner[tap.leaf], rules), tap.inputs, tap.cotangents, masks)
 
-        reduce = None if rules.corrected else kept
+        reduce = None if whole else kept
         traced = program.trace(loss, params, (batch.inputs, batch.targets, root), {}, reduce, lambda i: i in followed)
         value, _, taps = program.differentiate(traced)
         found = [(t.leaf, t.use, t.reduced if reduce else _raw(t, owner, masks, rules)) for t in taps]
         found = [(leaf, use, over_devices(x, problem.axis_name)) for leaf, use, x in found]
-        return sums_of_blocks(blocks, found, masks, rules), value, taps if rules.corrected else []
+        return sums_of_blocks(blocks, found, masks, rules), value, taps if whole else []
 
     if rules.fisher == "ggn":
         sums, values, taps = jax.lax.map(one, jnp.arange(out.shape[-1]))
@@ -108,7 +109,7 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
             p, w = probabilities
             gather = functools.partial(jax.lax.all_gather, axis_name=problem.axis_name, tiled=True)
             probabilities = gather(p, axis=1), gather(w)
-    return Observation(sums, weight, bad, probabilities, (taps, masks) if rules.corrected else None)
+    return Observation(sums, weight, bad, probabilities, (taps, masks) if whole else None)
 
 
 def observe_taps(
@@ -133,7 +134,8 @@ def observe_taps(
     finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
     negative = ~jnp.all((weights >= 0) & jnp.isfinite(weights))
     bad = rejection.reason_mask(non_finite=~finite, negative_weight=negative)
-    return Observation(sums, weights.sum(), bad, None, (taps, masks) if rules.corrected else None)
+    whole = any(block.needs_taps(rules) for block in blocks)
+    return Observation(sums, weights.sum(), bad, None, (taps, masks) if whole else None)
 
 
 def _raw(tap: Any, owner: dict[int, Block], masks: Masks, rules: Rules) -> Tree:
@@ -150,7 +152,7 @@ def _raw(tap: Any, owner: dict[int, Block], masks: Masks, rules: Rules) -> Tree:
         return kept(inputs, cotangents)
 
     looped = [None] * len(tap.use.loops)
-    where = {name: PartitionSpec(*looped, *spec) for name, spec in places(tap, block).items()}
+    where = {name: PartitionSpec(*looped, *spec) for name, spec in places(tap, block, rules).items()}
     return automatic(run, where, tap.inputs, tap.cotangents, masks)
 
 

@@ -38,7 +38,7 @@ class KFACState(NamedTuple):
 
 
 def check_periods(
-    fisher: str, corrected: bool, update_freq: Any, statistics_freq: Any, decay: Any, rank: int | None
+    fisher: str, corrected: Any, update_freq: Any, statistics_freq: Any, decay: Any, rank: int | None
 ) -> bool:
     """Whether statistics stay in the state."""
     if statistics_freq is not None and not (isinstance(statistics_freq, int) and 1 <= statistics_freq <= update_freq):

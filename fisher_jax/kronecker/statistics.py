@@ -17,10 +17,12 @@ from fisher_jax.kronecker.placement import spec_of
 from fisher_jax.program import Tap
 from fisher_jax.provenance import Segment, Use
 
-__all__ = ["Masks", "combine", "diagonal_of", "observations", "places", "statistic"]
+__all__ = ["COLUMNS", "Masks", "combine", "diagonal_of", "lookups", "observations", "places", "statistic"]
 
 Tree = Any
 _HIGHEST = jax.lax.Precision.HIGHEST
+# Statistics with one column for each token; all others are sums.
+COLUMNS = ("U", "inputs")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weights", "real", "offsets"], meta_fields=["rows"])
@@ -53,7 +55,8 @@ def statistic(tap: Tap, block: Block, masks: Masks, rules: Rules) -> Tree:
         return _embedding(tap, block, masks, rules)
     a, g, mask = observations(tap, block, masks, rules)
     A = jnp.einsum("bti,btj->bij", a * mask[:, None], a, precision=_HIGHEST)
-    return {"A": A, "count": mask.sum(), **_outputs(g, block, masks, rules)}
+    met = jnp.swapaxes(a * (mask > 0)[:, None], 1, 2)
+    return {"A": A, "count": mask.sum(), **_outputs(g, met, block, masks, rules)}
 
 
 def observations(tap: Tap, block: Block, masks: Masks, rules: Rules) -> tuple[Array, Array, Array]:
@@ -70,19 +73,21 @@ def observations(tap: Tap, block: Block, masks: Masks, rules: Rules) -> tuple[Ar
     return a, g, mask
 
 
-def places(tap: Tap, block: Block) -> Tree:
+def places(tap: Tap, block: Block, rules: Rules) -> Tree:
     """Where the arrays of `statistic` lie: columns stay spread over the output units, all else is everywhere."""
     everywhere = PartitionSpec()
     if block.kind == "diagonal":
         return {"squares" if tap.kind in ("scale", "bias") else "gradient": everywhere}
     if tap.leaf != block.leaf:
         return {}
-    if tap.kind == "embedding":
-        table = {"frequency": everywhere, "positions": everywhere}
-        last = "square" if block.kind == "tied" else "U" if block.low_rank else "G"
-        return {**table, last: everywhere}
-    outputs = {"U": _unit_places(tap)} if block.low_rank else {"G": everywhere}
-    return {"A": everywhere, "count": everywhere, **outputs}
+    table = tap.kind == "embedding"
+    if table and block.kind == "tied":
+        return {"frequency": everywhere, "positions": everywhere, "square": everywhere}
+    outputs = {"U": everywhere if table else _unit_places(tap)} if block.low_rank else {"G": everywhere}
+    if block.low_rank and block.is_corrected(rules):
+        outputs["inputs"] = everywhere
+    inputs = ("frequency", "positions") if table else ("A", "count")
+    return {**dict.fromkeys(inputs, everywhere), **outputs}
 
 
 def _unit_places(tap: Tap) -> PartitionSpec:
@@ -94,35 +99,50 @@ def _unit_places(tap: Tap) -> PartitionSpec:
     return PartitionSpec(None, spec[-1], None)
 
 
-def _outputs(g: Array, block: Block, masks: Masks, rules: Rules) -> dict[str, Array]:
-    """``U`` or ``G`` from output gradients ``[batch, tokens, out]``, not yet divided by the weight."""
+def _outputs(g: Array, met: Array, block: Block, masks: Masks, rules: Rules) -> dict[str, Array]:
+    """``U`` or ``G`` from output gradients ``[batch, tokens, out]``, not yet divided by the weight.
+
+    With columns whose eigenvalues are corrected the inputs ``met [batch, in, tokens]`` stay beside them.
+    """
     if not block.low_rank:
         return {"G": jnp.einsum("bti,btj->bij", g, g, precision=_HIGHEST)}
-    U = jnp.swapaxes(g, 1, 2)
-    return {"U": capped(U, rules, masks)}
+    columns = {"U": jnp.swapaxes(g, 1, 2)}
+    return capped(columns | {"inputs": met} if block.is_corrected(rules) else columns, rules, masks)
 
 
-def capped(U: Array, rules: Rules, masks: Masks) -> Array:
+def capped(columns: dict[str, Array], rules: Rules, masks: Masks) -> dict[str, Array]:
+    """Of each matrix at most ``token_cap`` tokens, the same in all of its arrays."""
     cap = rules.token_cap
-    return U if cap is None else jax.vmap(lambda columns: subsample(columns, cap, masks.offsets))(U)
+    if cap is None:
+        return columns
+    names = ["U", *(name for name in columns if name != "U")]
+    kept = jax.vmap(lambda U, *beside: subsample(U, cap, masks.offsets, *beside))(*(columns[n] for n in names))
+    return dict(zip(names, kept, strict=True))
 
 
 def _embedding(tap: Tap, block: Block, masks: Masks, rules: Rules) -> Tree:
     """Frequencies of the rows looked up, and output gradients."""
+    rows, g, mask = lookups(tap, block, masks)
+    if block.kind == "tied":
+        found = {"square": jnp.sum(g**2)}
+        size = block.units
+    else:
+        size = block.width
+        # Of what is padding no row at all.
+        found = _outputs(g, jnp.where(mask > 0, rows, size)[None, None], block, masks, rules)
+    frequency = jnp.zeros(size, g.dtype).at[rows].add(mask, mode="drop")
+    return {"frequency": frequency, "positions": mask.sum(), **found}
+
+
+def lookups(tap: Tap, block: Block, masks: Masks) -> tuple[Array, Array, Array]:
+    """Of an embedding: the rows looked up ``[T]``, output gradients ``[1, T, width]``, and weights in ``A``."""
     assert tap.cotangents is not None
     (indices,) = tap.inputs or ()
     offset = tap.use.options["dimension_numbers"].offset_dims
     g = wide(jnp.moveaxis(tap.cotangents, offset, range(-len(offset), 0)))
     g = g.reshape(1, indices.size, -1)
     mask = _mask(tap, dataclasses.replace(block, head=False), masks, indices.size).astype(g.dtype)
-    if block.kind == "tied":
-        found = {"square": jnp.sum(g**2)}
-        size = block.units
-    else:
-        found = _outputs(g, block, masks, rules)
-        size = block.width
-    frequency = jnp.zeros(size, g.dtype).at[indices.ravel()].add(mask, mode="drop")
-    return {"frequency": frequency, "positions": mask.sum(), **found}
+    return indices.ravel(), g, mask
 
 
 def _mask(tap: Tap, block: Block, masks: Masks, tokens: int) -> Array:
@@ -166,21 +186,20 @@ def combine(statistics: list[tuple[Use, Tree]], block: Block, masks: Masks, rule
     parts = [_over_loops(use, found) for use, found in statistics]
     found = parts[0]
     for part in parts[1:]:
-        found = {k: jnp.concatenate([v, part[k]], -1) if k == "U" else v + part[k] for k, v in found.items()}
+        found = {k: jnp.concatenate([v, part[k]], -1) if k in COLUMNS else v + part[k] for k, v in found.items()}
     out = {}
     for name, x in found.items():
-        last = {"A": 2, "G": 2, "U": 2, "frequency": 1}.get(name, 0)
+        last = {"A": 2, "G": 2, "U": 2, "inputs": 2, "frequency": 1}.get(name, 0)
         out[name] = x.reshape(-1, *x.shape[x.ndim - last :])
-    if "U" in out:
-        out["U"] = capped(out["U"], rules, masks)
-    return out
+    columns = {name: x for name, x in out.items() if name in COLUMNS}
+    return out | capped(columns, rules, masks) if columns else out
 
 
 def _over_loops(use: Use, found: Tree) -> Tree:
     """Sum over loops that share the parameter; their columns lie side by side."""
     for axis in reversed(range(len(use.loops))):
         if use.loops[axis] == "shared":
-            found = {name: _beside(x, axis) if name == "U" else x.sum(axis) for name, x in found.items()}
+            found = {name: _beside(x, axis) if name in COLUMNS else x.sum(axis) for name, x in found.items()}
     return found
 
 

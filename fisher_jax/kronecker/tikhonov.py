@@ -23,7 +23,7 @@ from fisher_jax.kronecker.factors import (
     wide,
 )
 
-__all__ = ["diagonal_power", "exact", "factored", "push_through", "split_damping"]
+__all__ = ["corrected", "diagonal_power", "exact", "factored", "push_through", "split_damping"]
 
 
 def exact(A: Factor, G: Factor, M: Float[Array, "out in"], damping: Any, power: float = -1.0) -> Array:
@@ -49,6 +49,21 @@ def exact(A: Factor, G: Factor, M: Float[Array, "out in"], damping: Any, power: 
     # ((x + 1)**power - 1) / x, times the eigenvalues whose eigenvectors are already normalised.
     change = _relative_change(g * a / damping, power) * damping ** (power - 1)
     change = change * (g if is_complete(G) else 1) * (a if is_complete(A) else 1)
+    return damping**power * M + _two_sided(from_basis, A, G, inside * change)
+
+
+def corrected(
+    A: Factor, G: Factor, eigenvalues: Float[Array, "rank in"], M: Float[Array, "out in"], damping: Any, power: float
+) -> Array:
+    """`exact` with other eigenvalues on the same eigenvectors (EK-FAC); ``A`` has all of its own.
+
+    For a low-rank ``G`` they are divided by those of ``G``: ``a_j`` in `exact` becomes ``eigenvalues_ij``.
+    """
+    M, damping = wide(M), jnp.asarray(damping, wide(M).dtype)
+    inside = _two_sided(to_basis, A, G, M)
+    if is_complete(G):
+        return _two_sided(from_basis, A, G, inside * (eigenvalues + damping) ** power)
+    change = _relative_change(G.values[:, None] * eigenvalues / damping, power) * damping ** (power - 1) * eigenvalues
     return damping**power * M + _two_sided(from_basis, A, G, inside * change)
 
 

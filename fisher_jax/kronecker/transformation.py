@@ -14,7 +14,7 @@ from fisher_jax.batch import Batch
 from fisher_jax.jaxprs import zeros
 from fisher_jax.kronecker import partial_trees
 from fisher_jax.kronecker.averaging import widened
-from fisher_jax.kronecker.blocks import Rules
+from fisher_jax.kronecker.blocks import Rules, choice
 from fisher_jax.kronecker.curvature import check_form
 from fisher_jax.kronecker.damped import solve
 from fisher_jax.kronecker.decomposition import decompose
@@ -52,7 +52,7 @@ def scale_by_kfac(
     temperature: float = 1.0,
     storage: Any = None,
     diagonal: Callable[[str], bool] | None = None,
-    eigenvalue_correction: bool = False,
+    eigenvalue_correction: bool | Callable[[str], bool] = False,
     statistics_freq: int | None = None,
     factor_decay: float | None = None,
     factor_rank: int | None = None,
@@ -107,7 +107,7 @@ def scale_by_kfac(
     keeps = check_periods(fisher, eigenvalue_correction, update_freq, statistics_freq, factor_decay, factor_rank)
     if not isinstance(update_freq, int) or update_freq < 1:
         raise ValueError(f"update_freq is a whole number, at least 1, found {update_freq!r}")
-    rules = Rules(policy, token_cap, fisher, shared, eigenvalue_correction, diagonal or (lambda path: False))
+    rules = Rules(policy, token_cap, fisher, shared, choice(eigenvalue_correction), diagonal or (lambda path: False))
     problem = Problem(apply_fn, likelihood, rules, temperature)
     build = functools.partial(decompose, storage=storage, rules=rules)
     shapes = partial_trees.shapes(model_params)

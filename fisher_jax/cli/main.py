@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from fisher_jax.cli.settings import add_report_options, settings_from
 from fisher_jax.cli.spectrum_settings import add_spectrum_options, spectrum_settings_from
+from fisher_jax.cli.trim_settings import add_trim_options, trim_settings_from
 from fisher_jax.errors import InputError, RejectedBatchError
 
 __all__ = ["main"]
@@ -34,6 +35,16 @@ _SPECTRUM_EXAMPLES = """examples:
   fisher-jax spectrum                                         the 10 largest over all parameters; long
   fisher-jax spectrum --operator hessian --k 3 --tokens 256   both ends
   fisher-jax spectrum --parameters "layers/attention" --density --blocks --out attention
+"""
+
+_TRIM_DESCRIPTION = """A smaller model: only the vocabulary tokens that matter most stay. Embedding, head and
+tokenizer are cut together; single bytes and special tokens stay, so that every text can still be encoded. Writes a
+Hugging Face folder and says what it costs in bits per byte on held-out text."""
+
+_TRIM_EXAMPLES = """examples:
+  fisher-jax report                                    scores of the shipped model's tokens, in report/
+  fisher-jax trim --state report --keep 16000          a third of the vocabulary, in trimmed/
+  fisher-jax trim --by magnitude --keep 16000 --out other
 """
 
 
@@ -71,6 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_spectrum_options(spectrum)
     spectrum.set_defaults(start=_spectrum)
+    trim = commands.add_parser(
+        "trim",
+        help="a smaller vocabulary: embedding, head and tokenizer cut together",
+        description=_TRIM_DESCRIPTION,
+        epilog=_TRIM_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_trim_options(trim)
+    trim.set_defaults(start=_trim)
     return parser
 
 
@@ -86,6 +106,14 @@ def _spectrum(options: argparse.Namespace) -> int:
     settings = spectrum_settings_from(options)
     _say_start()
     from fisher_jax.cli.spectrum import run
+
+    return run(settings)
+
+
+def _trim(options: argparse.Namespace) -> int:
+    settings = trim_settings_from(options)
+    _say_start()
+    from fisher_jax.cli.trim import run
 
     return run(settings)
 

@@ -22,7 +22,7 @@ from fisher_jax.models.layout import flatten, unflatten
 from fisher_jax.models.optional import optional
 from fisher_jax.models.tokenizer import Tokenizer
 
-__all__ = ["LanguageModel", "load", "shipped_file"]
+__all__ = ["LanguageModel", "files_of", "load", "shipped_file"]
 
 SHIPPED = "smollm2"
 
@@ -55,15 +55,22 @@ def load(source: str | os.PathLike | None = None, *, dtype="float32") -> Languag
     everything that cannot be loaded exactly as its files say.
     """
     dtype = weight_dtype(dtype)
-    if source is None or source == SHIPPED:
-        return load_gguf(shipped_file(), dtype)
-    path = Path(source).expanduser()
+    path = files_of(source)
     if path.is_file():
         return load_gguf(path, dtype)
-    if path.is_dir():
-        return load_folder(path, path.resolve().name, dtype)
+    local = Path(str(source)).expanduser()
+    return load_folder(path, local.resolve().name if local.is_dir() else str(source), dtype)
+
+
+def files_of(source: str | os.PathLike | None) -> Path:
+    """The GGUF file or the folder that `load` reads for this argument, fetched from the hub where needed."""
+    if source is None or source == SHIPPED:
+        return shipped_file()
+    path = Path(source).expanduser()
+    if path.is_file() or path.is_dir():
+        return path
     if path.suffix != ".gguf" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
-        return load_folder(from_hub(str(source)), str(source), dtype)
+        return from_hub(str(source))
     raise InputError(
         f"there is no file or folder {str(source)!r}; give a .gguf file, a Hugging Face folder, "
         f"a hub name org/name, or {SHIPPED!r} for the shipped model"

@@ -1,0 +1,212 @@
+"""`fisher-jax trim` from start to end: a smaller model on disk, and what that costs."""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+import fisher_jax as fj
+from fisher_jax.cli.compression import Loss, bits_per_byte, difference, measure
+from fisher_jax.cli.corpora import Document, describe_sources, documents
+from fisher_jax.cli.folder import check_writable, disk_error, write_atomically
+from fisher_jax.cli.importance import readable
+from fisher_jax.cli.orderings import orderings
+from fisher_jax.cli.packing import HOLD_OUT_EVERY
+from fisher_jax.cli.run_state import StateStore
+from fisher_jax.cli.trim_settings import TrimSettings
+from fisher_jax.errors import InputError
+from fisher_jax.models import LanguageModel, load, save
+from fisher_jax.models.origin import read_origin
+from fisher_jax.models.trimming import cut_model, kept_tokens, read_vocabulary
+
+__all__ = ["run"]
+
+NAMES = {
+    "empirical": "Group Fisher, empirical",
+    "true": "Group Fisher, exact true",
+    "saliency": "saliency ½·F·w²",
+    "frequency": "corpus frequency",
+    "magnitude": "weight magnitude",
+}
+
+
+def run(settings: TrimSettings) -> int:
+    """Cuts, writes, loads what was written and measures it; the exit code."""
+    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    check_writable(settings.out)
+    tasks = None if settings.state is None else StateStore(settings.state)
+    console.print(f"[bold]model[/bold]: {settings.model}")
+    model = load(settings.model)
+    console.print(f"  {describe(model)}")
+    scores = None if tasks is None else read_scores(tasks, settings, model)
+    vocabulary = read_vocabulary(model.tokenizer)
+    order = most_important_first(model, scores, settings.by)
+    kept = kept_tokens(vocabulary, order[order < vocabulary.size], settings.keep)
+    texts = held_out(settings, model)
+    trimmed = cut_model(model, kept)
+    check_texts(model, trimmed, texts)
+    console.print(
+        f"[bold]cut[/bold]: {len(kept):,} of {vocabulary.size:,} tokens stay, by {NAMES[settings.by]}; among them "
+        f"{len(vocabulary.required):,} single bytes and special tokens, so every text that could be encoded still can"
+    )
+    write(settings, model, trimmed, kept)
+    written = load(settings.out, dtype=settings.dtype)
+    console.print(f"[bold]written[/bold]: {settings.out}, {describe(written)}, {folder_size(settings.out)}")
+    largest = largest_difference(model, written, kept, texts)
+    console.print(
+        f"  on {settings.dtype} weights read back: logits of the kept tokens differ by at most {largest:.1e} from "
+        "those of the whole model"
+    )
+    console.print(f"[bold]loss[/bold]: {len(texts)} held-out documents of {describe_sources(settings.text)}")
+    before, after = measure(model, texts), measure(written, texts)
+    result = summary(before, after)
+    for line in told(result):
+        console.print(f"  {line}")
+    dropped = [readable(model.tokenizer.token_text(int(i))) for i in order[~np.isin(order, kept)][:12]]
+    console.print(f"  most important tokens that went: {'  '.join(dropped)}")
+    content = result | {
+        "by": settings.by,
+        "largest_logit_difference": largest,
+        "model": model.fingerprint,
+        "kept_token_ids": kept.tolist(),
+    }
+    write_atomically(settings.out / "trim.json", json.dumps(content) + "\n")
+    console.print(
+        f"It loads with fisher_jax.models.load({str(settings.out)!r}), with --model {settings.out} in every command, "
+        "and in Hugging Face transformers."
+    )
+    return 0
+
+
+def describe(model: LanguageModel) -> str:
+    size = sum(x.size for x in jax.tree.leaves(model.params))
+    share = model.head(model.params).size / size
+    return (
+        f"{model.name}: {size:,} parameters, vocabulary {model.config.vocab_size:,} ({share:.0%} of them in the "
+        f"{'tied ' if model.config.tied else ''}head)"
+    )
+
+
+def folder_size(folder: Path) -> str:
+    return f"{(folder / 'model.safetensors').stat().st_size / 2**20:,.0f} MiB of weights"
+
+
+def read_scores(store: StateStore, settings: TrimSettings, model: LanguageModel) -> dict[str, Any]:
+    """The state of the wanted task, measured on this very model."""
+    if not store.tasks:
+        raise InputError(f"{settings.state} holds no state; give the folder that `fisher-jax report` wrote.")
+    names = ", ".join(store.tasks)
+    if settings.task is None and len(store.tasks) > 1:
+        raise InputError(f"{settings.state} holds the tasks {names}; name one of them with --task.")
+    task = settings.task or next(iter(store.tasks))
+    if task not in store.tasks:
+        raise InputError(f"{settings.state} has no task {task!r}; it holds {names}.")
+    progress = store.tasks[task]
+    if progress.model != model.fingerprint:
+        raise InputError(
+            f"the state in {settings.state} was measured on {progress.model_name} ({progress.model}), and this model "
+            f"is {model.name} ({model.fingerprint}); give the state of this model."
+        )
+    if not progress.finished:
+        raise InputError(
+            f"the task {task!r} in {settings.state} is not finished ({progress.batches_done} of "
+            f"{progress.num_batches} batches); go on with it first: fisher-jax report --resume."
+        )
+    return store.restore()[task]
+
+
+def most_important_first(model: LanguageModel, scores: dict[str, Any] | None, by: str) -> np.ndarray:
+    head = np.asarray(model.head(model.params), np.float32)
+    none = np.zeros(len(head))
+    found = orderings(
+        none if scores is None else np.asarray(fj.welford.mean(scores["empirical"])),
+        none if scores is None else np.asarray(fj.welford.mean(scores["true"])),
+        head,
+        none if scores is None else np.asarray(scores["counts"]),
+    )
+    return next(o for o in found if o.name == NAMES[by]).permutations[0][::-1]
+
+
+def held_out(settings: TrimSettings, model: LanguageModel) -> list[str]:
+    """Beginnings of documents that a report on this text holds out, spread evenly over them."""
+    texts = [d.text for d in tokenisable(documents(settings.text, split=settings.split_documents), model)]
+    if len(texts) < HOLD_OUT_EVERY:
+        raise InputError(
+            f"{describe_sources(settings.text)} has {len(texts)} documents, fewer than the {HOLD_OUT_EVERY} of which "
+            "one is held out; give more files to --text, or --split-documents blank-line."
+        )
+    held = texts[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
+    chosen = np.unique(np.linspace(0, len(held) - 1, min(settings.documents, len(held))).round().astype(int))
+    if len(chosen) < 2:
+        raise InputError("one held-out document gives no standard error; give more text")
+    return [held[i][: settings.characters] for i in chosen]
+
+
+def tokenisable(found: Iterable[Document], model: LanguageModel) -> Iterable[Document]:
+    """Those that packing counts: of two tokens or more."""
+    return (d for d in found if len(model.tokenizer.encode(d.text[:256])) >= 2)
+
+
+def check_texts(model: LanguageModel, trimmed: LanguageModel, texts: list[str]) -> None:
+    """Both tokenizers give back the same text; a loss per byte would mean nothing otherwise."""
+    for text in texts:
+        before, after = (m.tokenizer.decode(m.tokenizer.encode(text, special=False)) for m in (model, trimmed))
+        if before != after:
+            raise InputError("the smaller tokenizer does not give back a held-out text; please report this")
+
+
+def write(settings: TrimSettings, model: LanguageModel, trimmed: LanguageModel, kept: np.ndarray) -> None:
+    origin = read_origin(settings.model).renumbered(kept)
+    params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), trimmed.params)
+    try:
+        save(
+            settings.out,
+            trimmed.config,
+            params,
+            trimmed.tokenizer,
+            settings=origin.settings,
+            tokenizer_settings=origin.tokenizer_settings,
+        )
+        if origin.generation:
+            write_atomically(settings.out / "generation_config.json", json.dumps(origin.generation, indent=2) + "\n")
+    except OSError as error:
+        raise disk_error(error, settings.out) from error
+
+
+def largest_difference(model: LanguageModel, written: LanguageModel, kept: np.ndarray, texts: list[str]) -> float:
+    """Of logits of kept tokens, on the beginning of the first texts as the smaller tokenizer cuts them."""
+    rows = [written.tokenizer.encode(text, special=False)[:64] for text in texts[:2]]
+    length = min(map(len, rows))
+    short = np.array([row[:length] for row in rows], np.int32)
+    whole = np.asarray(model.apply(model.params, kept[short].astype(np.int32)))[..., kept]
+    return float(np.max(np.abs(whole - np.asarray(written.apply(written.params, short)))))
+
+
+def summary(before: Loss, after: Loss) -> dict[str, Any]:
+    change, error = difference(after, before)
+    return {
+        "bits_per_byte_before": bits_per_byte(before),
+        "bits_per_byte_after": bits_per_byte(after),
+        "change": change,
+        "standard_error_of_change": error,
+        "bytes": int(before.bytes.sum()),
+        "documents": len(before.bytes),
+        "tokens_before": int(before.tokens.sum()),
+        "tokens_after": int(after.tokens.sum()),
+    }
+
+
+def told(result: dict[str, Any]) -> list[str]:
+    more = result["tokens_after"] / result["tokens_before"] - 1
+    return [
+        f"before: {result['bits_per_byte_before']:.4f} bits per byte, {result['tokens_before']:,} tokens for "
+        f"{result['bytes']:,} bytes",
+        f"after:  {result['bits_per_byte_after']:.4f} bits per byte, {result['tokens_after']:,} tokens ({more:+.1%})",
+        f"change: {result['change']:+.4f} ± {1.96 * result['standard_error_of_change']:.4f} bits per byte (95%, over "
+        f"{result['documents']} documents)",
+    ]

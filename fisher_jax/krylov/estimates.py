@@ -124,7 +124,7 @@ def _range(basis, apply: Callable, kept: int, key, layout: Layout):
         if before == 0:
             continue
         largest = max(largest, before)
-        _, w, norm = process.orthogonalise(basis, w, max(size, 1), lambda _: 0.0)
+        _, w, norm = process.orthogonalise(basis, w, np.zeros(max(size, 1)), lambda _: 0.0)
         if norm > 32 * layout.eps * largest:
             basis, _ = sweeps.write(basis, w, 1 / norm, size)
             size += 1
@@ -134,7 +134,7 @@ def _range(basis, apply: Callable, kept: int, key, layout: Layout):
 def _probe(basis, apply: Callable, size: int, key, layout: Layout, squared: bool) -> float:
     """``u^T A u (n - size) / u^T u`` for a random direction ``u`` outside of ``Q``, or the same of ``|A u|**2``."""
     drawn = process.on(basis, random_vector(key, layout, "normal"))
-    _, u, norm = process.orthogonalise(basis, drawn, max(size, 1), lambda _: 0.0)
+    _, u, norm = process.orthogonalise(basis, drawn, np.zeros(max(size, 1)), lambda _: 0.0)
     w = _finite(basis, apply(list(u)))
     found = sweeps.dot(basis, w, w) if squared else sweeps.dot(basis, u, w)
     return found * (layout.size - size) / norm**2

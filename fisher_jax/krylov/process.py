@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 
+_LITTLE = 0.05  # of a vector: after this is subtracted, no second pass finds more than rounding
 _SUSPICIOUS = 0.02  # a residual this small may be the noise of products in bfloat16
 
 
@@ -111,9 +112,11 @@ def step(state: Process, product: Callable[[Vector], Vector], rules: Rules) -> P
     basis, v = sweeps.write(state.basis, state.pending, 1 / state.beta, j)
     matrix, coupling = state.matrix.copy(), np.zeros_like(state.coupling)
     matrix[j, :j] = state.coupling[:j]
-    w = product(v)
+    w = on(basis, product(v))
+    predicted = matrix[j, : j + 1].copy()
+    predicted[j] = sweeps.dot(basis, v, w)
     del v
-    column, w, norm = orthogonalise(basis, w, j + 1, lambda x: rules.breakdown * max(state.scale, x))
+    column, w, norm = orthogonalise(basis, w, predicted, lambda x: rules.breakdown * max(state.scale, x))
     if not np.isfinite(norm):
         _explain_nan(state, product, basis, j)
     total = math.hypot(float(np.linalg.norm(column)), norm)
@@ -170,16 +173,21 @@ def deviation(state: Process, product: Callable[[Vector], Vector], coordinates: 
     return sweeps.subtract(state.basis, w, state.matrix[:m, :m] @ coordinates)[2]
 
 
-def orthogonalise(basis: Basis, w: Vector, rows: int, small: Callable[[float], float]):
-    """Classical Gram-Schmidt, twice and until nothing is left to subtract.
+def orthogonalise(basis: Basis, w: Vector, predicted: np.ndarray, small: Callable[[float], float]):
+    """Coefficients of ``w`` in as many rows as are ``predicted``, what is left of it, and the norm of that.
 
-    Each pass measures what it leaves, so the last pass is the one that finds nothing beyond rounding (Daniel, Gragg,
-    Kaufman and Stewart 1976: two passes are enough unless next to nothing remains).
+    Classical Gram-Schmidt, twice and until nothing is left to subtract. The first pass takes away what is predicted
+    (the three-term recurrence knows nearly all of it) and measures the rest of the coefficients; the second takes
+    that away. Where it was little, nothing beyond rounding can be left; else each pass measures what it leaves, and
+    the last one is the one that finds nothing beyond rounding (Daniel, Gragg, Kaufman and Stewart 1976: two passes
+    are enough unless next to nothing remains).
     """
-    column = sweeps.project(basis, w, rows)
-    w, rest, norm = sweeps.subtract(basis, w, column)
+    w, rest, before = sweeps.subtract(basis, w, predicted)
+    column = predicted + rest
+    little = np.linalg.norm(rest) <= _LITTLE * before
+    w, rest, norm = sweeps.subtract(basis, w, rest, measure=not little)
     size = math.hypot(float(np.linalg.norm(column)), norm)
-    for _ in range(4):
+    for _ in range(4 if not little else 0):
         if not np.linalg.norm(rest) > 4 * basis.layout.eps * norm:
             break
         column = column + rest
@@ -238,7 +246,7 @@ def _forget(state: Process, quiet: int, small: float) -> Process:
 def _draw(state: Process) -> Process:
     """A random direction orthogonal to the basis, coupled to nothing."""
     drawn = random_vector(jax.random.fold_in(state.key, state.draws), state.basis.layout, "normal")
-    _, w, norm = orthogonalise(state.basis, on(state.basis, drawn), state.size, lambda _: 0.0)
+    _, w, norm = orthogonalise(state.basis, on(state.basis, drawn), np.zeros(state.size), lambda _: 0.0)
     return state._replace(pending=w, beta=norm, fresh=True, draws=state.draws + 1)
 
 

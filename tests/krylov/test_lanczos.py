@@ -7,6 +7,7 @@ import pytest
 import scipy.sparse.linalg
 
 import fisher_jax as fj
+from fisher_jax.krylov import sweeps
 from tests.krylov import operators_of_known_spectrum as known
 
 EPS = float(np.finfo(np.float32).eps)
@@ -229,3 +230,27 @@ def test_without_verification_the_bound_rests_on_the_stated_type():
     spectrum = run(matrix, num_steps=50, num_eigenvalues=3, verify=False)
     assert np.all(known.distances(spectrum, matrix) <= spectrum.residuals)
     assert spectrum.num_products == 50
+
+
+def test_a_run_stops_when_all_have_converged_where_that_is_asked_for():
+    matrix = known.dense(np.r_[np.logspace(2, 1, 4), np.linspace(0, 0.1, 96)])
+    spectrum = run(matrix, num_steps=60, num_eigenvalues=3, check_every=4)
+    assert 4 <= spectrum.num_valid_steps <= 16
+    assert spectrum.num_valid_steps % 4 == 0
+    assert spectrum.converged.all()
+    np.testing.assert_allclose(spectrum.eigenvalues, known.truth(matrix)[:-4:-1], rtol=1e-5)
+    assert run(matrix, num_steps=24, num_eigenvalues=3).num_valid_steps == 24
+    # As many Ritz values as eigenvalues are asked for, and one more, must be there before any can have converged.
+    bulk = known.dense(known.SPECTRA["bulk"])
+    assert run(bulk, num_steps=40, num_eigenvalues=20, tol=10.0, check_every=1).num_valid_steps == 21
+    with pytest.raises(ValueError, match="check_every"):
+        run(matrix, num_steps=4, num_eigenvalues=1, check_every=0)
+
+
+def test_a_step_reads_the_basis_twice(monkeypatch):
+    """Memory is what a step waits for: one pass predicts and measures, one takes away what was measured."""
+    passes = []
+    subtract = sweeps.subtract
+    monkeypatch.setattr(sweeps, "subtract", lambda *args, **kw: passes.append(len(args[2])) or subtract(*args, **kw))
+    run(known.dense(known.SPECTRA["bulk"]), num_steps=40, num_eigenvalues=3, verify=False)
+    assert len(passes) <= 2 * 40 + 2

@@ -197,11 +197,18 @@ def test_passes_over_blocks_equal_whole_products(storage):
     vector = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes.values()]
     x = flat(vector)
     np.testing.assert_allclose(sweeps.project(basis, vector, 6), stack[:6] @ x, atol=1e-3)
+    copy, _, same = sweeps.subtract(basis, [jnp.array(x) for x in vector], coefficients, measure=False)
     left, rest, norm = sweeps.subtract(basis, vector, coefficients)
+    assert same == pytest.approx(norm, rel=1e-6)
+    np.testing.assert_allclose(flat(copy), flat(left), atol=1e-6)
     wanted = x - coefficients @ stack[:6]
     np.testing.assert_allclose(flat(left), wanted, atol=1e-5)
     np.testing.assert_allclose(rest, stack[:6] @ wanted, rtol=1e-5, atol=1e-2)
     assert norm == pytest.approx(np.linalg.norm(wanted), rel=1e-6)
+    few = np.array([0.5, 0, 0, -2.0])  # what is not zero is little: another way on the host
+    once, rest, _ = sweeps.subtract(basis, [jnp.asarray(x) for x in left], few)
+    np.testing.assert_allclose(flat(once), wanted - few @ stack[:4], atol=1e-5)
+    np.testing.assert_allclose(rest, stack[:4] @ (wanted - few @ stack[:4]), rtol=1e-5, atol=1e-2)
     turn = rng.standard_normal((7, 4))
     turned = sweeps.rotate(basis, turn)
     for row in range(4):

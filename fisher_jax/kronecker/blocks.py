@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from fisher_jax.axes import UntraceableError, roles_of_leaf
 from fisher_jax.dense import operand_axes
-from fisher_jax.kronecker.layout import is_rearrangement
+from fisher_jax.kronecker import convolution
+from fisher_jax.kronecker.layout import is_rearrangement, unit_axes
 from fisher_jax.kronecker.structure import Structure
 from fisher_jax.provenance import Spec, Use
 
@@ -42,7 +43,8 @@ class Block:
     """The block of one parameter leaf, or of a kernel with its bias.
 
     Attributes:
-        kind: ``dense``, ``embedding``, ``tied``, ``diagonal``, ``unused`` or ``frozen`` (not a floating leaf).
+        kind: ``dense`` (convolutions too), ``embedding``, ``tied``, ``diagonal``, ``unused`` or ``frozen`` (not a
+            floating leaf).
         path, leaf: of the kernel.
         use: of the kernel; the dense one of a tied leaf.
         bias, bias_use: of the bias that makes the inputs homogeneous.
@@ -127,7 +129,7 @@ def _block(leaf: int, path: str, x: Any, uses: list[Spec], found: Structure, rul
         return Block("diagonal", path, leaf, uses[0].use)
     for spec in uses:
         _check(path, spec)
-    if set(kinds) == {"dense"}:
+    if set(kinds) in ({"dense"}, {"conv"}):
         return _dense(Block("dense", path, leaf, uses[0].use), x, uses, found, rules)
     if set(kinds) == {"embedding"}:
         return _embedding(Block("embedding", path, leaf, uses[0].use), uses, rules)
@@ -144,10 +146,15 @@ def _block(leaf: int, path: str, x: Any, uses: list[Spec], found: Structure, rul
 
 def _check(path: str, spec: Spec) -> None:
     use = spec.use
-    if use.kind not in ("dense", "embedding"):
-        place = f" at {use.where}" if use.where else ""
-        what = "a convolution" if use.kind == "conv" else f"a use of kind {use.kind} ({use.primitive})"
+    place = f" at {use.where}" if use.where else ""
+    if use.kind not in ("dense", "embedding", "conv"):
+        what = f"a use of kind {use.kind} ({use.primitive})"
         raise ValueError(f"K-FAC has no block for {path}: {what}{place}; {_way_out(path)}")
+    if use.kind == "conv" and use.options["batch_group_count"] != 1:
+        raise ValueError(
+            f"K-FAC has no block for {path}: a convolution that groups examples (batch_group_count="
+            f"{use.options['batch_group_count']}){place}; {_way_out(path)}"
+        )
     if not is_rearrangement(use):
         raise ValueError(
             f"K-FAC has no block for {path}: only a slice, or a repetition, of it is used at {use.where}; "
@@ -175,14 +182,21 @@ def _dense(block: Block, x: Any, uses: list[Spec], found: Structure, rules: Rule
         loops = {spec.use.loops for spec in uses}
         if len({_roles(block.path, spec.use, x.ndim) for spec in uses}) > 1 or len(loops) > 1:
             raise ValueError(f"{block.path} is used both as it is and transposed; {_way_out(block.path)}")
-    batch, inside, out = operand_axes(first)
-    shape = first.operand.shape
-    apart, width, units = (math.prod(shape[i] for i in axes) for axes in (batch, inside, out))
+    apart, units, width = _sizes(first)
     tokens = sum(_tokens(spec, apart, units) for spec in uses)
     head = found.head == block.leaf and len(uses) == 1 and not first.loops
     number = math.prod(x.shape) // (width * units)
     block = dataclasses.replace(block, number=number, units=units, width=width, head=head)
     return _with_policy(block, tokens, rules)
+
+
+def _sizes(use: Use) -> tuple[int, int, int]:
+    """Matrices kept apart, and outputs and inputs of each."""
+    if use.kind == "conv":
+        return convolution.sizes(use)
+    batch, inside, out = operand_axes(use)
+    apart, units, width = (math.prod(use.operand.shape[i] for i in axes) for axes in (batch, out, inside))
+    return apart, units, width
 
 
 def _tokens(spec: Spec, apart: int, units: int) -> int:
@@ -214,14 +228,16 @@ def _with_bias(kernel: Block, bias: Block, uses: list[Spec]) -> Block | None:
     if kernel.kind != "dense" or bias.kind != "diagonal" or len(uses) != 1 or kernel.use is None:
         return None
     (use,) = [spec.use for spec in uses]
-    batch, _, _ = operand_axes(kernel.use)
-    trailing = math.prod(_leaf_units(use)) == kernel.units
-    if use.kind != "bias" or use.loops != kernel.use.loops or batch or not trailing or kernel.use.index != 1:
+    apart, units, _ = _sizes(kernel.use)
+    if use.kind != "bias" or use.loops != kernel.use.loops or apart != 1 or kernel.use.index != 1:
+        return None
+    try:
+        own = unit_axes(use)
+    except UntraceableError:
+        return None
+    shape = use.operand.shape
+    last = tuple(range(len(shape) - len(own), len(shape)))
+    wanted = (convolution.channel_axis(kernel.use),) if kernel.use.kind == "conv" else last
+    if math.prod(shape[i] for i in own) != units or (own != wanted and units > 1):
         return None
     return dataclasses.replace(kernel, bias=bias.leaf, bias_use=use)
-
-
-def _leaf_units(use: Use) -> tuple[int, ...]:
-    """Shape of the bias before it was broadcast, without the axes of stacks."""
-    shape = use.segments[-1].source.shape if use.loops else use.segments[0].source.shape
-    return tuple(shape)

@@ -72,7 +72,9 @@ def kfac_factors(
     ``G = sum_t g_t g_t^T / W``, ``W`` the weight of the tokens; at the head ``A = sum_t w_t a_t a_t^T / W``. A bias
     that is added to the output is an input of 1. An embedding has the frequencies of its rows for ``A``; an embedding
     tied to the head has both parts; scales and lone biases have the diagonal of squares. Layers stacked in a scan
-    are stacked factors. ``apply_fn(params, inputs) -> outputs [..., K]``.
+    are stacked factors. A convolution has for inputs what its window sees (channels times places of the window) at
+    every position of its output, a grouped one a block for each group (Grosse and Martens 2016).
+    ``apply_fn(params, inputs) -> outputs [..., K]``.
 
     Args:
         params, batch: where the curvature is taken. Padding is ``batch.real``, the loss mask ``batch.weights``.

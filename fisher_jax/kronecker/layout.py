@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax.axes import trace_axes
 from fisher_jax.dense import operand_axes
+from fisher_jax.kronecker.convolution import kernel_blocks
 from fisher_jax.provenance import Segment, Step, Use
 
-__all__ = ["bias_rows", "inverse", "is_rearrangement", "kernel_matrices", "table_matrices", "through"]
+__all__ = ["bias_rows", "inverse", "is_rearrangement", "kernel_matrices", "table_matrices", "through", "unit_axes"]
 
 # Steps that change the dtype or the placement, not the numbers or their order.
 _SAME = {
@@ -74,7 +76,10 @@ def _arranged(use: Use, leaf: Array, batch: tuple, out: tuple, inside: tuple) ->
 
 
 def kernel_matrices(use: Use, leaf: Array) -> Array:
-    """``[N, out, in]`` of a dense use: ``N`` layers of a stack times the axes that the product keeps apart."""
+    """``[N, out, in]``: ``N`` layers of a stack times what a product or a grouped convolution keeps apart."""
+    if use.kind == "conv":
+        blocks = kernel_blocks(use, _operand(use, leaf))
+        return blocks.reshape(-1, *blocks.shape[-2:])
     batch, inside, out = operand_axes(use)
     return _arranged(use, leaf, batch, out, inside)
 
@@ -89,11 +94,19 @@ def bias_rows(use: Use, units: int, leaf: Array) -> Array:
     """``[N, units]`` of a bias that was broadcast over positions."""
     operand = _operand(use, leaf)
     lead = operand.ndim - len(use.operand.shape)
-    shape, kept = use.operand.shape, len(use.operand.shape)
-    while kept > 0 and math.prod(shape[kept:]) != units:
-        kept -= 1
-    first = operand[(slice(None),) * lead + (0,) * kept]
+    own = unit_axes(use)
+    first = operand[(slice(None),) * lead + tuple(slice(None) if i in own else 0 for i in range(operand.ndim - lead))]
     return first.reshape(-1, units)
+
+
+def unit_axes(use: Use) -> tuple[int, ...]:
+    """Axes of the operand of a bias along which it is not broadcast.
+
+    Raises:
+        UntraceableError: an axis that cannot be followed.
+    """
+    axes, _ = trace_axes(use)
+    return tuple(i for i, atoms in enumerate(axes) if any(atom.size > 1 for atom in atoms))
 
 
 def inverse(arrange: Callable[[Array], Array], leaf: jax.ShapeDtypeStruct) -> Callable[[Array], Array]:

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from fisher_jax.dense import matrices, operand_axes
 from fisher_jax.kronecker.blocks import Block, Rules
+from fisher_jax.kronecker.convolution import patches
 from fisher_jax.kronecker.factors import subsample, wide
 from fisher_jax.kronecker.layout import through
 from fisher_jax.kronecker.placement import spec_of
@@ -60,11 +61,11 @@ def statistic(tap: Tap, block: Block, masks: Masks, rules: Rules) -> Tree:
 
 
 def observations(tap: Tap, block: Block, masks: Masks, rules: Rules) -> tuple[Array, Array, Array]:
-    """Of one dense use: inputs ``[batch, T, in]`` with the 1 of a bias, output gradients, and weights in ``A``."""
+    """Of a product or convolution: inputs ``[batch, T, in]`` and the bias's 1, output gradients, weights in ``A``."""
     assert tap.inputs is not None
     assert tap.cotangents is not None
-    a, g = matrices(tap.use, tap.inputs, tap.cotangents)
-    a, g = wide(a), wide(g)
+    rows = patches if tap.kind == "conv" else matrices
+    a, g = rows(tap.use, tuple(map(wide, tap.inputs)), wide(tap.cotangents))
     mask = _mask(tap, block, masks, a.shape[1]).astype(a.dtype)
     if rules.shared == "reduce" and not block.head:
         a, g, mask = _reduce(a, g, mask, masks.rows, tap.path)
@@ -93,6 +94,8 @@ def places(tap: Tap, block: Block, rules: Rules) -> Tree:
 def _unit_places(tap: Tap) -> PartitionSpec:
     """Of ``[batch, out, T]``, where the output units are one axis of the cotangents."""
     spec = spec_of(tap.cotangents)
+    if tap.kind == "conv":
+        return PartitionSpec()
     _, _, outputs = operand_axes(tap.use)
     if len(outputs) != 1 or tap.use.index != 1 or not len(spec):
         return PartitionSpec()
@@ -160,6 +163,8 @@ def _mask(tap: Tap, block: Block, masks: Masks, tokens: int) -> Array:
     if "shared" not in tap.use.loops:
         if real.size == tokens:
             return real.ravel()
+        if real.ndim == 1 and tokens % real.size == 0:  # positions of rows that are real as a whole
+            return jnp.repeat(real, tokens // real.size)
         if real.shape[0] == tokens:  # pooled over positions
             return real.reshape(tokens, -1).any(1)
         if real.size == tokens * real.shape[0]:  # the same for every row

@@ -29,7 +29,8 @@ _ELEMENTWISE = {
 
 @dataclasses.dataclass(frozen=True)
 class _Tag:
-    """``param``; ``dense``: the output of a dense use itself; ``after``: an elementwise function of it."""
+    """``param``; ``dense``: the output of a dense use itself; ``after``: an elementwise function of it; ``channels``:
+    the output of a convolution whose channels are not its last axis."""
 
     kind: str
     leaf: int
@@ -96,6 +97,13 @@ def _equation(eqn: Any, given: list[_Tag | None], found: Structure) -> list[_Tag
     if name == "dot_general":
         params = [t for t in given if t is not None and t.kind == "param"]
         return [_Tag("dense", params[0].leaf)] if len(params) == 1 else [None]
+    if name == "conv_general_dilated":
+        params = [t for t in given if t is not None and t.kind == "param"]
+        if params != given[1:]:
+            return [None]
+        spec, last = eqn.params["dimension_numbers"].out_spec, eqn.outvars[0].aval.ndim - 1
+        in_order = tuple(spec) == (0, last, *range(1, last))
+        return [_Tag("dense" if in_order else "channels", params[0].leaf)]
     if name in _LAYOUT:
         (tag,) = given[:1]
         if tag is not None and tag.kind != "param" and name not in _IN_PLACE:
@@ -113,13 +121,13 @@ def _elementwise(eqn: Any, given: list[_Tag | None], found: Structure) -> _Tag |
     (output,) = outputs
     if (
         eqn.primitive.name == "add"
-        and output.kind == "dense"
+        and output.kind in ("dense", "channels")
         and len(biases) == 1
         and output.leaf not in found.biases
     ):
         found.biases[output.leaf] = biases[0].leaf
         return output
-    return _Tag("after", output.leaf)
+    return None if output.kind == "channels" else _Tag("after", output.leaf)
 
 
 def _inner(eqn: Any) -> Any:

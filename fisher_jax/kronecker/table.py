@@ -96,7 +96,9 @@ def _told(block: Block, rules: Rules) -> str:
         outputs += f" by {block.columns} columns"
     parts = [f"{inputs} (x) {outputs}"]
     if block.number > 1:
-        parts.append(f"{block.number} stacked")
+        parts.append(f"{block.number} of them")
+    if block.use is not None and block.use.kind == "conv":
+        parts.append("convolution")
     if block.head:
         parts.append("tied to its use as embedding" if block.kind == "tied" else "the head")
     if block.is_corrected(rules):

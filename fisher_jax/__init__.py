@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from fisher_jax.alignment import per_parameter
     from fisher_jax.batch import Batch, next_token_batch
     from fisher_jax.blocks import BlockSpectra, BlockSpectrum, Capacity, block_spectra, block_spectrum
+    from fisher_jax.decisions import CautiousPruning, Decisions, decide, prune_below
     from fisher_jax.diagonal import group_fisher
     from fisher_jax.errors import InputError, RejectedBatchError
     from fisher_jax.estimator import FisherEstimator
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
     from fisher_jax.likelihoods import Likelihood, bernoulli, categorical, gaussian
     from fisher_jax.memory import on_device, on_host
     from fisher_jax.moving_average import ema
+    from fisher_jax.multiplicity import holm, q_values
     from fisher_jax.pruning import apply_mask, prune_mask, saliency
     from fisher_jax.rejection import check
+    from fisher_jax.shift import Drift, Shift, importance_drift, importance_shift
     from fisher_jax.taps import capture, coverage, gradients_from_taps, value_grad_and_taps
     from fisher_jax.tracking import track_fisher
+    from fisher_jax.uncertainty import DataNeeded, data_needed, effective_count, signal_to_noise
 
 # Where each public name lives. Loaded on first use, so that the command line answers before jax is imported.
 _MODULES = ("checkpoint", "groups", "lm_head", "moving_average", "operators", "welford")
@@ -74,6 +78,20 @@ _NAMES = {
     "apply_mask": "pruning",
     "prune_mask": "pruning",
     "saliency": "pruning",
+    "holm": "multiplicity",
+    "q_values": "multiplicity",
+    "DataNeeded": "uncertainty",
+    "data_needed": "uncertainty",
+    "effective_count": "uncertainty",
+    "signal_to_noise": "uncertainty",
+    "CautiousPruning": "decisions",
+    "Decisions": "decisions",
+    "decide": "decisions",
+    "prune_below": "decisions",
+    "Drift": "shift",
+    "Shift": "shift",
+    "importance_drift": "shift",
+    "importance_shift": "shift",
 }
 
 __all__ = [
@@ -81,7 +99,11 @@ __all__ = [
     "BlockSpectra",
     "BlockSpectrum",
     "Capacity",
+    "CautiousPruning",
+    "DataNeeded",
+    "Decisions",
     "Density",
+    "Drift",
     "Estimate",
     "FisherEstimator",
     "InputError",
@@ -89,6 +111,7 @@ __all__ = [
     "KFACSpectrum",
     "Likelihood",
     "RejectedBatchError",
+    "Shift",
     "Spectrum",
     "apply_mask",
     "bernoulli",
@@ -99,12 +122,18 @@ __all__ = [
     "check",
     "checkpoint",
     "coverage",
+    "data_needed",
+    "decide",
+    "effective_count",
     "ema",
     "frobenius_norm",
     "gaussian",
     "gradients_from_taps",
     "group_fisher",
     "groups",
+    "holm",
+    "importance_drift",
+    "importance_shift",
     "kfac",
     "kfac_coverage",
     "kfac_factors",
@@ -120,9 +149,12 @@ __all__ = [
     "operators",
     "per_parameter",
     "precondition",
+    "prune_below",
     "prune_mask",
+    "q_values",
     "saliency",
     "scale_by_kfac",
+    "signal_to_noise",
     "spectral_density",
     "trace",
     "track_fisher",

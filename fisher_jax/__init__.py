@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fisher_jax.krylov import Density, Estimate, Spectrum, frobenius_norm, lanczos, spectral_density, trace
     from fisher_jax.likelihoods import Likelihood, bernoulli, categorical, gaussian
     from fisher_jax.memory import on_device, on_host
+    from fisher_jax.merging import merge_params, merge_task_vectors, shrunk_mean
     from fisher_jax.moving_average import ema
     from fisher_jax.multiplicity import holm, q_values
     from fisher_jax.pruning import apply_mask, prune_mask, saliency
@@ -92,6 +93,9 @@ _NAMES = {
     "Shift": "shift",
     "importance_drift": "shift",
     "importance_shift": "shift",
+    "merge_params": "merging",
+    "merge_task_vectors": "merging",
+    "shrunk_mean": "merging",
 }
 
 __all__ = [
@@ -142,6 +146,8 @@ __all__ = [
     "kfac_static_args",
     "lanczos",
     "lm_head",
+    "merge_params",
+    "merge_task_vectors",
     "moving_average",
     "next_token_batch",
     "on_device",
@@ -154,6 +160,7 @@ __all__ = [
     "q_values",
     "saliency",
     "scale_by_kfac",
+    "shrunk_mean",
     "signal_to_noise",
     "spectral_density",
     "trace",

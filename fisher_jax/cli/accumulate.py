@@ -1,9 +1,7 @@
 """The run loop: one compiled step per batch, checkpoints in between, a clean stop on Ctrl-C."""
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,16 +14,13 @@ from fisher_jax.cli.packing import Rows
 from fisher_jax.cli.progress import StreamProgress
 from fisher_jax.cli.run_state import Progress, StateStore
 from fisher_jax.cli.settings import Settings
+from fisher_jax.cli.stopping import InterruptedRunError, stop_requests
 from fisher_jax.errors import RejectedBatchError
 from fisher_jax.models import LanguageModel
 
-__all__ = ["InterruptedRunError", "accumulate", "hidden_and_targets"]
+__all__ = ["accumulate", "hidden_and_targets"]
 
 KINDS = ("empirical", "true")
-
-
-class InterruptedRunError(Exception):
-    """The person asked to stop; everything up to here is saved."""
 
 
 def accumulate(
@@ -52,7 +47,7 @@ def accumulate(
     if state is None:
         state = _initial_state(model, rows, settings)
     saved_at = time.monotonic()
-    with _stop_requests() as stop_requested:
+    with stop_requests() as stop_requested:
         for tokens, mask, units in rows.batches(settings.batch_size, start=progress.batches_done):
             started = time.monotonic()
             state, loss_sum, count = step(model.params, state, tokens, mask, units, progress.batches_done)
@@ -152,28 +147,6 @@ def _check_batch(state: dict[str, Any], loss_sum: float, rows: Rows, index: int,
     raise RejectedBatchError(
         f"batch {index} was rejected: {reason}; it holds {documents}. The state is left as it was before it."
     )
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C or termination signal into a flag that the loop reads between steps."""
-    requested = False
-
-    def request(number, frame):
-        nonlocal requested
-        if requested:  # a second one: the person is in a hurry
-            raise KeyboardInterrupt
-        requested = True
-
-    try:
-        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: there is nobody to press Ctrl-C
-        before = {}
-    try:
-        yield lambda: requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def hidden_and_targets(

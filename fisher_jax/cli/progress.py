@@ -2,12 +2,13 @@
 
 import time
 from types import TracebackType
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-__all__ = ["StreamProgress", "duration"]
+__all__ = ["Live", "StreamProgress", "TimeLeft", "duration"]
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -22,38 +23,30 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-class _TimeLeft(ProgressColumn):
+class TimeLeft(ProgressColumn):
     def render(self, task: Task) -> Text:
         left = task.fields["left"]
         return Text(f"{duration(left)} left" if left is not None else "", style="cyan")
 
 
-class StreamProgress:
-    """Tokens seen, tokens per second, time left and running loss.
+class Live:
+    """A bar on a terminal; elsewhere a line every 15 seconds, and one at the end."""
 
-    The rate is that of this process, from its first finished step on, which leaves compilation out.
-    """
-
-    def __init__(self, console: Console, total_tokens: int, done_tokens: int = 0):
+    def __init__(
+        self,
+        console: Console,
+        total: int,
+        *columns: ProgressColumn,
+        done: int = 0,
+        transient: bool = False,
+        **fields: Any,
+    ):
         self._console = console
-        self._total = total_tokens
-        self._first_tokens = self._tokens = done_tokens
-        self._started: float | None = None
         self._last_line = time.monotonic()
-        self._bar = Progress(
-            TextColumn("streaming"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:,.0f} / {task.total:,.0f} tokens"),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("{task.fields[loss]}"),
-            _TimeLeft(),
-            console=console,
-        )
-        self._task = self._bar.add_task(
-            "", total=total_tokens, completed=done_tokens, rate="compiling", loss="", left=None
-        )
+        self._bar = Progress(*columns, console=console, transient=transient)
+        self._task = self._bar.add_task("", total=total, completed=done, **fields)
 
-    def __enter__(self) -> "StreamProgress":
+    def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._bar.start()
         return self
@@ -64,10 +57,43 @@ class StreamProgress:
         if self._console.is_terminal:
             self._bar.stop()
 
+    def _tell(self, line: str, *, now: bool = False) -> None:
+        """The line for where no bar is seen, if one is due."""
+        time_now = time.monotonic()
+        due = now or time_now - self._last_line > _SECONDS_BETWEEN_LINES
+        if due and not self._console.is_terminal:
+            self._last_line = time_now
+            self._console.print(f"  {line}", highlight=False)
+
+
+class StreamProgress(Live):
+    """Tokens seen, tokens per second, time left and running loss.
+
+    The rate is that of this process, from its first finished step on, which leaves compilation out.
+    """
+
+    def __init__(self, console: Console, total_tokens: int, done_tokens: int = 0):
+        self._total = total_tokens
+        self._first_tokens = done_tokens
+        self._started: float | None = None
+        super().__init__(
+            console,
+            total_tokens,
+            TextColumn("streaming"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:,.0f} / {task.total:,.0f} tokens"),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[loss]}"),
+            TimeLeft(),
+            done=done_tokens,
+            rate="compiling",
+            loss="",
+            left=None,
+        )
+
     def update(self, tokens: int, loss: float) -> None:
         """`tokens` seen so far in all, and the mean loss over them."""
         now = time.monotonic()
-        self._tokens = tokens
         if self._started is None:
             self._started, self._first_tokens = now, tokens
         elapsed = now - self._started
@@ -81,11 +107,6 @@ class StreamProgress:
             left=left,
         )
         finished = tokens >= self._total
-        if not self._console.is_terminal and (finished or now - self._last_line > _SECONDS_BETWEEN_LINES):
-            self._last_line = now
-            ending = f", {duration(left)} left" if left and not finished else ""
-            speed = f", {rate:,.0f} tokens/s" if rate else ""
-            self._console.print(
-                f"  {tokens:,} / {self._total:,} tokens{speed}, loss {loss:.3f}{ending}",
-                highlight=False,
-            )
+        ending = f", {duration(left)} left" if left and not finished else ""
+        speed = f", {rate:,.0f} tokens/s" if rate else ""
+        self._tell(f"{tokens:,} / {self._total:,} tokens{speed}, loss {loss:.3f}{ending}", now=finished)

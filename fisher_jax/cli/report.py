@@ -1,8 +1,6 @@
 """`fisher-jax report` from start to end."""
 
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +8,22 @@ import numpy as np
 from rich.console import Console
 
 import fisher_jax as fj
-from fisher_jax.cli import html, markdown
-from fisher_jax.cli.accumulate import InterruptedRunError, accumulate, hidden_and_targets
-from fisher_jax.cli.blocks import Picture
+from fisher_jax.cli.accumulate import accumulate, hidden_and_targets
+from fisher_jax.cli.clock import Clock
 from fisher_jax.cli.corpora import describe_sources, documents
 from fisher_jax.cli.findings import Findings, lead, title
-from fisher_jax.cli.folder import check_writable, disk_error, write_atomically
+from fisher_jax.cli.folder import check_writable, disk_error
 from fisher_jax.cli.importance import compare, importance, importance_csv, readable
 from fisher_jax.cli.layers import columns, layers_csv, read_layers
 from fisher_jax.cli.orderings import orderings
 from fisher_jax.cli.packing import Packed, Rows, pack
+from fisher_jax.cli.pages import write_pages
 from fisher_jax.cli.progress import StreamProgress
 from fisher_jax.cli.pruning import PruningResult, prune
 from fisher_jax.cli.run_state import Progress, StateStore
 from fisher_jax.cli.sections import blocks
 from fisher_jax.cli.settings import Settings
+from fisher_jax.cli.stopping import InterruptedRunError
 from fisher_jax.cli.summary import summary
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
@@ -38,26 +37,10 @@ _REPORT_BYTES = 20 * 2**20
 FIGURE_PREFIXES = ("layers-", "importance-", "most-", "least-", "pruning-", "tasks-")
 
 
-class _Clock:
-    """Says what is done now and remembers how long it took."""
-
-    def __init__(self, console: Console):
-        self.console = console
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str, sentence: str):
-        self.console.print(f"[bold]{name}[/bold]: {sentence}", highlight=False, markup=True)
-        started = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - started
-
-
 def run(settings: Settings) -> int:
     """Measures, writes the report and prints a summary; the exit code."""
     console = Console(file=sys.stdout, soft_wrap=True)
-    clock = _Clock(console)
-    began = time.monotonic()
+    clock = Clock(console)
     check_writable(settings.out)
     store = StateStore(settings.out)
     store.check_before_loading(settings)
@@ -96,7 +79,7 @@ def run(settings: Settings) -> int:
         raise
     except OSError as error:
         raise disk_error(error, settings.out) from error
-    summary(console, found, time.monotonic() - began)
+    summary(console, found, clock.total)
     return 0
 
 
@@ -141,7 +124,7 @@ def _warn_about_intervals(console: Console, settings: Settings, packed: Packed) 
 
 def _stream(
     console: Console,
-    clock: _Clock,
+    clock: Clock,
     settings: Settings,
     model: LanguageModel,
     rows: Rows,
@@ -170,7 +153,7 @@ def _stream(
 
 
 def _findings(
-    clock: _Clock,
+    clock: Clock,
     settings: Settings,
     model: LanguageModel,
     packed: Packed,
@@ -243,22 +226,8 @@ def _prune(
 
 
 def _write(out: Path, found: Findings) -> None:
-    """Everything is drawn and worded before the first file is written; pictures of an earlier report go."""
-    parts = blocks(found)
-    pictures = {f"{block.name}.png": block.light for block in parts if isinstance(block, Picture)}
-    pages = {
+    tables = {
         "importance.csv": importance_csv(found.main, found.vocabulary),
-        "report.md": markdown.render(title(found), lead(found), parts),
-        "report.html": html.render(title(found), lead(found), parts),
+        "layers.csv": None if found.layers is None else layers_csv(found.layers),
     }
-    if found.layers is not None:
-        pages["layers.csv"] = layers_csv(found.layers)
-    for name, raw in pictures.items():
-        write_atomically(out / "figures" / name, raw)
-    for name, text in pages.items():
-        write_atomically(out / name, text)
-    for path in (out / "figures").glob("*.png"):
-        if path.name.startswith(FIGURE_PREFIXES) and path.name not in pictures:
-            path.unlink()
-    if found.layers is None:  # one of an earlier report would be of another run
-        (out / "layers.csv").unlink(missing_ok=True)
+    write_pages(out, "report", (title(found), lead(found)), blocks(found), tables, FIGURE_PREFIXES)

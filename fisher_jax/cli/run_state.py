@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fisher_jax as fj
+from fisher_jax.cli.earlier_run import refuse_difference, refuse_misuse
 from fisher_jax.cli.settings import Settings
 from fisher_jax.errors import InputError
 
@@ -56,18 +57,16 @@ class StateStore:
     def check_before_loading(self, settings: Settings) -> None:
         """What can be refused before the model is loaded."""
         earlier = self.tasks.get(settings.task)
-        if settings.resume and earlier is None:
-            held = f"; it holds {', '.join(self.tasks)}" if self.tasks else ""
-            raise InputError(
-                f"there is nothing to resume for the task {settings.task!r} in {self.out}{held}; "
-                "start without --resume."
-            )
-        if earlier and not earlier.finished and not (settings.resume or settings.overwrite):
-            raise InputError(
-                f"{self.out} holds an unfinished run of the task {settings.task!r} "
-                f"({earlier.batches_done} of {earlier.num_batches} batches); add --resume to go on with it, "
-                "--overwrite to drop it, or choose another --out."
-            )
+        refuse_misuse(
+            self.out,
+            there=earlier is not None,
+            finished=earlier is not None and earlier.finished,
+            resume=settings.resume,
+            overwrite=settings.overwrite,
+            run=f"run of the task {settings.task!r}",
+            progress=f" ({earlier.batches_done} of {earlier.num_batches} batches)" if earlier else "",
+            held=f"; it holds {', '.join(self.tasks)}" if self.tasks else "",
+        )
 
     def start_or_resume(self, settings: Settings, fresh: Progress) -> tuple[Progress, Any | None]:
         """The progress to go on from, and the arrays of it; (fresh, None) for a new task.
@@ -84,14 +83,10 @@ class StateStore:
         earlier = self.tasks.get(settings.task)
         if earlier is None or settings.overwrite:
             return fresh, None
-        difference = _first_difference(earlier, fresh)
-        if difference:
-            name, before, now = difference
-            raise InputError(
-                f"the run of the task {settings.task!r} in {self.out} had {name} {before}, and this one "
-                f"has {now}; give the same settings, another --task or --out, or --overwrite to start "
-                "again."
-            )
+        run = f"run of the task {settings.task!r}"
+        refuse_difference(
+            self.out, _facts(earlier, earlier), _facts(fresh, earlier), run=run, instead="another --task or --out"
+        )
         return earlier, self.restore()[settings.task]
 
     def restore(self) -> dict[str, Any]:
@@ -113,16 +108,12 @@ class StateStore:
         self.tasks = tasks
 
 
-def _first_difference(earlier: Progress, now: Progress) -> tuple[str, object, object] | None:
-    if earlier.model != now.model:
-        return (
-            "the model",
-            f"{earlier.model_name} ({earlier.model[:12]})",
-            f"{now.model_name} ({now.model[:12]})",
-        )
-    for name, value in now.settings.items():
-        if earlier.settings.get(name) != value:
-            return name, earlier.settings.get(name), value
-    if earlier.text != now.text:
-        return "the text", f"{' '.join(earlier.text_names)} ({earlier.text[:12]})", f"{now.text[:12]}"
-    return None
+def _facts(progress: Progress, earlier: Progress) -> dict[str, object]:
+    """What two runs must share, by the names of a refusal; the same model and text may go by other names."""
+    model = earlier if progress.model == earlier.model else progress
+    text = earlier if progress.text == earlier.text else progress
+    return {
+        "the model": f"{model.model_name} ({model.model[:12]})",
+        **progress.settings,
+        "the text": f"{' '.join(text.text_names)} ({text.text[:12]})",
+    }

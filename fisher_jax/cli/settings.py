@@ -4,6 +4,16 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from fisher_jax.cli.options import (
+    add_folder_options,
+    add_model_option,
+    add_text_options,
+    count,
+    fraction,
+    refuse_resume_and_overwrite,
+    seconds,
+    values_for,
+)
 from fisher_jax.errors import InputError
 
 __all__ = ["Settings", "add_report_options", "settings_from"]
@@ -55,66 +65,23 @@ class Settings:
         }
 
 
-def _count(minimum: int):
-    def count(text: str) -> int:
-        value = int(text.replace("_", "").replace(",", ""))
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {value}")
-        return value
-
-    return count
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, not {text}")
-    return value
-
-
-def _level(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, for example 0.95, not {text}")
-    return value
-
-
 def add_report_options(parser: argparse.ArgumentParser) -> None:
     """Options in the order in which a person meets them."""
     default = Settings()
     what = parser.add_argument_group("what to measure")
-    what.add_argument(
-        "--model",
-        metavar="M",
-        default=default.model,
-        help="the shipped SmolLM2-135M (default), a GGUF file, a Hugging Face folder (config.json, *.safetensors, "
-        "tokenizer.json), or a hub name; Llama family or GPT-2",
-    )
-    what.add_argument(
-        "--text",
-        metavar="FILE",
-        nargs="+",
-        default=list(default.text),
-        help="UTF-8 text files, one document each; - for standard input; or a shipped corpus: wikipedia (default), "
-        "news, pubmed",
-    )
-    what.add_argument(
-        "--split-documents",
-        choices=("none", "blank-line"),
-        default=default.split_documents,
-        help="blank-line: each paragraph of a file is a document of its own (default: a file is one document)",
-    )
+    add_model_option(what, default.model)
+    add_text_options(what, default.text, default.split_documents)
     what.add_argument(
         "--max-tokens",
         metavar="N",
-        type=_count(1),
+        type=count(1),
         help="tokens to stream, spread over as many documents as possible (default "
         f"{DEFAULT_MAX_TOKENS['head']:,}; {DEFAULT_MAX_TOKENS['all']:,} with --parameters all)",
     )
     what.add_argument(
         "--held-out-tokens",
         metavar="N",
-        type=_count(0),
+        type=count(0),
         default=default.held_out_tokens,
         help=f"tokens of other documents kept for the pruning curves; 0 for no such curves (default "
         f"{default.held_out_tokens:,})",
@@ -146,21 +113,21 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
         default=default.unit,
         help="what the intervals take as independent (default %(default)s; anything finer is too narrow)",
     )
-    how.add_argument("--level", metavar="P", type=_level, default=default.level, help="of the intervals (0.95)")
-    how.add_argument("--seq-len", metavar="N", type=_count(2), default=default.seq_len, help="tokens per row (256)")
     how.add_argument(
-        "--batch-size", metavar="N", type=_count(1), default=default.batch_size, help="rows per step (8)"
+        "--level", metavar="P", type=fraction(0.95), default=default.level, help="of the intervals (0.95)"
     )
+    how.add_argument("--seq-len", metavar="N", type=count(2), default=default.seq_len, help="tokens per row (256)")
+    how.add_argument("--batch-size", metavar="N", type=count(1), default=default.batch_size, help="rows per step (8)")
     how.add_argument("--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="of the model (float32)")
-    how.add_argument("--seed", metavar="N", type=_count(0), default=0, help="random orders, ties and signs (0)")
+    how.add_argument("--seed", metavar="N", type=count(0), default=0, help="random orders, ties and signs (0)")
     where = parser.add_argument_group("where to keep it")
-    where.add_argument("--out", metavar="DIR", type=Path, default=default.out, help="folder to write (report/)")
-    where.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    where.add_argument("--overwrite", action="store_true", help="drop an earlier run of this task")
+    add_folder_options(
+        where, default.out, resume="go on with an interrupted run", overwrite="drop an earlier run of this task"
+    )
     where.add_argument(
         "--checkpoint-every",
         metavar="SECONDS",
-        type=_seconds,
+        type=seconds,
         default=default.checkpoint_every,
         help="at most this much work is lost by a crash (30)",
     )
@@ -170,10 +137,8 @@ def settings_from(options: argparse.Namespace) -> Settings:
     """Checked settings; the task is named after the text unless it was named."""
     from fisher_jax.cli.corpora import default_task
 
-    if options.resume and options.overwrite:
-        raise InputError("--resume goes on with a run and --overwrite drops it; give one of them.")
-    values = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
-    values["text"] = tuple(options.text)
+    refuse_resume_and_overwrite(options)
+    values = values_for(Settings, options)
     values["max_tokens"] = options.max_tokens or DEFAULT_MAX_TOKENS[options.parameters]
     if options.parameters == "all" and options.unit == "token":
         raise InputError(

@@ -3,8 +3,6 @@
 import json
 import shutil
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 import fisher_jax as fj
-from fisher_jax.cli import html, markdown
 from fisher_jax.cli import spectrum_sections as sections
-from fisher_jax.cli.blocks import Picture
+from fisher_jax.cli.clock import Clock
 from fisher_jax.cli.corpora import describe_sources, documents
+from fisher_jax.cli.earlier_run import refuse_difference, refuse_misuse
 from fisher_jax.cli.folder import check_writable, disk_error, write_atomically
 from fisher_jax.cli.packing import Rows, pack
+from fisher_jax.cli.pages import write_pages
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.spectrum_measure import (
     Measured,
@@ -56,24 +55,14 @@ class _Run:
     def check_before_loading(self) -> None:
         # A save is renamed into place; one that was cut off there lies beside it.
         there = self._facts.exists() and any(self.folder.glob(f"{self.state.name}*"))
-        if self.settings.resume and not there:
-            raise InputError(f"there is nothing to resume in {self.settings.out}; start without --resume.")
-        if there and not (self.settings.resume or self.settings.overwrite):
-            raise InputError(
-                f"{self.settings.out} holds an unfinished run; add --resume to go on with it, --overwrite to drop "
-                "it, or choose another --out."
-            )
+        resume, overwrite = self.settings.resume, self.settings.overwrite
+        refuse_misuse(self.settings.out, there=there, finished=False, resume=resume, overwrite=overwrite)
 
     def begin(self, facts: dict[str, Any], saving: bool) -> None:
         """Raises InputError where the saved run is another one."""
         if self.settings.resume:
             saved = json.loads(self._facts.read_text(encoding="utf-8"))
-            for name, value in facts.items():
-                if saved.get(name) != value:
-                    raise InputError(
-                        f"the run in {self.settings.out} had {name} {saved.get(name)}, and this one has {value}; "
-                        "give the same settings, another --out, or --overwrite to start again."
-                    )
+            refuse_difference(self.settings.out, saved, facts)
             return
         self.drop()
         if saving:
@@ -84,25 +73,10 @@ class _Run:
             shutil.rmtree(self.folder)
 
 
-class _Clock:
-    """Says what is done now and remembers how long it took."""
-
-    def __init__(self, console: Console):
-        self.console = console
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str, sentence: str):
-        self.console.print(f"[bold]{name}[/bold]: {sentence}", highlight=False)
-        started = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - started
-
-
 def run(settings: SpectrumSettings) -> int:
     """Measures, writes the pages and prints the table; the exit code."""
     console, errors = Console(file=sys.stdout, soft_wrap=True), Console(stderr=True, soft_wrap=True)
-    clock, began = _Clock(console), time.monotonic()
+    clock = Clock(console)
     check_writable(settings.out)
     kept = _Run(settings)
     kept.check_before_loading()
@@ -131,7 +105,7 @@ def run(settings: SpectrumSettings) -> int:
         raise
     except OSError as error:
         raise disk_error(error, settings.out) from error
-    _summary(console, found, time.monotonic() - began)
+    _summary(console, found, clock.total)
     return 0
 
 
@@ -169,7 +143,7 @@ def _measure(
     settings: SpectrumSettings,
     console: Console,
     errors: Console,
-    clock: _Clock,
+    clock: Clock,
     kept: _Run,
     model: LanguageModel,
     rows: Rows,
@@ -224,27 +198,13 @@ def _plan(settings: SpectrumSettings, basis: int, dimension: int, save_every: in
 
 
 def _write(out: Path, found: SpectrumFindings) -> None:
-    """Everything is drawn and worded before the first file is written; what an earlier run left is replaced."""
-    parts = sections.blocks(found)
-    pictures = {f"{block.name}.png": block.light for block in parts if isinstance(block, Picture)}
-    heading = sections.title(found), sections.lead(found)
-    pages = {
+    tables = {
         "spectrum.csv": sections.eigenvalues_csv(found),
         "density.csv": sections.density_csv(found) if found.density is not None else None,
         "blocks.csv": sections.blocks_csv(found) if found.blocks else None,
-        "spectrum.md": markdown.render(*heading, parts),
-        "spectrum.html": html.render(*heading, parts),
     }
-    for path in (out / "figures").glob("spectrum-*.png"):
-        if path.name not in pictures:
-            path.unlink()
-    for name, raw in pictures.items():
-        write_atomically(out / "figures" / name, raw)
-    for name, text in pages.items():
-        if text is None:
-            (out / name).unlink(missing_ok=True)
-        else:
-            write_atomically(out / name, text)
+    heading = sections.title(found), sections.lead(found)
+    write_pages(out, "spectrum", heading, sections.blocks(found), tables, ("spectrum-",))
 
 
 def _summary(console: Console, found: SpectrumFindings, seconds: float) -> None:

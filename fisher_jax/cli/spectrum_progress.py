@@ -3,18 +3,15 @@
 import statistics
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
 
-from fisher_jax.cli.progress import duration
+from fisher_jax.cli.progress import Live, duration
 
 __all__ = ["ProductProgress", "short_time"]
-
-_SECONDS_BETWEEN_LINES = 15.0
 
 
 def short_time(seconds: float) -> str:
@@ -22,33 +19,16 @@ def short_time(seconds: float) -> str:
     return f"{1000 * seconds:.2g} ms" if seconds < 0.1 else duration(seconds)
 
 
-class ProductProgress:
-    """Counts and times products: a bar on a terminal, a line now and then elsewhere."""
+class ProductProgress(Live):
+    """Counts and times products."""
 
     def __init__(self, console: Console, at_most: int, exact: bool = False):
-        self._console = console
         self._total = f"of {at_most:,}" if exact else f"of at most {at_most:,}"
         self.seconds: list[float] = []
-        self._last_line = time.monotonic()
-        self._bar = Progress(
-            TextColumn("products"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[said]}"),
-            console=console,
-            transient=True,
+        said = TextColumn("{task.fields[said]}")
+        super().__init__(
+            console, at_most, TextColumn("products"), BarColumn(bar_width=24), said, transient=True, said="compiling"
         )
-        self._task = self._bar.add_task("", total=at_most, said="compiling")
-
-    def __enter__(self) -> "ProductProgress":
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
 
     def counting(self, matvec: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """The same products, each one counted when it is done."""
@@ -70,8 +50,5 @@ class ProductProgress:
         self.seconds.append(seconds)
         said = f"{len(self.seconds):,} {self._total}, {short_time(self.per_product)} each"
         self._bar.update(self._task, advance=1, said=said)
-        now = time.monotonic()
-        told = len(self.seconds) > 1 and not self._console.is_terminal
-        if told and now - self._last_line > _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            self._console.print(f"  product {said}", highlight=False)
+        if len(self.seconds) > 1:
+            self._tell(f"product {said}")

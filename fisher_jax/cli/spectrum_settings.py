@@ -6,6 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fisher_jax.cli.options import (
+    add_folder_options,
+    add_model_option,
+    add_text_options,
+    count,
+    fraction,
+    refuse_resume_and_overwrite,
+    values_for,
+)
 from fisher_jax.errors import InputError
 
 __all__ = ["SpectrumSettings", "add_spectrum_options", "spectrum_settings_from"]
@@ -60,23 +69,6 @@ class SpectrumSettings:
         return {f"--{name.replace('_', '-')}": values[name] for name in _FIXED}
 
 
-def _count(minimum: int):
-    def count(text: str) -> int:
-        value = int(text.replace("_", "").replace(",", ""))
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {value}")
-        return value
-
-    return count
-
-
-def _tolerance(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, for example 0.01, not {text}")
-    return value
-
-
 def add_spectrum_options(parser: argparse.ArgumentParser) -> None:
     """Options in the order in which a person meets them."""
     default = SpectrumSettings()
@@ -95,87 +87,71 @@ def add_spectrum_options(parser: argparse.ArgumentParser) -> None:
         "others are frozen (default: all)",
     )
     what.add_argument(
-        "--k", metavar="N", type=_count(1), default=default.k, help="eigenvalues of each end (default %(default)s)"
+        "--k", metavar="N", type=count(1), default=default.k, help="eigenvalues of each end (default %(default)s)"
     )
     what.add_argument("--density", action="store_true", help="also the density of all eigenvalues, by random probes")
     what.add_argument(
         "--blocks", action="store_true", help="also the spectrum and the capacity of every layer's tensors"
     )
+    add_model_option(what, default.model)
+    add_text_options(what, default.text, default.split_documents)
     what.add_argument(
-        "--model",
-        metavar="M",
-        default=default.model,
-        help="the shipped SmolLM2-135M (default), a GGUF file, a Hugging Face folder or a hub name",
-    )
-    what.add_argument(
-        "--text",
-        metavar="FILE",
-        nargs="+",
-        default=list(default.text),
-        help="UTF-8 text files, - for standard input, or a shipped corpus: wikipedia (default), news, pubmed",
-    )
-    what.add_argument(
-        "--split-documents", choices=("none", "blank-line"), default=default.split_documents,
-        help="blank-line: each paragraph of a file is a document of its own",
-    )  # fmt: skip
-    what.add_argument(
-        "--tokens", "--max-tokens", metavar="N", type=_count(1), default=default.tokens,
+        "--tokens", "--max-tokens", metavar="N", type=count(1), default=default.tokens,
         help=f"next tokens that the mean is over, at most (default {default.tokens:,})",
     )  # fmt: skip
     what.add_argument(
-        "--length", "--seq-len", metavar="L", type=_count(2), default=default.length,
+        "--length", "--seq-len", metavar="L", type=count(2), default=default.length,
         help="tokens per row (default %(default)s)",
     )  # fmt: skip
     _add_how(parser.add_argument_group("how to measure it"), default)
     where = parser.add_argument_group("where to keep it")
-    where.add_argument("--out", metavar="DIR", type=Path, default=default.out, help="folder to write (spectrum/)")
-    where.add_argument("--resume", action="store_true", help="go on with an interrupted run from what it saved")
-    where.add_argument("--overwrite", action="store_true", help="drop what an interrupted run saved")
+    add_folder_options(
+        where, default.out, resume="go on with an interrupted run from what it saved",
+        overwrite="drop what an interrupted run saved",
+    )  # fmt: skip
     where.add_argument(
-        "--save-every", metavar="N", type=_count(0),
+        "--save-every", metavar="N", type=count(0),
         help="products between saves, 0 for none (default: 10 if the basis is below 2 GiB, otherwise none)",
     )  # fmt: skip
 
 
 def _add_how(how: Any, default: SpectrumSettings) -> None:
     how.add_argument(
-        "--tol", metavar="P", type=_tolerance, default=default.tol,
+        "--tol", metavar="P", type=fraction(0.01), default=default.tol,
         help="wanted bound of each eigenvalue's error, relative to it (default %(default)s)",
     )  # fmt: skip
     how.add_argument(
-        "--max-products", metavar="N", type=_count(1), default=default.max_products,
+        "--max-products", metavar="N", type=count(1), default=default.max_products,
         help="Lanczos steps, at most; it stops as soon as all eigenvalues have converged (default %(default)s)",
     )  # fmt: skip
     how.add_argument(
-        "--basis", metavar="N", type=_count(3),
+        "--basis", metavar="N", type=count(3),
         help="vectors in memory, each as large as the chosen parameters; Lanczos restarts when they are full "
         "(default: what 10 GiB hold, between 20 and 40 for k of 10)",
     )  # fmt: skip
     how.add_argument(
-        "--batch-size", metavar="N", type=_count(1), default=default.batch_size,
+        "--batch-size", metavar="N", type=count(1), default=default.batch_size,
         help="rows at a time inside a product: more memory (default %(default)s)",
     )  # fmt: skip
     how.add_argument("--remat", action="store_true", help="recompute activations in backward passes: less memory")
     how.add_argument(
-        "--probes", metavar="N", type=_count(2), default=default.probes, help="random vectors of the density (4)"
+        "--probes", metavar="N", type=count(2), default=default.probes, help="random vectors of the density (4)"
     )
     how.add_argument(
-        "--density-steps", metavar="N", type=_count(2), default=default.density_steps, help="products per probe (20)"
+        "--density-steps", metavar="N", type=count(2), default=default.density_steps, help="products per probe (20)"
     )
     how.add_argument(
-        "--block-tokens", metavar="N", type=_count(1), default=default.block_tokens,
+        "--block-tokens", metavar="N", type=count(1), default=default.block_tokens,
         help="tokens whose scores the block spectra are of, spread over the text: one backward pass each (32)",
     )  # fmt: skip
     how.add_argument("--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="of the model (float32)")
-    how.add_argument("--seed", metavar="N", type=_count(0), default=0, help="start vector, probes, drawn labels (0)")
+    how.add_argument("--seed", metavar="N", type=count(0), default=0, help="start vector, probes, drawn labels (0)")
 
 
 def spectrum_settings_from(options: argparse.Namespace) -> SpectrumSettings:
     """Checked settings."""
-    if options.resume and options.overwrite:
-        raise InputError("--resume goes on with a run and --overwrite drops it; give one of them.")
-    values = {name: x for name, x in vars(options).items() if name in SpectrumSettings.__dataclass_fields__}
-    settings = SpectrumSettings(**{**values, "text": tuple(options.text)})
+    refuse_resume_and_overwrite(options)
+    settings = SpectrumSettings(**values_for(SpectrumSettings, options))
     if settings.parameters is not None:
         try:
             re.compile(settings.parameters)

@@ -1,0 +1,158 @@
+"""`fisher-jax train` from start to end."""
+
+import sys
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text as Styled
+
+from fisher_jax.cli import train_sections as sections
+from fisher_jax.cli.clock import Clock
+from fisher_jax.cli.corpora import describe_sources
+from fisher_jax.cli.folder import check_writable, disk_error
+from fisher_jax.cli.pages import write_pages
+from fisher_jax.cli.progress import duration
+from fisher_jax.cli.stopping import InterruptedRunError
+from fisher_jax.cli.train_data import Text, read_text, tokenizer_for
+from fisher_jax.cli.train_model import config_for, write_model
+from fisher_jax.cli.train_optimizers import TITLES, describe
+from fisher_jax.cli.train_run import train
+from fisher_jax.cli.train_sections import Curve, TrainFindings
+from fisher_jax.cli.train_settings import TrainSettings
+from fisher_jax.cli.train_store import TrainProgress, TrainStore, read_earlier
+from fisher_jax.errors import InputError
+from fisher_jax.models import DecoderConfig, Tokenizer
+from fisher_jax.models.functions import abstract_params
+
+__all__ = ["run"]
+
+# Parameters, and what K-FAC keeps for each of them at the sizes of these models, twice while a state is replaced.
+_BYTES_PER_PARAMETER = 2 * 40
+
+
+def run(settings: TrainSettings) -> int:
+    """Trains, writes the pages and prints the table; the exit code."""
+    console = Console(file=sys.stdout, soft_wrap=True)
+    clock = Clock(console)
+    check_writable(settings.out)
+    runs = settings.runs()
+    stores = _stores(settings, runs)
+    earlier = [found for folder in settings.against for found in read_earlier(folder)]
+    with clock.stage("text", describe_sources(settings.text)):
+        tokenizer = tokenizer_for(settings.tokenizer)
+        config = config_for(settings, tokenizer)
+        text = read_text(settings, tokenizer)
+        console.print(f"  {sections.text_words(text)}", highlight=False)
+    parameters = _describe_model(settings, console, config)
+    _check_comparable(earlier, text)
+    ours = [(each, store, _progress(each, store, text, parameters)) for each, store in zip(runs, stores, strict=True)]
+    at: TrainStore | None = None
+    try:
+        for each, at, progress in ours:
+            _train_one(each, console, clock, config, text, at, progress, tokenizer)
+        with clock.stage("pages", "pictures and tables"):
+            found = TrainFindings(settings, config, text, _curves(ours, earlier), clock.seconds)
+            _write(found)
+    except InterruptedRunError:
+        assert at is not None
+        console.print(f"stopped; the state is saved in {at.path}. Give the same command with --resume to go on.")
+        return 130
+    except KeyboardInterrupt:
+        console.print("interrupted; what was saved before is kept, and --resume goes on from it.")
+        return 130
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise disk_error(error, settings.out) from error
+    _summary(console, found, clock.total)
+    return 0
+
+
+def _stores(settings: TrainSettings, runs: list[TrainSettings]) -> list[TrainStore]:
+    """The states of all runs; of several, some may be there and others not."""
+    stores = [TrainStore(each.out) for each in runs]
+    any_there = any(store.earlier is not None for store in stores)
+    for each, store in zip(runs, stores, strict=True):
+        store.check_before_loading(each, resume=settings.resume and not (any_there and store.earlier is None))
+    return stores
+
+
+def _describe_model(settings: TrainSettings, console: Console, config: DecoderConfig) -> int:
+    parameters = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
+    check_writable(settings.out, bytes_needed=_BYTES_PER_PARAMETER * parameters * max(len(settings.compare), 1))
+    console.print(
+        f"[bold]model[/bold]: {parameters:,} parameters: {config.num_layers} layers of width {config.width}, "
+        f"{config.num_heads} heads, vocabulary {config.vocab_size:,}; {settings.batch_size} rows of "
+        f"{settings.seq_len} tokens in a step",
+        highlight=False,
+    )
+    return parameters
+
+
+def _check_comparable(earlier: list[tuple[str, TrainProgress]], text: Text) -> None:
+    for folder, progress in earlier:
+        if progress.held_out != text.packed.held_out.digest():
+            raise InputError(
+                f"the run in {folder} was measured on other held-out tokens, so its curve cannot be compared; give "
+                "the same --text, --tokenizer, --seq-len and --held-out-tokens."
+            )
+
+
+def _progress(settings: TrainSettings, store: TrainStore, text: Text, parameters: int) -> TrainProgress:
+    fresh = TrainProgress(
+        settings=settings.fixed(),
+        optimizer=settings.optimizer,
+        text=text.digest(),
+        held_out=text.packed.held_out.digest(),
+        bytes_per_token=text.bytes_per_token,
+        steps=settings.steps,
+        parameters=parameters,
+        description=describe(settings),
+    )
+    return store.begin(settings, fresh)
+
+
+def _train_one(
+    settings: TrainSettings, console: Console, clock: Clock, config: DecoderConfig, text: Text, store: TrainStore,
+    progress: TrainProgress, tokenizer: Tokenizer,
+) -> None:  # fmt: skip
+    where = f", going on after step {progress.step:,}" if progress.step else ""
+    if progress.finished:
+        where = "; this run was finished before, its state is used as it is (--overwrite trains again)"
+    with clock.stage(TITLES[settings.optimizer], f"{settings.steps:,} steps{where}"):
+        params = train(settings, console, config, text, store, progress)
+        write_model(settings.out / "model", config, params, tokenizer)
+
+
+def _curves(ours: list[Any], earlier: list[tuple[str, TrainProgress]]) -> list[Curve]:
+    curves = [Curve(TITLES[each.optimizer], str(each.out), progress) for each, _, progress in ours]
+    for folder, progress in earlier:
+        curves.append(Curve(f"{TITLES[progress.optimizer]} in {folder}", folder, progress))
+    return curves
+
+
+def _write(found: TrainFindings) -> None:
+    heading = sections.title(found), sections.lead(found)
+    tables = {"curve.csv": sections.curve_csv(found)}
+    write_pages(found.settings.out, "train", heading, sections.blocks(found), tables, ("train-",))
+
+
+def _summary(console: Console, found: TrainFindings, seconds: float) -> None:
+    """The last thing on the terminal."""
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for i, name in enumerate(sections.HEADER):
+        table.add_column(name, justify="right" if i else "left")
+    for row in sections.rows(found):
+        table.add_row(*row)
+    console.print()
+    console.print(Styled(sections.title(found), style="bold"))
+    console.print(table)
+    console.print()
+    for line in sections.comparisons(found):
+        console.print(line, highlight=False, markup=False)
+    console.print(f"took {duration(seconds)}", highlight=False)
+    models = [str(each.out / "model") for each in found.settings.runs()]
+    console.print(f"{'model' if len(models) == 1 else 'models'}: {', '.join(models)}", highlight=False)
+    console.print(Styled.assemble("page: ", (str((found.settings.out / "train.html").resolve()), "bold")))

@@ -1,0 +1,116 @@
+"""What a training run keeps on disk: weights and optimizer state, and beside them how far it came and its curve."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fisher_jax as fj
+from fisher_jax.cli.earlier_run import refuse_difference, refuse_misuse
+from fisher_jax.cli.train_settings import TrainSettings
+from fisher_jax.errors import InputError
+
+__all__ = ["Point", "TrainProgress", "TrainStore", "read_earlier"]
+
+_KIND = "fisher-jax train"
+
+
+class Point(NamedTuple):
+    """One place of a curve; losses in nats per token, seconds of steps without compilation and evaluation."""
+
+    step: int
+    tokens: int
+    seconds: float
+    train_loss: float | None  # mean over the steps since the point before
+    held_out_loss: float
+
+
+@dataclass
+class TrainProgress:
+    """How far a run came; floats survive the metadata exactly."""
+
+    settings: dict[str, Any]
+    optimizer: str
+    text: str  # digests of the rows
+    held_out: str  # digest of the held-out rows alone: runs with the same one can be compared
+    bytes_per_token: float
+    steps: int
+    parameters: int = 0
+    description: str = ""
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    loss_sum: float = 0.0  # since the last point
+    loss_steps: int = 0
+    points: list[Point] = field(default_factory=list)
+    kind: str = _KIND
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.steps
+
+
+class TrainStore:
+    """The state of one run, in the folder `state` of its output."""
+
+    def __init__(self, out: Path):
+        self.out, self.path = out, out / "state"
+        self.earlier: TrainProgress | None = None
+        try:
+            self.earlier = _read(self.path)
+        except InputError:
+            if self.path.exists():
+                raise
+
+    def check_before_loading(self, settings: TrainSettings, *, resume: bool) -> None:
+        """What can be refused before the text is read."""
+        earlier = self.earlier
+        refuse_misuse(
+            self.out, there=earlier is not None, finished=earlier is not None and earlier.finished, resume=resume,
+            overwrite=settings.overwrite, progress=f" ({earlier.step} of {earlier.steps} steps)" if earlier else "",
+        )  # fmt: skip
+
+    def begin(self, settings: TrainSettings, fresh: TrainProgress) -> TrainProgress:
+        """The progress to go on from: the earlier one where it is of the same run.
+
+        Raises:
+            InputError: an earlier run had other settings or another text.
+        """
+        earlier = self.earlier
+        if earlier is None or settings.overwrite:
+            return fresh
+        facts = [{**progress.settings, "the text": progress.text} for progress in (earlier, fresh)]
+        refuse_difference(self.out, *facts)
+        return earlier
+
+    def restore(self, like: Any) -> Any:
+        return fj.checkpoint.restore(self.path, like)
+
+    def save(self, state: Any, progress: TrainProgress) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        fj.checkpoint.save(self.path, state, metadata=asdict(progress))
+
+
+def _read(path: Path) -> TrainProgress:
+    metadata = fj.checkpoint.metadata(path)
+    try:
+        if metadata["kind"] != _KIND:
+            raise KeyError("kind")
+        progress = TrainProgress(**metadata)
+        progress.points = [Point(*point) for point in progress.points]
+    except (KeyError, TypeError):
+        raise InputError(f"{path} is not the state of fisher-jax train; choose another folder.") from None
+    return progress
+
+
+def read_earlier(folder: Path) -> list[tuple[str, TrainProgress]]:
+    """(name, progress) of the runs in a folder that `fisher-jax train` wrote.
+
+    Raises:
+        InputError: there is none.
+    """
+    places = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
+    found = [(place, _read(place / "state")) for place in places if (place / "state" / "state.json").is_file()]
+    if not found:
+        raise InputError(f"{folder} holds no run of fisher-jax train; give a folder that it wrote to --against.")
+    return [(str(place), progress) for place, progress in found]

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from fisher_jax.alignment import per_parameter
     from fisher_jax.batch import Batch, next_token_batch
     from fisher_jax.blocks import BlockSpectra, BlockSpectrum, Capacity, block_spectra, block_spectrum
+    from fisher_jax.continual import ProtectState, ScaleByFisherState, ewc_penalty, project_away, protect_important, scale_by_fisher
     from fisher_jax.decisions import CautiousPruning, Decisions, decide, prune_below
     from fisher_jax.diagonal import group_fisher
     from fisher_jax.errors import InputError, RejectedBatchError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from fisher_jax.rejection import check
     from fisher_jax.shift import Drift, Shift, importance_drift, importance_shift
     from fisher_jax.taps import capture, coverage, gradients_from_taps, value_grad_and_taps
+    from fisher_jax.tasks import Conflict, Overlap, conflict, overlap
     from fisher_jax.tracking import track_fisher
     from fisher_jax.uncertainty import DataNeeded, data_needed, effective_count, signal_to_noise
 
@@ -96,6 +98,16 @@ _NAMES = {
     "merge_params": "merging",
     "merge_task_vectors": "merging",
     "shrunk_mean": "merging",
+    "ProtectState": "continual",
+    "ScaleByFisherState": "continual",
+    "ewc_penalty": "continual",
+    "project_away": "continual",
+    "protect_important": "continual",
+    "scale_by_fisher": "continual",
+    "Conflict": "tasks",
+    "Overlap": "tasks",
+    "conflict": "tasks",
+    "overlap": "tasks",
 }
 
 __all__ = [
@@ -104,6 +116,7 @@ __all__ = [
     "BlockSpectrum",
     "Capacity",
     "CautiousPruning",
+    "Conflict",
     "DataNeeded",
     "Decisions",
     "Density",
@@ -114,7 +127,10 @@ __all__ = [
     "KFACCoverage",
     "KFACSpectrum",
     "Likelihood",
+    "Overlap",
+    "ProtectState",
     "RejectedBatchError",
+    "ScaleByFisherState",
     "Shift",
     "Spectrum",
     "apply_mask",
@@ -125,11 +141,13 @@ __all__ = [
     "categorical",
     "check",
     "checkpoint",
+    "conflict",
     "coverage",
     "data_needed",
     "decide",
     "effective_count",
     "ema",
+    "ewc_penalty",
     "frobenius_norm",
     "gaussian",
     "gradients_from_taps",
@@ -153,12 +171,16 @@ __all__ = [
     "on_device",
     "on_host",
     "operators",
+    "overlap",
     "per_parameter",
     "precondition",
+    "project_away",
+    "protect_important",
     "prune_below",
     "prune_mask",
     "q_values",
     "saliency",
+    "scale_by_fisher",
     "scale_by_kfac",
     "shrunk_mean",
     "signal_to_noise",

@@ -80,7 +80,8 @@ def merge_task_vectors(
     """``base + scale * sum_i c_i F_i (p_i - base) / sum_i c_i F_i``: Fisher-weighted task arithmetic.
 
     With ``scale=1`` the same as `merge_params`, up to rounding; a larger one goes further along the tasks, -1 takes
-    them away. ``scale`` equal to the number of models makes equally weighted tasks add up as in task arithmetic. Zero Fishers and floors are treated as in `merge_params`.
+    them away. ``scale`` equal to the number of models makes equally weighted tasks add up as in task arithmetic. Zero
+    Fishers and floors are treated as in `merge_params`.
 
     Args:
         base: the tree that all models were fine-tuned from.
@@ -189,10 +190,10 @@ def _of_one(params: Tree, fisher: Tree, scale: Any, floor: float, number: int) -
 def shrunk_mean(state: Any) -> Tree:
     """Mean importance of each group, drawn towards that of its tensor by as much as it is uncertain.
 
-    On the logarithm, since importance spans decades: with ``y_g = log mean_g`` and ``r_g = se_g / mean_g`` (its error,
-    to first order), ``y_g -> ybar + (y_g - ybar) tau**2 / (tau**2 + r_g**2)``, where ``ybar`` is the average of ``y``
-    over the leaf and ``tau**2 = max(0, var(y) - mean(r**2))`` what of its spread is not error. A group that one
-    document decides (``r = 1``) hardly weighs by itself; one that is well known stays as it is. A mean of zero
+    On the logarithm, since importance spans decades. With ``y_g = log mean_g`` and its error to first order,
+    ``r_g = se_g / mean_g``: ``y_g -> ybar + (y_g - ybar) tau**2 / (tau**2 + r_g**2)``, where ``ybar`` is the average
+    of ``y`` over the leaf and ``tau**2 = max(0, var(y) - mean(r**2))`` what of its spread is not error. A group that
+    one document decides (``r = 1``) hardly weighs by itself; one that is well known stays as it is. A mean of zero
     stays zero: use it with a ``floor``.
 
     Args:

@@ -31,6 +31,7 @@ class Rules:
     corrected: Callable[[str], bool] = lambda path: False
     diagonal: Callable[[str], bool] = lambda path: False
     follow: Callable[[str], bool] = lambda path: True
+    devices: int = 1  # over which the rows of a batch are spread inside shard_map
 
 
 def choice(which: bool | Callable[[str], bool]) -> Callable[[str], bool]:
@@ -217,6 +218,7 @@ def _embedding(block: Block, uses: list[Spec], rules: Rules) -> Block:
 
 
 def _with_policy(block: Block, tokens: int, rules: Rules) -> Block:
+    tokens *= rules.devices
     columns = tokens if rules.token_cap is None else min(tokens, rules.token_cap)
     large = block.units > EIGEN_LIMIT
     low_rank = {"all": True, "never": False, "hybrid": large, "auto": large or tokens < block.units}[rules.policy]

@@ -15,6 +15,7 @@ from fisher_jax.kronecker.blocks import Block, Rules, choice
 from fisher_jax.kronecker.damped import solve
 from fisher_jax.kronecker.decomposition import BlockFactors, decompose
 from fisher_jax.kronecker.observation import observe
+from fisher_jax.kronecker.placement import mesh_of
 from fisher_jax.kronecker.problem import Problem, block_plan, check_options
 from fisher_jax.likelihoods import Likelihood, categorical
 from fisher_jax.rejection import reasons
@@ -107,8 +108,9 @@ def kfac_factors(
             which leaves; a tied leaf, and the head of ``exact_head``, cannot be among them. Holds the taps of the
             whole backward pass, but for kernels by columns; an embedding takes one number more for each of its own.
             Needs ``form`` other than factored and a ``fisher`` other than ggn.
-        axis_name: inside ``jax.shard_map``, the mesh axes over which rows of the batch are spread: sums are summed
-            over them and columns gathered, so that all devices get the factors of the whole batch.
+        axis_name: inside ``jax.shard_map(..., check_vma=False)``, the mesh axes over which rows of the batch are
+            spread: sums are summed over them and columns gathered, so that all devices get the factors of the whole
+            batch.
 
     Returns:
         `Factors`, a pytree with static plan.
@@ -138,7 +140,8 @@ def kfac_factors(
     seen = observe(problem, blocks, params, batch, key)
     if not isinstance(seen.bad, jax.core.Tracer) and int(seen.bad):
         raise RejectedBatchError(f"the batch has {'; '.join(reasons(int(seen.bad)))}")
-    return Factors(decompose(blocks, seen, storage, rules, axis_name), jnp.asarray(damping), blocks, form, power)
+    found = decompose(blocks, seen, storage, rules, axis_name, mesh_of(params, batch))
+    return Factors(found, jnp.asarray(damping), blocks, form, power)
 
 
 def check_form(form: str, eigenvalue_correction: Any = False, fisher: str = "empirical") -> None:

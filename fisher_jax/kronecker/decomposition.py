@@ -9,9 +9,10 @@ from jaxtyping import Array
 
 from fisher_jax.kronecker.blocks import Block, Rules
 from fisher_jax.kronecker.corrected import column_weights, second_moments
-from fisher_jax.kronecker.factors import Diagonal, Eigen, Factor, LowRank, diagonal, eigen, low_rank
+from fisher_jax.kronecker.factors import Diagonal, Eigen, Factor, LowRank, diagonal, gram, stored
 from fisher_jax.kronecker.observation import Observation
-from fisher_jax.kronecker.placement import automatic, spec_of
+from fisher_jax.kronecker.placement import automatic, mesh_of, spec_of
+from fisher_jax.kronecker.spread import eigen_stacks
 from fisher_jax.kronecker.woodbury import SoftmaxHead, head_matrix, softmax_head
 
 __all__ = ["BlockFactors", "decompose"]
@@ -41,22 +42,28 @@ def decompose(
     storage: Any = None,
     rules: Rules | None = None,
     axis_name: Any = None,
+    mesh: Any = None,
 ) -> tuple[BlockFactors, ...]:
-    """Normalise the sums of an observation and decompose them; ``rules`` say which eigenvalues are corrected."""
+    """Normalise the sums of an observation and decompose them; ``rules`` say which eigenvalues are corrected.
+
+    ``mesh`` is that of the model's arguments, whose devices share the work.
+    """
     rules = rules or Rules()
 
     def run(seen):
+        around = mesh_of()  # inside Explicit axes are automatic
         weight = jnp.where(seen.weight > 0, seen.weight, 1)
-        found = [_factors(b, sums, weight, seen, storage) for b, sums in zip(blocks, seen.sums, strict=True)]
+        parts = [_parts(b, sums, weight, seen, storage) for b, sums in zip(blocks, seen.sums, strict=True)]
+        places = [(i, name) for i, part in enumerate(parts) for name in ("A", "G") if part.get(name) is not None]
+        spectra = eigen_stacks([parts[i][name] for i, name in places], around or mesh, axis_name)
+        bases: list[dict] = [{} for _ in blocks]
+        for (i, name), spectrum in zip(places, spectra, strict=True):
+            bases[i][name] = spectrum
+        found = [_factors(b, part, basis) for b, part, basis in zip(blocks, parts, bases, strict=True)]
         for i, block in enumerate(blocks):
-            if block.is_corrected(rules) and block.low_rank:
-                values = column_weights(seen.sums[i]["inputs"], found[i].A, found[i].G)
+            if block.is_corrected(rules):
+                values = _corrected(block, seen, seen.sums[i], found[i], weight, rules, axis_name)
                 found[i] = found[i]._replace(eigenvalues=values)
-            elif block.is_corrected(rules):
-                taps, masks = seen.taps
-                sums = second_moments(block, taps, masks, rules, found[i].A, found[i].G)
-                sums = sums if axis_name is None else jax.lax.psum(sums, axis_name)
-                found[i] = found[i]._replace(eigenvalues=sums / weight)
         return tuple(found)
 
     return automatic(run, tuple(_places(b, s, seen, rules) for b, s in zip(blocks, seen.sums, strict=True)), seen)
@@ -78,34 +85,54 @@ def _places(block: Block, sums: dict, seen: Observation, rules: Rules) -> Any:
     return BlockFactors(A, G, P() if block.kind == "tied" else None, eigenvalues=corrected_places)
 
 
-def _factors(block: Block, sums: dict, weight: Array, seen: Observation, storage: Any) -> BlockFactors:
+def _parts(block: Block, sums: dict, weight: Array, seen: Observation, storage: Any) -> dict:
+    """What a block's factors are made of, normalised; ``A`` and ``G`` are stacks of matrices to decompose."""
     if block.kind == "diagonal":
-        return BlockFactors(diagonal=sums["squares"] / weight)
+        return {"diagonal": sums["squares"] / weight}
     if not block.is_kronecker:
-        return BlockFactors()
+        return {}
+    parts: dict[str, Any] = {}
+    if block.kind == "dense" or block.kind == "tied":
+        parts["A"] = _share(sums["A"], sums["count"])
+    if block.kind == "embedding" or block.kind == "tied":
+        parts["frequency"] = _share(sums["frequency"], sums["positions"])
+    if block.kind == "tied":
+        parts["trace"] = sums["square"].sum() / weight
     if block.head and seen.probabilities is not None:
-        G = _true_head(block, *seen.probabilities)
-    elif block.low_rank:
-        G = jax.vmap(lambda U: low_rank(U, storage))(sums["U"] / jnp.sqrt(weight))
-    else:
-        G = jax.vmap(eigen)(sums["G"] / weight)
+        head = softmax_head(*seen.probabilities)
+        if block.low_rank:
+            return parts | {"head": jax.tree.map(lambda x: x[None], head)}
+        return parts | {"G": head_matrix(head)[None]}
+    if block.low_rank:
+        columns = stored(sums["U"] / jnp.sqrt(weight), storage)
+        return parts | {"columns": columns, "G": gram(columns)}
+    return parts | {"G": sums["G"] / weight}
+
+
+def _factors(block: Block, parts: dict, bases: dict) -> BlockFactors:
+    if not block.is_kronecker:
+        return BlockFactors(diagonal=parts.get("diagonal"))
+    G = parts.get("head", bases.get("G"))
+    if "columns" in parts:
+        G = LowRank(parts["columns"], *bases["G"])
     if block.kind == "embedding":
-        return BlockFactors(jax.vmap(diagonal)(_share(sums["frequency"], sums["positions"])), G)
-    A = jax.vmap(eigen)(_share(sums["A"], sums["count"]))
-    if block.kind == "dense":
-        return BlockFactors(A, G)
-    trace = sums["square"].sum() / weight
-    return BlockFactors(A, G, _share(sums["frequency"], sums["positions"]) * (trace / block.width))
+        return BlockFactors(jax.vmap(diagonal)(parts["frequency"]), G)
+    rows = parts["frequency"] * (parts["trace"] / block.width) if block.kind == "tied" else None
+    return BlockFactors(bases["A"], G, rows)
+
+
+def _corrected(
+    block: Block, seen: Observation, sums: dict, found: BlockFactors, weight: Array, rules: Rules, axis_name: Any
+) -> Array:
+    if block.low_rank:
+        return column_weights(sums["inputs"], found.A, found.G)
+    assert seen.taps is not None
+    taps, masks = seen.taps
+    total = second_moments(block, taps, masks, rules, found.A, found.G)
+    return (total if axis_name is None else jax.lax.psum(total, axis_name)) / weight
 
 
 def _share(x: Array, count: Array) -> Array:
     # Every layer of a stack meets the same positions.
     count = jnp.ravel(count)[0]
     return x / jnp.where(count > 0, count, 1)
-
-
-def _true_head(block: Block, probabilities: Array, weights: Array) -> Factor | SoftmaxHead:
-    head = softmax_head(probabilities, weights)
-    if block.low_rank:
-        return jax.tree.map(lambda x: x[None], head)
-    return jax.vmap(eigen)(head_matrix(head)[None])

@@ -18,8 +18,10 @@ __all__ = [
     "chosen",
     "diagonal",
     "eigen",
+    "gram",
     "low_rank",
     "product",
+    "stored",
     "subsample",
     "trace",
     "wide",
@@ -76,7 +78,7 @@ def product(a: Array, b: Array) -> Array:
     return jnp.matmul(wide(a), wide(b), precision=jax.lax.Precision.HIGHEST)
 
 
-def eigen(matrix: Float[Array, "n n"]) -> Eigen:
+def eigen(matrix: Float[Array, "*N n n"]) -> Eigen:
     """Eigendecomposition of a positive semi-definite matrix; eigenvalues below zero are rounding, and zero."""
     values, vectors = jnp.linalg.eigh(wide(matrix))
     return Eigen(jnp.maximum(values, 0), vectors)
@@ -93,9 +95,18 @@ def low_rank(columns: Float[Array, "n T"], storage: Any = None) -> LowRank:
     ``storage=jnp.bfloat16`` halves the memory: each entry of ``U`` then has a relative error of up to ``2**-8``, and
     ``U U^T`` of the rounded ``U`` is what is inverted, exactly.
     """
-    columns = wide(columns) if storage is None else jnp.asarray(columns).astype(storage)
-    values, vectors = eigen(product(columns.T, columns))
-    return LowRank(columns, values, vectors)
+    columns = stored(columns, storage)
+    return LowRank(columns, *eigen(gram(columns)))
+
+
+def stored(columns: Array, storage: Any = None) -> Array:
+    """``U`` in the dtype that it is kept in."""
+    return wide(columns) if storage is None else jnp.asarray(columns).astype(storage)
+
+
+def gram(columns: Float[Array, "*N n T"]) -> Float[Array, "*N T T"]:
+    """``U^T U``."""
+    return product(jnp.swapaxes(columns, -1, -2), columns)
 
 
 def subsample(

@@ -11,7 +11,7 @@ from fisher_jax.kronecker.blocks import Block, Rules
 from fisher_jax.kronecker.placement import automatic, spec_of
 from fisher_jax.kronecker.statistics import COLUMNS, Masks, combine, diagonal_of
 
-__all__ = ["over_columns", "over_devices", "sums_of_blocks"]
+__all__ = ["on_any_device", "over_columns", "over_devices", "sums_of_blocks"]
 
 Tree = Any
 
@@ -27,6 +27,13 @@ def over_devices(reduced: Tree, axis_name: Any) -> Tree:
         return jax.lax.psum(x, axis_name)
 
     return {name: whole(name, x) for name, x in reduced.items()}
+
+
+def on_any_device(reasons: Array, axis_name: Any) -> Array:
+    """Bits that are set on any device."""
+    if axis_name is None:
+        return reasons
+    return sum(jax.lax.pmax(reasons & bit, axis_name) for bit in (1, 2, 4))
 
 
 def sums_of_blocks(blocks: tuple[Block, ...], found: list, masks: Masks, rules: Rules) -> tuple[dict, ...]:

@@ -14,7 +14,7 @@ from fisher_jax import program, rejection
 from fisher_jax.batch import Batch
 from fisher_jax.kronecker.blocks import Block, Rules
 from fisher_jax.kronecker.factors import chosen, wide
-from fisher_jax.kronecker.joining import over_columns, over_devices, sums_of_blocks
+from fisher_jax.kronecker.joining import on_any_device, over_columns, over_devices, sums_of_blocks
 from fisher_jax.kronecker.placement import automatic, spec_of
 from fisher_jax.kronecker.problem import Problem
 from fisher_jax.kronecker.statistics import Masks, places, statistic
@@ -48,9 +48,7 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
     rules = problem.rules
     out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
     weights, bad = token_weights(problem, out, batch)
-    if key is not None and problem.axis_name is not None:
-        key = jax.random.fold_in(key, jax.lax.axis_index(problem.axis_name))
-    masks, label_key = _masks(rules, weights, batch, key)
+    masks, label_key = _masks(problem, weights, batch, key)
     sampled = rules.fisher in ("sampled", "exact_head")
     if sampled and key is None:
         raise ValueError(f"fisher={rules.fisher!r} draws labels from the model: pass key=")
@@ -102,13 +100,11 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
         out_places = (PartitionSpec(*vocabulary, None), PartitionSpec())
         probabilities = automatic(find, out_places, outputs, weights, masks)
     bad = bad | rejection.reason_mask(non_finite=~finite)
-    weight = weights.sum()
-    if problem.axis_name is not None:
-        weight, bad = jax.lax.psum(weight, problem.axis_name), _any_bit(bad, problem.axis_name)
-        if probabilities is not None:
-            p, w = probabilities
-            gather = functools.partial(jax.lax.all_gather, axis_name=problem.axis_name, tiled=True)
-            probabilities = gather(p, axis=1), gather(w)
+    if probabilities is not None and problem.axis_name is not None:
+        p, w = probabilities
+        gather = functools.partial(jax.lax.all_gather, axis_name=problem.axis_name, tiled=True)
+        probabilities = gather(p, axis=1), gather(w)
+    weight, bad = _everywhere(weights.sum(), bad, problem.axis_name)
     return Observation(sums, weight, bad, probabilities, (taps, masks) if whole else None)
 
 
@@ -122,7 +118,7 @@ def observe_taps(
             f"taps of the training loss hold its own labels; fisher={rules.fisher!r} needs batch= instead"
         )
     weights = _weights(lead, jnp.float32, batch)
-    masks, _ = _masks(rules, weights, batch, key)
+    masks, _ = _masks(problem, weights, batch, key)
     owner = {i: b for b in blocks for i in (b.leaf, b.bias) if i is not None}
     taps = [tap for tap in taps if tap.leaf in owner]
     for tap in taps:
@@ -130,12 +126,14 @@ def observe_taps(
             raise ValueError(f"the tap of {tap.path} was reduced; pass the taps of fj.value_grad_and_taps(loss)")
     taps = [dataclasses.replace(tap, cotangents=wide(tap.cotangents) * scale) for tap in taps]
     found = [(tap.leaf, tap.use, _raw(tap, owner, masks, rules)) for tap in taps]
+    found = [(leaf, use, over_devices(x, problem.axis_name)) for leaf, use, x in found]
     sums = sums_of_blocks(blocks, found, masks, rules)
     finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
     negative = ~jnp.all((weights >= 0) & jnp.isfinite(weights))
     bad = rejection.reason_mask(non_finite=~finite, negative_weight=negative)
     whole = any(block.needs_taps(rules) for block in blocks)
-    return Observation(sums, weights.sum(), bad, None, (taps, masks) if whole else None)
+    weight, bad = _everywhere(weights.sum(), bad, problem.axis_name)
+    return Observation(sums, weight, bad, None, (taps, masks) if whole else None)
 
 
 def _raw(tap: Any, owner: dict[int, Block], masks: Masks, rules: Rules) -> Tree:
@@ -156,8 +154,11 @@ def _raw(tap: Any, owner: dict[int, Block], masks: Masks, rules: Rules) -> Tree:
     return automatic(run, where, tap.inputs, tap.cotangents, masks)
 
 
-def _any_bit(mask: Array, axis_name: Any) -> Array:
-    return sum(jax.lax.pmax(mask & bit, axis_name) for bit in (1, 2, 4))
+def _everywhere(weight: Array, bad: Array, axis_name: Any) -> tuple[Array, Array]:
+    """The weight of the whole batch, and why any part of it cannot be used."""
+    if axis_name is None:
+        return weight, bad
+    return jax.lax.psum(weight, axis_name), on_any_device(bad, axis_name)
 
 
 def _log_likelihood(likelihood: Likelihood) -> Callable:
@@ -167,13 +168,16 @@ def _log_likelihood(likelihood: Likelihood) -> Callable:
     return total
 
 
-def _masks(rules: Rules, weights: Array, batch: Batch, key: Any) -> tuple[Masks, Any]:
+def _masks(problem: Problem, weights: Array, batch: Batch, key: Any) -> tuple[Masks, Any]:
     """Masks, and a key for the labels; without a key columns are taken from the middle of their strata."""
-    size = rules.token_cap or 1
+    size = problem.rules.token_cap or 1
     offsets, label_key = jnp.full(size, 0.5), key
     if key is not None:
         label_key, offset_key = jax.random.split(key)
+        # Of gathered columns all devices must keep the same; labels are each device's own.
         offsets = jax.random.uniform(offset_key, (size,))
+        if problem.axis_name is not None:
+            label_key = jax.random.fold_in(label_key, jax.lax.axis_index(problem.axis_name))
     rows = weights.shape[0] if weights.ndim else 1
     return Masks(weights, batch.real, offsets, rows), label_key
 

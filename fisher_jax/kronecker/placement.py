@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-__all__ = ["automatic", "spec_of"]
+__all__ = ["automatic", "mesh_of", "spec_of"]
 
 
 def automatic(function: Callable, out: Any, *args: Any) -> Any:
@@ -27,3 +27,12 @@ def spec_of(x: Any) -> PartitionSpec:
     if AxisType.Explicit not in mesh.axis_types:
         return PartitionSpec()
     return jax.typeof(x).sharding.spec
+
+
+def mesh_of(*arrays: Any) -> Any:
+    """The mesh around the computation, or else that of some arrays; ``None`` where there is none."""
+    around = jax.sharding.get_abstract_mesh()
+    if not around.empty:
+        return around
+    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays))
+    return next((mesh for mesh in meshes if not mesh.empty), None)

@@ -1,5 +1,6 @@
 """A model, how its curvature is taken, and its plan of blocks."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,9 +47,25 @@ def check_options(policy: str, fisher: str, shared: str, token_cap: int | None, 
         raise ValueError("a temperature changes the distribution of sampled labels: it needs fisher='sampled'")
 
 
+def _devices(axis_name: Any) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    if axis_name is None:
+        return 1
+    way_out = "call it, and init and update of scale_by_kfac, inside jax.shard_map(..., check_vma=False)"
+    try:
+        size = jax.lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(f"axis_name={axis_name!r} is no axis here: {way_out}") from None
+    index = jax.lax.axis_index(axis_name)
+    if jax.typeof(index) != jax.typeof(jnp.zeros((), index.dtype)):
+        # A tap would be summed over devices with the gradient of the perturbation that it comes from.
+        raise ValueError(f"axis_name={axis_name!r} is an axis whose varying values are typed: {way_out}")
+    return size
+
+
 def block_plan(problem: Problem, params: Tree, batch: Batch) -> tuple[Block, ...]:
     """The block of every parameter; arrays or ``ShapeDtypeStruct``s."""
-    rules = problem.rules
+    rules = dataclasses.replace(problem.rules, devices=_devices(problem.axis_name))
     out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
     root = jax.ShapeDtypeStruct(out.shape[:-1], jnp.promote_types(out.dtype, jnp.float32))
 

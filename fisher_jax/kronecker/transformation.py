@@ -18,8 +18,10 @@ from fisher_jax.kronecker.blocks import Rules, choice
 from fisher_jax.kronecker.curvature import check_form
 from fisher_jax.kronecker.damped import solve
 from fisher_jax.kronecker.decomposition import decompose
+from fisher_jax.kronecker.joining import on_any_device
 from fisher_jax.kronecker.observation import observe, observe_taps
 from fisher_jax.kronecker.partial_trees import aligned
+from fisher_jax.kronecker.placement import mesh_of
 from fisher_jax.kronecker.problem import Problem, block_plan, check_options
 from fisher_jax.kronecker.refresh import KFACState, check_periods, refresh, refresh_raw
 from fisher_jax.likelihoods import Likelihood, categorical
@@ -31,7 +33,7 @@ Tree = Any
 kfac_static_args = (
     "apply_fn", "likelihood", "example", "update_freq", "fisher", "policy", "token_cap", "form", "power", "shared",
     "temperature", "storage", "diagonal", "eigenvalue_correction", "statistics_freq", "factor_decay", "factor_rank",
-    "model_params",
+    "model_params", "axis_name",
 )  # fmt: skip
 """What must stay static: ``optax.inject_hyperparams(fj.scale_by_kfac, fj.kfac_static_args)``."""
 
@@ -57,6 +59,7 @@ def scale_by_kfac(
     factor_decay: float | None = None,
     factor_rank: int | None = None,
     model_params: Tree = None,
+    axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradients: updates become ``(F + damping I)**power`` times the gradient, block by block.
 
@@ -88,6 +91,11 @@ def scale_by_kfac(
             with the largest eigenvalues stay: exact where the rank of the average is not above. ``None``: the newest
             statistics alone.
         model_params: the whole tree (or its ``ShapeDtypeStruct``s), where ``init`` sees a part.
+        axis_name: inside ``jax.shard_map(..., check_vma=False)`` the mesh axes over which rows of the batch are
+            spread. ``init`` and ``update`` both run there, ``example`` has the shapes of one device's part, and
+            gradients are those of the whole batch (``psum``). Sums of statistics are summed over devices, columns
+            gathered (at most ``token_cap`` of each device, then of all together), and every device holds the same
+            state. A bad value on any device rejects the batch on all.
 
     The other arguments, and the errors, are those of `fj.kfac_factors`.
 
@@ -108,8 +116,8 @@ def scale_by_kfac(
     if not isinstance(update_freq, int) or update_freq < 1:
         raise ValueError(f"update_freq is a whole number, at least 1, found {update_freq!r}")
     rules = Rules(policy, token_cap, fisher, shared, choice(eigenvalue_correction), diagonal or (lambda path: False))
-    problem = Problem(apply_fn, likelihood, rules, temperature)
-    build = functools.partial(decompose, storage=storage, rules=rules)
+    problem = Problem(apply_fn, likelihood, rules, temperature, axis_name)
+    build = functools.partial(decompose, storage=storage, rules=rules, axis_name=axis_name)
     shapes = partial_trees.shapes(model_params)
 
     def init(params: Tree) -> KFACState:
@@ -151,14 +159,14 @@ def scale_by_kfac(
             lead = jax.eval_shape(apply_fn, whole, example.inputs).shape[:-1]
             return observe_taps(part, plan, taps, taps_scale, lead, batch or Batch(None, None), key)
 
-        decompose_all = functools.partial(build, plan)
+        decompose_all = functools.partial(build, plan, mesh=mesh_of(whole, batch, taps))
         if keeps:
             state, bad = refresh_raw(decompose_all, state, seen, update_freq, statistics_freq, factor_decay)
         else:
             state, bad = refresh(decompose_all, state, seen, update_freq)
         leaves, treedef = aligned(updates, whole)
         finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates)]))
-        bad = bad | rejection.reason_mask(non_finite=~finite)
+        bad = on_any_device(bad | rejection.reason_mask(non_finite=~finite), axis_name)
         found = solve(plan, state.blocks, leaves, damping, form, power)
         ready = state.age >= 0
         found = [jnp.where(ready, x, jnp.zeros_like(x)) if _is_floating(x) else x for x in found]

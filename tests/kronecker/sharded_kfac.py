@@ -1,8 +1,10 @@
 """Run in a process of its own with eight virtual devices; writes one JSON object of findings to standard output."""
 
+import contextlib
 import functools
 import json
 import pathlib
+import re
 import sys
 import tempfile
 
@@ -25,23 +27,22 @@ LAYOUTS = {
 
 
 def problem():
+    """Parameters and three batches; some devices get fewer tokens than others, one none."""
     rng = np.random.default_rng(0)
     shapes = {"embed": (V, D), "w": (D, D), "b": (D,), "head": (D, V)}
     params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
     mask = np.ones((B, S + 1), int)
-    mask[3], mask[5, 2:] = 0, 0  # devices with fewer tokens, one with none
-    return params, fj.next_token_batch(jnp.asarray(rng.integers(0, V, size=(B, S + 1))), jnp.asarray(mask))
+    mask[3], mask[5, 2:] = 0, 0
+    tokens = rng.integers(0, V, size=(2, B, S + 1))
+    masks = mask, mask[::-1]
+    first, second = (fj.next_token_batch(*map(jnp.asarray, pair)) for pair in zip(tokens, masks, strict=True))
+    return params, [first, second, first]
 
 
 def model(params, tokens, rows=None):
     """``rows``: where Explicit axes want the looked-up rows to lie."""
     x = params["embed"][tokens] if rows is None else params["embed"].at[tokens].get(out_sharding=rows)
     return jnp.tanh(x @ params["w"] + params["b"]) @ params["head"]
-
-
-def diagonal(explicit):
-    # Looked up with out_sharding= an embedding is generic to capture.
-    return (lambda path: path == "['embed']") if explicit else None
 
 
 def tree_for(params):
@@ -55,62 +56,80 @@ def worst(found, wanted):
     )
 
 
+def transformation(example, apply_fn=model, **options):
+    return fj.scale_by_kfac(
+        apply_fn, **{"example": example, "policy": "all", "damping": 0.1, "update_freq": 1} | options
+    )
+
+
 @functools.cache
-def one_device(explicit, fisher):
-    params, batch = problem()
-
-    @jax.jit
-    def run(params, batch):
-        factors = fj.kfac_factors(
-            model, params, batch, policy="all", damping=0.1, fisher=fisher, key=jax.random.key(0),
-            diagonal=diagonal(explicit),
-        )  # fmt: skip
-        return fj.precondition(factors, tree_for(params))
-
-    return run(params, batch)
+def one_device(steps, **options):
+    """Updates after some steps."""
+    params, batches = problem()
+    tx = transformation(batches[0], **options)
+    update, state = jax.jit(tx.update), tx.init(params)
+    for batch in batches[:steps]:
+        updates, state = update(tree_for(params), state, params, batch=batch, key=jax.random.key(0))
+    return updates
 
 
-def setting(kind, layout, fisher="empirical", update_freq=1):
-    """A transformation and its arguments, on a mesh."""
+def only_embed(path):
+    return path == "['embed']"
+
+
+def decomposed_per_device(text):
+    """By size, how many matrices each device decomposes at most at once."""
+    shapes = re.findall(r"f32\[(\d+),(\d+),\d+\]\S*, f32\[\d+,\d+\]\S*, s32\[\d+\]\S*\) custom-call", text)
+    return {size: max(int(n) for n, other in shapes if other == size) for _, size in shapes}
+
+
+def setting(kind, layout, around=True, **options):
+    """A mesh (``around`` the computation, or only that of its arguments), a transformation and its arguments."""
     shape, param_specs, batch_spec = LAYOUTS[layout]
-    explicit = kind == AxisType.Explicit
     mesh = jax.make_mesh(shape, ("data", "vocab"), axis_types=(kind,) * 2)
-    params, batch = problem()
+    apply_fn = model
+    if kind == AxisType.Explicit:
+        # Looked up with out_sharding= an embedding is generic to capture.
+        apply_fn, options = functools.partial(model, rows=batch_spec), {"diagonal": only_embed} | options
+    params, batches = problem()
+    grads = tree_for(params)
     with jax.set_mesh(mesh):
-        params = {k: jax.device_put(x, NamedSharding(mesh, param_specs[k])) for k, x in params.items()}
-        batch = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, batch_spec)), batch)
-        grads = {k: jax.device_put(x, NamedSharding(mesh, param_specs[k])) for k, x in tree_for(params).items()}
-        apply_fn = functools.partial(model, rows=batch_spec) if explicit else model
-        tx = fj.scale_by_kfac(
-            apply_fn, example=batch, policy="all", damping=0.1, update_freq=update_freq, fisher=fisher,
-            diagonal=diagonal(explicit),
-        )  # fmt: skip
-    return mesh, tx, grads, params, batch
+        put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+        params, grads = ({k: put(x, param_specs[k]) for k, x in tree.items()} for tree in (params, grads))
+        batches = [jax.tree.map(lambda x: put(x, batch_spec), batch) for batch in batches]
+    context = jax.set_mesh(mesh) if around else contextlib.nullcontext()
+    return context, transformation(batches[0], apply_fn, **options), grads, params, batches
 
 
-def sharded(kind, layout, fisher="empirical"):
-    mesh, tx, grads, params, batch = setting(kind, layout, fisher)
-    with jax.set_mesh(mesh):
-        state = jax.jit(tx.init)(params)
-        update = jax.jit(tx.update)
-        seen = []
-        for _ in range(3):
-            updates, state = update(grads, state, params, batch=batch, key=jax.random.key(0))
-            seen.append([x.sharding for x in jax.tree.leaves((updates, state))])
-        (head,) = [b.G.columns for b in state.blocks if b.G is not None and b.G.columns.shape[1] == V]
-        stable = all(
-            a.is_equivalent_to(b, x.ndim)
-            for a, b, x in zip(*seen[1:], jax.tree.leaves((updates, state)), strict=True)
-        )
-        largest = max(s.data.shape[1] for s in head.addressable_shards)
-    wanted = one_device(kind == AxisType.Explicit, fisher)
-    return {"error": worst(updates, wanted), "stable": stable, "rows_per_device": largest}, state
+def sharded(kind, layout, steps, around=True, **options):
+    """Error against one device, places of the head's rows, and whether places change between the last steps."""
+    context, tx, grads, params, batches = setting(kind, layout, around, **options)
+    key, places = jax.random.key(0), []
+    with context:
+        state, update = tx.init(params), jax.jit(tx.update)
+        first = update.lower(grads, state, params, batch=batches[0], key=key).compile()
+        for step, batch in enumerate(batches[:steps]):
+            updates, state = (update if step else first)(grads, state, params, batch=batch, key=key)
+            places.append([x.sharding for x in jax.tree.leaves((updates, state))])
+    leaves = jax.tree.leaves((updates, state))
+    (head,) = [b.G.columns for b in state.blocks if b.G is not None and b.G.columns.shape[1] == V]
+    if kind == AxisType.Explicit:
+        options["diagonal"] = only_embed
+    stable = None
+    if steps > 2:
+        stable = all(a.is_equivalent_to(b, x.ndim) for a, b, x in zip(*places[-2:], leaves, strict=True))
+    return {
+        "error": worst(updates, one_device(steps, **options)),
+        "stable": stable,
+        "rows_per_device": max(s.data.shape[1] for s in head.addressable_shards),
+        "decomposed": decomposed_per_device(first.as_text()),
+    }, state
 
 
 def restored(state, other):
     """``state`` saved on its mesh and restored where ``other`` lies, and what it then gives without a refresh."""
-    mesh, tx, grads, params, batch = setting(AxisType.Auto, "vocabulary", update_freq=10)
-    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+    context, tx, grads, params, batches = setting(AxisType.Auto, "vocabulary", update_freq=10)
+    with tempfile.TemporaryDirectory() as folder, context:
         path = pathlib.Path(folder) / "kfac"
         fj.checkpoint.save(path, state)
         back = fj.checkpoint.restore(path, other)
@@ -118,34 +137,68 @@ def restored(state, other):
             bool(np.array_equal(a, b)) and a.dtype == b.dtype and a.sharding.is_equivalent_to(c.sharding, a.ndim)
             for a, b, c in zip(*map(jax.tree.leaves, (back, state, other)), strict=True)
         )
-        updates, after = jax.jit(tx.update)(grads, back, params, batch=jax.tree.map(jnp.zeros_like, batch))
-        return {"same": same, "error": worst(updates, one_device(False, "empirical")), "step": int(after.step)}
+        empty = jax.tree.map(jnp.zeros_like, batches[0])
+        updates, after = jax.jit(tx.update)(grads, back, params, batch=empty)
+        return {"same": same, "error": worst(updates, one_device(1)), "step": int(after.step)}
 
 
-def under_shard_map(fisher):
+def mapped(run):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    params, batch = problem()
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False))
+
+
+def by_device(**options):
+    """Two steps inside shard_map, each device with its rows, and a bad batch that only one device sees."""
+    params, batches = problem()
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batches[0])
+    tx = transformation(example, axis_name="data", **options)
+
+    def run(params, batches):
+        state, grads = tx.init(params), tree_for(params)
+        for batch in batches:
+            updates, state = tx.update(grads, state, params, batch=batch, key=jax.random.key(0))
+        bad = fj.Batch(batch.inputs, batch.targets + V * (jax.lax.axis_index("data") == 6), batch.weights, batch.real)
+        _, after = tx.update(grads, state, params, batch=bad)
+        return updates, after.rejected, after.reasons, jnp.all(after.blocks[0].A.values == state.blocks[0].A.values)
+
+    compiled = mapped(run).lower(params, batches[:2]).compile()
+    updates, rejected, reasons, kept = compiled(params, batches[:2])
+    return {
+        "error": worst(updates, one_device(2, **options)), "rejected": int(rejected), "reasons": int(reasons),
+        "kept": bool(kept), "decomposed": decomposed_per_device(compiled.as_text()),
+    }  # fmt: skip
+
+
+def from_taps(**options):
+    """Taps of each device's own training step, and factors outside the transformation."""
+    params, batches = problem()
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batches[0])
+    tx = transformation(example, axis_name="data", **options)
+
+    def loss(params, batch):
+        return -jnp.sum(batch.weights * fj.categorical.log_prob(model(params, batch.inputs), batch.targets)) / 7
 
     def run(params, batch):
-        factors = fj.kfac_factors(
-            model, params, batch, policy="all", damping=0.1, fisher=fisher, key=jax.random.key(0), axis_name="data"
-        )
-        return fj.precondition(factors, tree_for(params))
+        grads = tree_for(params)
+        _, _, taps = fj.value_grad_and_taps(loss)(params, batch)
+        updates, _ = tx.update(grads, tx.init(params), params, taps=taps, taps_scale=7.0, batch=batch)
+        factors = fj.kfac_factors(model, params, batch, policy="all", damping=0.1, axis_name="data", **options)
+        return updates, fj.precondition(factors, grads)
 
-    # Gathered columns are equal on all devices, which the types of shard_map cannot say.
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
-    return worst(jax.jit(mapped)(params, batch), one_device(False, fisher))
+    found, outside = mapped(run)(params, batches[0])
+    return {"error": worst(found, one_device(1, **options)), "outside": worst(outside, one_device(1, **options))}
 
 
 def main():
-    found = {}
-    states = {}
-    for layout in LAYOUTS:
-        found[f"auto {layout}"], states[layout] = sharded(AxisType.Auto, layout)
-    found["explicit both"], _ = sharded(AxisType.Explicit, "both")
-    found["exact_head both"], _ = sharded(AxisType.Auto, "both", "exact_head")
+    found, states = {}, {}
+    found["auto vocabulary"], states["vocabulary"] = sharded(AxisType.Auto, "vocabulary", 1)
+    found["auto both"], states["both"] = sharded(AxisType.Auto, "both", 3)
+    found["auto tokens"], _ = sharded(AxisType.Auto, "tokens", 2, around=False, factor_decay=0.7)
+    found["explicit both"], _ = sharded(AxisType.Explicit, "both", 3)
+    found["exact_head both"], _ = sharded(AxisType.Auto, "both", 1, fisher="exact_head")
     found["restored"] = restored(states["both"], states["vocabulary"])
-    found["shard_map"] = {"error": under_shard_map("empirical")}
+    found["shard_map"] = by_device(factor_decay=0.7)
+    found["shard_map taps"] = from_taps(eigenvalue_correction=True)
     json.dump(found, sys.stdout)
 
 

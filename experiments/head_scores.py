@@ -105,7 +105,7 @@ def read_scores(model, rows, name):
             def one(row):
                 h, y, w = row
                 kinds = fj.lm_head.moments(h, head, y, w, kind=("empirical", "true"))
-                empirical, true = (fj.welford.mean(m) * fj.welford.weight(m) for m in kinds)
+                empirical, true = (fj.welford.mean(m) * w.sum() for m in kinds)
                 probability = jax.nn.softmax(h @ head.T, -1)
                 error = probability.at[jnp.arange(len(y)), y].add(-1.0)
                 counts = jnp.zeros(head.shape[0], jnp.int32).at[y].add(w.astype(jnp.int32))

@@ -4,11 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fisher_jax import checkpoint, groups, lm_head, moving_average, operators, welford
+    from fisher_jax import checkpoint, exchange, groups, lm_head, moving_average, operators, welford
     from fisher_jax.alignment import per_parameter
     from fisher_jax.batch import Batch, next_token_batch
     from fisher_jax.blocks import BlockSpectra, BlockSpectrum, Capacity, block_spectra, block_spectrum
-    from fisher_jax.continual import ProtectState, ScaleByFisherState, ewc_penalty, project_away, protect_important, scale_by_fisher
+    from fisher_jax.continual import ewc_penalty, project_away, protect_important, scale_by_fisher
     from fisher_jax.decisions import CautiousPruning, Decisions, decide, prune_below
     from fisher_jax.diagonal import group_fisher
     from fisher_jax.errors import InputError, RejectedBatchError
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fisher_jax.uncertainty import DataNeeded, data_needed, effective_count, signal_to_noise
 
 # Where each public name lives. Loaded on first use, so that the command line answers before jax is imported.
-_MODULES = ("checkpoint", "groups", "lm_head", "moving_average", "operators", "welford")
+_MODULES = ("checkpoint", "exchange", "groups", "lm_head", "moving_average", "operators", "welford")
 _NAMES = {
     "Batch": "batch",
     "BlockSpectra": "blocks",
@@ -98,8 +98,6 @@ _NAMES = {
     "merge_params": "merging",
     "merge_task_vectors": "merging",
     "shrunk_mean": "merging",
-    "ProtectState": "continual",
-    "ScaleByFisherState": "continual",
     "ewc_penalty": "continual",
     "project_away": "continual",
     "protect_important": "continual",
@@ -128,9 +126,7 @@ __all__ = [
     "KFACSpectrum",
     "Likelihood",
     "Overlap",
-    "ProtectState",
     "RejectedBatchError",
-    "ScaleByFisherState",
     "Shift",
     "Spectrum",
     "apply_mask",
@@ -148,6 +144,7 @@ __all__ = [
     "effective_count",
     "ema",
     "ewc_penalty",
+    "exchange",
     "frobenius_norm",
     "gaussian",
     "gradients_from_taps",

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fisher_jax.cli.style import Theme, spread, theme_context
@@ -14,6 +15,7 @@ from fisher_jax.cli.train_store import Point, TrainProgress
 __all__ = ["loss_figure"]
 
 _WIDTH = 4.9
+_TIMES_MEDIAN = 4.0
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))  # colours repeat from the sixth run on
 
 
@@ -40,8 +42,14 @@ def _panel(
     end = max(place(point) for _, progress in curves for point in progress.points)
     low, high = _limits(curves)
     axes.set_ylim(low, high)
+    first = max(progress.points[0].held_out_loss for _, progress in curves)
+    if first > high:
+        axes.text(
+            0.97, 0.97, f"starts at {first:.2f}", transform=axes.transAxes, va="top", ha="right", color=theme.muted, fontsize=9,
+            path_effects=[withStroke(linewidth=3, foreground=theme.background)],
+        )  # fmt: skip
     longest = max(len(_short(name)) for name, _ in curves)
-    axes.set_xlim(0, (end or 1) / (0.96 - 0.024 * longest))  # room for the names at the ends
+    axes.set_xlim(0, (end or 1) / (0.93 - 0.024 * longest))  # room for the names at the ends
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     heights = [progress.points[-1].held_out_loss for _, progress in curves]
     labels = spread(heights, 0.065 * (high - low), low + 0.03 * (high - low), high)
@@ -59,7 +67,7 @@ def _panel(
         axes.plot(x[-1], y[-1], "o", color=colour, markersize=4)
         axes.annotate(
             _short(name), (x[-1], label), xytext=(6, 0), textcoords="offset points", color=colour, fontsize=9,
-            fontweight="bold", va="center",
+            fontweight="bold", va="center", path_effects=[withStroke(linewidth=3, foreground=theme.background)],
         )  # fmt: skip
 
 
@@ -68,11 +76,11 @@ def _short(name: str, longest: int = 18) -> str:
 
 
 def _limits(curves: Sequence[tuple[str, TrainProgress]]) -> tuple[float, float]:
-    """All of the curves but spikes above what an untrained model has."""
+    """Where the curves spend their time: the first fall, to what frequencies alone give, may lie above."""
     held_out = [point.held_out_loss for _, progress in curves for point in progress.points]
     train = [point.train_loss for _, progress in curves for point in progress.points if point.train_loss is not None]
     low, high = min([*held_out, *train]), max(progress.points[0].held_out_loss for _, progress in curves)
-    high = max(high, float(np.quantile(held_out, 0.9)))
+    high = min(high, low + _TIMES_MEDIAN * (float(np.median(held_out)) - low))
     margin = 0.05 * (high - low) or 0.1
     return low - margin, high + margin
 

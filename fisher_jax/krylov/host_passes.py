@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-__all__ = ["project", "rotate", "subtract"]
+__all__ = ["project", "rotate", "subtract", "write"]
 
 _BLOCK = 1 << 17  # numbers of the basis that are looked at together: they stay in the cache
 _LARGE = (
@@ -42,6 +42,22 @@ def _each(body: Callable[[int, slice], None], size: int, rows: int) -> None:
             body(number, part)
 
     list(pool.map(go, runs))
+
+
+def write(row: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
+    """``row[:] = scale v``; what is stored, in the memory of ``v`` where it may be written."""
+    out = v if v.flags.writeable else np.empty_like(v)
+    factor = np.asarray(scale, v.dtype)
+
+    def body(number: int, part: slice) -> None:
+        del number
+        np.multiply(v[part], factor, out=out[part])
+        row[part] = out[part]
+        if row.dtype != out.dtype:
+            out[part] = row[part]
+
+    _each(body, v.size, 1)
+    return out
 
 
 def project(x: np.ndarray, v: np.ndarray, rows: int) -> np.ndarray:

@@ -97,9 +97,11 @@ def product(matvec: Callable, layout: Layout, jit: bool) -> Callable[[Vector], V
 
 
 def _put(x: Any, dtype: np.dtype, place: Sharding | None) -> Array:
+    if isinstance(x, np.ndarray):
+        x = jnp.array(x, dtype)  # a copy: its memory is written again
     x = x.astype(dtype)
     if place is None:
-        return jnp.asarray(x)
+        return x
     return jax.device_put(x, place)
 
 

@@ -81,12 +81,11 @@ def write(basis: Basis, vector: Vector, scale: float, row: int) -> tuple[Basis, 
             for x, v in zip(basis.leaves, vector, strict=True)
         ]
         return basis._replace(leaves=[x for x, _ in done]), [v for _, v in done]
-    stored = []
-    for x, v in zip(basis.leaves, vector, strict=True):
-        v = np.multiply(v, np.asarray(scale, v.dtype), out=v if v.flags.writeable else None)
-        x[row] = v
-        stored.append(v if x.dtype == v.dtype else x[row].astype(v.dtype))
-    return basis, stored
+    new = [
+        host_passes.write(x.reshape(basis.rows, -1)[row], np.asarray(v).reshape(-1), scale).reshape(v.shape)
+        for x, v in zip(basis.leaves, vector, strict=True)
+    ]
+    return basis, new
 
 
 def project(basis: Basis, vector: Vector, rows: int) -> np.ndarray:

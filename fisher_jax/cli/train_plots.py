@@ -45,8 +45,8 @@ def _panel(
     first = max(progress.points[0].held_out_loss for _, progress in curves)
     if first > high:
         axes.text(
-            0.97, 0.97, f"starts at {first:.2f}", transform=axes.transAxes, va="top", ha="right", color=theme.muted, fontsize=9,
-            path_effects=[withStroke(linewidth=3, foreground=theme.background)],
+            0.97, 0.97, f"starts at {first:.2f}", transform=axes.transAxes, va="top", ha="right", color=theme.muted,
+            fontsize=9, path_effects=[withStroke(linewidth=3, foreground=theme.background)],
         )  # fmt: skip
     longest = max(len(_short(name)) for name, _ in curves)
     axes.set_xlim(0, (end or 1) / (0.93 - 0.024 * longest))  # room for the names at the ends

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fisher_jax.estimator import FisherEstimator
     from fisher_jax.kronecker.curvature import kfac_factors, precondition
     from fisher_jax.kronecker.from_state import kfac_factors_from_state
+    from fisher_jax.kronecker.merging import KFACMerge, merge_kfac
     from fisher_jax.kronecker.optimizer import kfac
     from fisher_jax.kronecker.spectrum import KFACSpectrum, kfac_spectrum
     from fisher_jax.kronecker.table import KFACCoverage, kfac_coverage
@@ -106,6 +107,8 @@ _NAMES = {
     "Overlap": "tasks",
     "conflict": "tasks",
     "overlap": "tasks",
+    "KFACMerge": "kronecker.merging",
+    "merge_kfac": "kronecker.merging",
 }
 
 __all__ = [
@@ -123,6 +126,7 @@ __all__ = [
     "FisherEstimator",
     "InputError",
     "KFACCoverage",
+    "KFACMerge",
     "KFACSpectrum",
     "Likelihood",
     "Overlap",
@@ -161,6 +165,7 @@ __all__ = [
     "kfac_static_args",
     "lanczos",
     "lm_head",
+    "merge_kfac",
     "merge_params",
     "merge_task_vectors",
     "moving_average",

@@ -87,8 +87,8 @@ def prune_mask(
         axis: of the units, for ``structured``: 0 for ``[vocabulary, width]``, -1 for a Flax kernel ``[in, out]``.
 
     Returns:
-        Boolean arrays of the shapes of ``scores``, laid out as they are on a mesh; NumPy where all scores are NumPy
-        (float64 scores are then compared as such).
+        Boolean arrays of the shapes of ``scores``, laid out as they are on a mesh of explicit axes; NumPy where all
+        scores are NumPy (float64 scores are then compared as such).
 
     Raises:
         ValueError: a sparsity outside [0, 1], a NaN score, an unknown scope, an axis that a leaf does not have.

@@ -28,8 +28,8 @@ def main():
     model = torch.nn.Sequential(*layers[:-1])
     batch = (torch.from_numpy(data["inputs"]), torch.from_numpy(data["targets"]).long())
     loss = torch.nn.CrossEntropyLoss(reduction="mean")
-    params = dict(model.named_parameters())
-    operator = operator_of(model, loss, params, batch)
+    params = list(model.parameters())
+    operator = curvlinops.GGNLinearOperator(model, loss, params, [batch], check_deterministic=False)
     size = sum(p.numel() for p in model.parameters())
     vector = torch.from_numpy(np.cos(np.arange(size)).astype(np.float32))
     for line in sys.stdin:
@@ -42,14 +42,6 @@ def main():
             values = scipy.sparse.linalg.eigsh(on_host, k=int(number[0]), tol=1e-3, return_eigenvectors=False)
             found = sorted(map(float, values), reverse=True)
         print(json.dumps({"seconds": time.perf_counter() - begin, "values": found}), flush=True)
-
-
-def operator_of(model, loss, params, batch):
-    """Newer versions take named parameters, older ones a list."""
-    try:
-        return curvlinops.GGNLinearOperator(model, loss, params, [batch], check_deterministic=False)
-    except (AttributeError, TypeError):
-        return curvlinops.GGNLinearOperator(model, loss, list(params.values()), [batch], check_deterministic=False)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from fisher_jax.blocks import gram
 from fisher_jax.blocks import state as state_room
 from fisher_jax.blocks.capacity import BlockSpectrum
 from fisher_jax.blocks.partition import Block, Grouping, partition
-from fisher_jax.blocks.scores import Problem, takes_whole_rows
+from fisher_jax.blocks.scores import Problem, check_layout, takes_whole_rows
 from fisher_jax.likelihoods import Likelihood
 from fisher_jax.selection import Chosen
 from fisher_jax.weighting import require_usable
@@ -75,7 +75,8 @@ def block_spectrum(
 
     Raises:
         ValueError: an unknown option, ``top_k`` below 1 or above the largest block's number of parameters, complex or
-            no floating parameters, shapes that do not fit (each named).
+            no floating parameters, shapes that do not fit (each named); on a mesh with Explicit axes a model that
+            names places (``out_sharding=``), which a row alone cannot have.
         RejectedBatchError: an empty batch, a negative weight, a label out of range, a score that is not finite.
 
     Example:
@@ -87,6 +88,7 @@ def block_spectrum(
         [1.333, 0.333]
     """
     state_room.check_options(unit, kind, num_samples, chunk_size, 1)
+    check_layout(apply_fn, params, batch.inputs)
     found = partition(params, blocks, stacked, parameters, apply_fn, likelihood, batch)
     largest = max(block.size for block in found.blocks)
     state_room.check_top_k(top_k, damping, largest)

@@ -5,13 +5,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jaxtyping import Array
 
 from fisher_jax.likelihoods import Likelihood
+from fisher_jax.meshes import automatic
 from fisher_jax.selection import Selection
 from fisher_jax.weighting import Part, log_probs
 
-__all__ = ["Problem", "fold", "row_loss", "takes_whole_rows"]
+__all__ = ["Problem", "check_layout", "fold", "row_loss", "takes_whole_rows"]
 
 Tree = Any
 
@@ -38,6 +40,25 @@ class _Row(NamedTuple):
 def takes_whole_rows(problem: Problem, weights: Array) -> bool:
     """Whether a row has one score: sequences, and tokens that stand alone in their row."""
     return problem.unit == "sequence" or weights.size == weights.shape[0]
+
+
+def check_layout(apply_fn: Callable, params: Tree, inputs: Any) -> None:
+    """Raise where a model on a mesh with Explicit axes says where something lies, which a row alone cannot obey."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
+        return
+
+    def outputs_of_a_row(params, inputs):
+        return automatic(lambda p, x: apply_fn(p, jax.tree.map(lambda x: x[:1], x)), params, inputs)
+
+    try:
+        jax.eval_shape(outputs_of_a_row, params, inputs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"every row runs alone and with the axes {', '.join(map(str, mesh.axis_names))} of the mesh automatic, "
+            "and the model cannot run so; leave out_sharding= and reshard out of the function that is passed here, "
+            f"or call it without jax.set_mesh and with parameters on one device. The model said: {error}"
+        ) from error
 
 
 def fold(problem: Problem, params: Tree, part: Part, key: Array, absorb: Callable, carry: Any) -> Any:

@@ -91,7 +91,8 @@ def key_for(kind: str, key: Array | None) -> Array:
 
 
 def tokens(problem: Problem, params: Tree, batch: Batch) -> tuple[Part, Array]:
-    outputs = jax.eval_shape(problem.apply_fn, params, batch.inputs)
+    # As the rows will run: a model that looks sharded tokens up may name no place for them there.
+    outputs = jax.eval_shape(lambda p, x: automatic(problem.apply_fn, p, x), params, batch.inputs)
     part, bad = weigh(problem.likelihood, outputs, batch, problem.kind == "empirical")
     if part.weights.ndim == 0:
         raise ValueError("outputs are [rows, ..., K], found [K] without rows")

@@ -9,7 +9,7 @@ from fisher_jax.batch import Batch
 from fisher_jax.blocks import state as state_room
 from fisher_jax.blocks.capacity import BlockSpectrum
 from fisher_jax.blocks.partition import Grouping, partition
-from fisher_jax.blocks.scores import Problem
+from fisher_jax.blocks.scores import Problem, check_layout
 from fisher_jax.blocks.state import Setting, State
 from fisher_jax.likelihoods import Likelihood, categorical
 from fisher_jax.selection import Chosen
@@ -92,6 +92,7 @@ def block_spectra(
         return state_room.init(setting(params), params)
 
     def update(state: State, params: Tree, batch: Batch, key: Array | None = None) -> State:
+        check_layout(apply_fn, params, batch.inputs)
         return state_room.update(setting(params), state, params, batch, state_room.key_for(kind, key))
 
     def finalize(state: State, *, top_k: int | None = None, damping: float = 1e-3) -> dict[str, BlockSpectrum]:

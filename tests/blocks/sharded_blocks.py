@@ -47,9 +47,40 @@ def on_mesh(kind, specs, unit):
     return {"error": float(max(errors)), "methods": [x.method for x in found.values()]}
 
 
+def laid_out():
+    """What is said of an embedding whose rows are looked up into a place of the mesh; and the model without that."""
+    rng = np.random.default_rng(1)
+    params = {name: jnp.asarray(rng.standard_normal(s), jnp.float32) for name, s in (("e", (6, 4)), ("h", (4, 3)))}
+    batch = fj.Batch(jnp.asarray(rng.integers(0, 6, (8, 2))), jnp.asarray(rng.integers(0, 3, (8, 2))))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+    def model(out_sharding):
+        return lambda p, x: jnp.tanh(p["e"].at[x].get(out_sharding=out_sharding)) @ p["h"]
+
+    wanted = fj.block_spectrum(model(None), fj.categorical, params, batch)
+    params = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P())), params)
+    batch = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("data"))), batch)
+    said = []
+    with jax.set_mesh(mesh):
+        stream = fj.block_spectra(model(P("data")), fj.categorical, max_scores=16)
+        for run in (
+            lambda: fj.block_spectrum(model(P("data")), fj.categorical, params, batch, unit="sequence"),
+            lambda: fj.block_spectrum(model(P("data", None, "model")), fj.categorical, params, batch),
+            lambda: stream.update(stream.init(params), params, batch),
+        ):
+            try:
+                run()
+            except ValueError as error:
+                said.append(str(error))
+        found = fj.block_spectrum(model(None), fj.categorical, params, batch)
+    errors = [np.abs(found[k].eigenvalues - x.eigenvalues).max() / x.eigenvalues[0] for k, x in wanted.items()]
+    return {"error": float(max(errors)), "said": said}
+
+
 def main():
     assert jax.device_count() == 8
     found = {f"{mesh} {unit}": on_mesh(*MESHES[mesh], unit) for mesh, unit in CASES}
+    found["laid out"] = laid_out()
     json.dump(found, sys.stdout)
 
 

@@ -26,3 +26,10 @@ def test_eight_devices_give_what_one_gives(found, mesh, unit):
     result = found[f"{mesh} {unit}"]
     assert result["error"] < 1e-6
     assert result["methods"] == ["gram" if unit == "token" else "taps", "covariance", "gram"]
+
+
+def test_a_model_that_names_places_on_the_mesh_is_told_what_to_leave_out(found):
+    result = found["laid out"]
+    assert result["error"] < 1e-6
+    assert len(result["said"]) == 3
+    assert all("every row runs alone" in x and "leave out_sharding= and reshard out" in x for x in result["said"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fisher_jax as fj
-from fisher_jax.krylov import layout, sweeps
+from fisher_jax.krylov import layout, process, sweeps
 from tests.krylov import operators_of_known_spectrum as known
 
 KEY = jax.random.key(1)
@@ -214,3 +214,22 @@ def test_passes_over_blocks_equal_whole_products(storage):
     for row in range(4):
         np.testing.assert_allclose(flat(x[row] for x in turned.leaves), turn[:, row] @ stack, atol=1e-4)
     assert all(not np.any(np.asarray(x)[4:]) for x in turned.leaves)
+
+
+@pytest.mark.parametrize("left", [1.0, 1e-3])
+@pytest.mark.parametrize("known_before", [0.0, 0.99])
+def test_what_is_left_of_a_vector_is_orthogonal_to_rounding(left, known_before):
+    """Also where next to nothing is left, and whatever was predicted."""
+    eps = float(np.finfo(np.float32).eps)
+    rng = np.random.default_rng(0)
+    rows = np.linalg.qr(rng.standard_normal((3000, 9)))[0].T.astype(np.float32)
+    coefficients = rng.standard_normal(8)
+    w = (coefficients @ rows[:8] + left * rows[8]).astype(np.float32)
+    space = layout.layout_of({"a": jax.ShapeDtypeStruct((3000,), jnp.float32)})
+    basis = sweeps.Basis([rows[:8].copy()], space, 8, True)
+    column, (found,), norm = process.orthogonalise(basis, [w], known_before * coefficients, lambda size: 1e-6 * size)
+    found = found.astype(np.float64)
+    assert norm == pytest.approx(np.linalg.norm(found), rel=1e-6)
+    assert norm == pytest.approx(left, rel=1e-3)
+    assert np.linalg.norm(rows[:8] @ found) <= 12 * eps * norm
+    np.testing.assert_allclose(column, coefficients, atol=8 * eps * np.abs(coefficients).max() * 3)

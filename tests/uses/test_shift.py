@@ -73,13 +73,13 @@ def test_two_halves_of_one_text_have_few_false_discoveries(sizes):
         plain = fj.importance_shift(a, b, guard=False)
         welch.append(plain.p)
         assert (found.p >= plain.p)[found.testable].all()
-    p, welch = np.concatenate(p), np.concatenate(welch)
+    p, welch = (x[~np.isnan(x)] for x in (np.concatenate(p), np.concatenate(welch)))
     for level in (0.2, 0.05, 0.01, 0.001):
-        assert np.nanmean(p <= level) <= 1.25 * level + 0.0005
+        assert np.mean(p <= level) <= 1.25 * level + 0.0005
     assert sum(discoveries) <= 2
     if sizes[0] != sizes[1]:
         # Without the guard this very test fails.
-        assert np.nanmean(welch <= 0.001) > 0.005
+        assert np.mean(welch <= 0.001) > 0.005
 
 
 def test_p_is_uniform_where_much_was_seen():
@@ -135,8 +135,9 @@ def test_a_steady_stream_does_not_drift(kind):
         p.append(found.p)
         discoveries.append(np.nanmin(found.q) <= 0.05)
     p = np.concatenate(p)
+    p = p[~np.isnan(p)]
     for level in (0.2, 0.05, 0.01, 0.001):
-        assert np.nanmean(p <= level) <= 1.25 * level + 0.0005
+        assert np.mean(p <= level) <= 1.25 * level + 0.0005
     assert sum(discoveries) <= 1
 
 

@@ -79,8 +79,9 @@ def importance_shift(
     smaller one happens not to contain has a standard error there that is far too small, and Welch's p value was wrong
     by a factor of up to 1000 (at 0.0003, sizes 20 to 1). ``guard`` takes the larger of that p value and Student's
     with the pooled variance, which fails the other way; in our simulations the two together stayed below 1.4 times
-    their level from 4 documents on. With texts of equal size Welch's test is unchanged by it, up to degrees of
-    freedom.
+    their level from 4 documents on. On random splits of real text (words
+    of Wikipedia and PubMed by document, 15 to 85 in a hundred) Welch's test had false discoveries at ``q = 0.05`` in
+    all of 12 splits, the guarded one in none. With texts of equal size it is Welch's, up to degrees of freedom.
 
     Groups with fewer than ``min_effective`` effective observations in both texts together (`fj.effective_count`) are
     not tested, and not counted in the q values: with ``k`` of them ``|z|`` cannot exceed about ``sqrt(k)``. That

@@ -132,7 +132,8 @@ def data_needed(
 
     low = np.full(int(possible.sum()), 1.0)  # never enough: one observation has no interval
     high = np.maximum(2.0, np.ceil((scipy.stats.t.ppf(0.5 + level / 2, 1) * spread[possible]) ** 2))
-    while (high - low > 1).any():
+    # Above 2**52 whole numbers are further apart than 1 in float64.
+    while (high - low > np.maximum(1, 1e-14 * high)).any():
         middle = np.maximum(np.floor((low + high) / 2), 2.0)
         good = enough(middle)
         low, high = np.where(good, low, middle), np.where(good, middle, high)

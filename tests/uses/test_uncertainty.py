@@ -66,6 +66,13 @@ def test_the_data_needed_are_the_first_that_suffice():
     np.testing.assert_allclose(relative.units[[1, 3]], scaled.units[[1, 3]], atol=1)
 
 
+def test_more_than_can_be_counted_is_still_a_number():
+    values = np.random.default_rng(2).gamma(2.0, 1.0, (12, 5))
+    found = fj.data_needed(state(values), width=1e-12)
+    wanted = (2 * scipy.stats.norm.ppf(0.975) * values.std(0, ddof=1) / 1e-12) ** 2
+    np.testing.assert_allclose(found.units, wanted, rtol=1e-4)
+
+
 def test_with_the_data_needed_intervals_have_the_width():
     rng = np.random.default_rng(3)
     values = rng.gamma(2.0, 1.0, (40, 300))

@@ -2,15 +2,26 @@
 
 One run measures everything side by side: the ways are interleaved, round after round, and medians are printed. On the
 head they are divided by one product ``U X`` with ``U [V, T]`` and ``X [T, H]``, the unit that a natural gradient of
-the factor's own tokens needs at least once.
+the factor's own tokens needs at least once. In training they are divided by an AdamW step; of ``update_freq`` steps
+one refreshes all factors. What a cap on the tokens of the head's factor costs in quality is the loss on Wikipedia
+after equal steps from equal starts, with words for tokens.
 
-    uv run python experiments/bench_kfac.py            # about fifteen minutes on 2 cores
-    uv run python experiments/bench_kfac.py --quick    # small shapes: does it run?
+    uv run python experiments/bench_kfac.py            # about six minutes on 2 idle cores; writes results/
+    uv run python experiments/bench_kfac.py --quick    # small shapes: does it run? numbers mean nothing
 """
 
+import os
+
+# LAPACK's threads and XLA's wait for each other on few cores; read when numpy and scipy load.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import argparse
+import collections
+import functools
+import importlib.metadata
 import json
 import pathlib
+import re
 import time
 
 import jax
@@ -19,9 +30,14 @@ import numpy as np
 import optax
 
 import fisher_jax as fj
+from fisher_jax.cli import corpora
 from fisher_jax.kronecker import factors, tikhonov
 
+RESULTS = pathlib.Path(__file__).parent / "results"
 DAMPING, UPDATE_FREQ = 1e-3, 10
+CAPS = (64, 128, 256, 512, 1024)  # of a batch with 1,024 tokens: the last is no cap
+KFAC_GRID = tuple((rate, damping) for damping in (0.1, 1.0) for rate in (0.03, 0.1, 0.3))
+ADAMW_RATES = (1e-3, 3e-3, 1e-2)
 
 
 def medians(ways, rounds):
@@ -78,8 +94,11 @@ def bench_head(vocabulary, width, tokens, rounds):
     seconds = medians(ways, rounds)
     scale = vocabulary / small
     dense_name = f"dense factor of {small} outputs"
+    build_general, build_pushed = (seconds[f"build and apply, {way}"] for way in ("any gradient", "push-through"))
+    saved = (build_general - build_pushed) / (build_general + (UPDATE_FREQ - 1) * seconds["apply to any gradient"])
     return {
         "vocabulary": vocabulary, "width": width, "tokens": tokens, "seconds": seconds,
+        "push-through saves of ten updates": saved,
         "ratio": {name: t / seconds["one product U x [T, H]"] for name, t in seconds.items() if name != dense_name},
         "state MiB, float32": size((A, G)) / 2**20, "state MiB, bfloat16": size(half) / 2**20,
         "dense, extrapolated": {
@@ -88,9 +107,9 @@ def bench_head(vocabulary, width, tokens, rounds):
     }  # fmt: skip
 
 
-def transformer(vocabulary, width, layers, heads):
+def transformer(vocabulary, width, layers, heads, seed=1):
     """A causal decoder of stacked layers under scan, and its parameters."""
-    keys = iter(jax.random.split(jax.random.key(1), 8))
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
     init = lambda *shape: jax.random.normal(next(keys), shape) * shape[-2] ** -0.5  # noqa: E731
     blocks = {
         "n1": jnp.ones((layers, width)), "n2": jnp.ones((layers, width)),
@@ -125,77 +144,225 @@ def bench_training(vocabulary, width, layers, rows, length, token_caps, rounds):
     apply_fn, params = transformer(vocabulary, width, layers, heads=4)
     tokens = jax.random.randint(jax.random.key(2), (rows, length + 1), 0, vocabulary)
     batch = fj.next_token_batch(tokens)
-    key = jax.random.key(3)
 
-    def loss(params):
+    def loss(params, batch):
         return -jnp.mean(fj.categorical.log_prob(apply_fn(params, batch.inputs), batch.targets))
 
-    def stepper(tx, **more):
+    def stepper(tx, own_taps=False):
         @jax.jit
-        def step(params, state, batch):
-            grads = jax.grad(loss)(params)
-            updates, state = tx.update(grads, state, params, **more)
+        def step(params, state, batch, key):
+            if own_taps:
+                _, grads, taps = fj.value_grad_and_taps(loss)(params, batch)
+                more = {"taps": taps, "taps_scale": float(rows * length)}
+            else:
+                grads, more = jax.grad(loss)(params, batch), {}
+            updates, state = tx.update(grads, state, params, batch=batch, key=key, **more)
             return optax.apply_updates(params, updates), state
 
-        return step
+        return lambda state: step(params, state, batch, jax.random.key(3))
 
-    adamw = optax.adamw(1e-3)
-    adam_state, adam_step = adamw.init(params), stepper(adamw)
-    ways, states = {"AdamW": lambda: adam_step(params, adam_state, batch)}, {}
+    def chained(cap):
+        natural = fj.scale_by_kfac(apply_fn, example=batch, damping=DAMPING, update_freq=UPDATE_FREQ, token_cap=cap)
+        return optax.chain(natural, optax.trace(0.9), optax.scale_by_learning_rate(0.1))
+
+    adamw = optax.with_extra_args_support(optax.adamw(1e-3))
+    adam_step, adam_state = stepper(adamw), adamw.init(params)
+    ways, states = {"AdamW": lambda: adam_step(adam_state)}, {}
     for cap in token_caps:
-        tx = fj.scale_by_kfac(apply_fn, example=batch, damping=DAMPING, update_freq=UPDATE_FREQ, token_cap=cap)
-        tx = optax.chain(tx, optax.trace(0.9), optax.scale_by_learning_rate(0.1))
-        step, fresh = stepper(tx, batch=batch, key=key), tx.init(params)
-        _, warm = step(params, fresh, batch)  # its factors serve the next updates
+        tx = chained(cap)
+        step, fresh = stepper(tx), tx.init(params)
+        _, warm = step(fresh)  # its factors serve the next updates
         states[cap] = size(fresh[0]) / 2**20
-        ways[f"K-FAC cap {cap}, refresh"] = lambda step=step, s=fresh: step(params, s, batch)
-        ways[f"K-FAC cap {cap}, between"] = lambda step=step, s=warm: step(params, s, batch)
+        ways[f"cap {cap}, refresh"] = lambda step=step, s=fresh: step(s)
+        ways[f"cap {cap}, between"] = lambda step=step, s=warm: step(s)
+    tx = chained(token_caps[0])
+    taps_step, taps_state = stepper(tx, own_taps=True), tx.init(params)
+    ways[f"cap {token_caps[0]}, refresh from the step's own taps"] = lambda: taps_step(taps_state)
     seconds = medians(ways, rounds)
     found = {}
     for cap in token_caps:
-        refresh, between = (seconds[f"K-FAC cap {cap}, {x}"] for x in ("refresh", "between"))
+        refresh, between = (seconds[f"cap {cap}, {x}"] / seconds["AdamW"] for x in ("refresh", "between"))
         amortised = (refresh + (UPDATE_FREQ - 1) * between) / UPDATE_FREQ
         found[str(cap)] = {
-            "refresh / AdamW": refresh / seconds["AdamW"], "between / AdamW": between / seconds["AdamW"],
-            "amortised / AdamW": amortised / seconds["AdamW"], "state MiB": states[cap],
+            "refresh": refresh, "between": between, "amortised": amortised, "state MiB": states[cap]
         }  # fmt: skip
     return {
         "vocabulary": vocabulary, "width": width, "layers": layers, "rows": rows, "length": length,
         "parameters": sum(x.size for x in jax.tree.leaves(params)), "update_freq": UPDATE_FREQ, "seconds": seconds,
-        "by token cap": found,
+        "refresh from own taps": seconds[f"cap {token_caps[0]}, refresh from the step's own taps"] / seconds["AdamW"],
+        "in AdamW steps, by token cap": found,
     }  # fmt: skip
 
 
-def show(head, training):
-    print(f"head V={head['vocabulary']} H={head['width']} T={head['tokens']}, {jax.devices()[0].device_kind}")
-    for name, ratio in head["ratio"].items():
-        print(f"  {name:32}{head['seconds'][name]:10.3f} s{ratio:8.2f} x")
-    print(f"  state {head['state MiB, float32']:.1f} MiB, bfloat16 {head['state MiB, bfloat16']:.1f} MiB")
+def words(number, vocabulary):
+    """The first words of Wikipedia's articles as ranks by frequency; rare ones are all the last."""
+    found = []
+    for document in corpora.documents(("wikipedia",)):
+        found += re.findall(r"\w+|[^\w\s]", document.text.lower())
+        if len(found) >= number:
+            break
+    common = collections.Counter(found).most_common(vocabulary - 1)
+    ranks = {word: rank for rank, (word, _) in enumerate(common)}
+    return np.array([ranks.get(word, vocabulary - 1) for word in found[:number]])
+
+
+def bench_quality(vocabulary, width, layers, rows, length, token_caps, seeds, steps):
+    """Losses on unseen words after equal steps from equal starts, by cap, beside AdamW with the best of its rates."""
+    apply_fn, _ = transformer(vocabulary, width, layers, heads=4)
+    text = words(rows * (length + 1) * (steps + 4), vocabulary).reshape(steps + 4, rows, length + 1)
+    train, test = fj.next_token_batch(jnp.asarray(text[:steps].reshape(-1, length + 1))), text[steps:]
+    train = jax.tree.map(lambda x: x.reshape(steps, rows, length), train)
+    test = fj.next_token_batch(jnp.asarray(test.reshape(-1, length + 1)))
+
+    def loss(params, batch):
+        return -jnp.mean(fj.categorical.log_prob(apply_fn(params, batch.inputs), batch.targets))
+
+    def runner(optimizer):
+        @jax.jit
+        def run(how, params, key):
+            tx = optax.with_extra_args_support(optimizer(how))
+
+            def step(carry, x):
+                params, state = carry
+                batch, key = x
+                grads = jax.grad(loss)(params, batch)
+                updates, state = tx.update(grads, state, params, batch=batch, key=key)
+                return (optax.apply_updates(params, updates), state), None
+
+            keys = jax.random.split(key, steps)
+            (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), (train, keys))
+            return loss(params, test)
+
+        return run
+
+    starts = [transformer(vocabulary, width, layers, heads=4, seed=seed)[1] for seed in range(seeds + 1)]
+
+    def losses(run, how, seeds):
+        return [float(run(how, starts[seed], jax.random.key(seed))) for seed in seeds]
+
+    def best_of(run, grid):
+        """On a seed of its own."""
+        tried = [losses(run, how, [seeds])[0] for how in grid]
+        return grid[int(np.nanargmin(tried))]
+
+    def kfac(how, cap):
+        return fj.kfac(how[0], apply_fn, example=example, token_cap=cap, damping=how[1])
+
+    example = jax.tree.map(lambda x: x[0], train)
+    natural = {cap: runner(functools.partial(kfac, cap=cap)) for cap in token_caps}
+    how = best_of(natural[token_caps[len(token_caps) // 2]], KFAC_GRID)
+    by_cap = {str(cap): losses(run, how, range(seeds)) for cap, run in natural.items()}
+    adamw = runner(optax.adamw)
+    rate = best_of(adamw, ADAMW_RATES)
+    return {
+        "vocabulary": vocabulary, "width": width, "layers": layers, "tokens in a batch": rows * length,
+        "steps": steps, "losses by token cap": by_cap, "K-FAC rate": how[0], "K-FAC damping": how[1],
+        "AdamW rate": rate, "AdamW losses": losses(adamw, rate, range(seeds)),
+    }  # fmt: skip
+
+
+def markdown(found):
+    """The page of results."""
+    first = f"{found['device']}, jax {found['jax']}, float32; medians of {found['rounds']} interleaved rounds."
+    rest = [*of_head(found["head"]), *of_training(found["training"]), *of_quality(found["quality"])]
+    return "\n".join(["# What K-FAC costs", "", first, "", *rest])
+
+
+def of_head(head):
     dense = head["dense, extrapolated"]
-    print(f"  dense factor, extrapolated: {dense['state GiB']:.1f} GiB, {dense['seconds']:.0f} s")
-    print(
-        f"training step: {training['layers']} layers of {training['width']}, V={training['vocabulary']}, "
-        f"{training['rows']} x {training['length']} tokens, AdamW {training['seconds']['AdamW']:.3f} s"
+    yield from (f"## A head with {head['vocabulary']:,} rows, width {head['width']}, {head['tokens']} tokens", "")
+    yield from ("| | seconds | times one product |", "|---|---:|---:|")
+    for name, ratio in head["ratio"].items():
+        yield f"| {name} | {head['seconds'][name]:.3f} | {ratio:.2f} |"
+    yield from (
+        "",
+        f"State {head['state MiB, float32']:.1f} MiB in float32, {head['state MiB, bfloat16']:.1f} in bfloat16. A "
+        f"dense factor would take {dense['state GiB']:.1f} GiB and, by the cube from 2,048 outputs, "
+        f"{dense['seconds'] / 3600:.1f} hours.",
+        "",
+        f"Push-through at every refresh would save {head['push-through saves of ten updates']:.1%} of what ten "
+        "updates cost. `scale_by_kfac` does not use it: the gradient that it is given may no longer be that of the "
+        "batch.",
+        "",
     )
-    for cap, found in training["by token cap"].items():
-        ratios = ", ".join(f"{name} {x:.2f}" for name, x in found.items())
-        print(f"  token_cap {cap}: {ratios}")
+
+
+def of_training(training):
+    by_cap = training["in AdamW steps, by token cap"]
+    yield (
+        f"## A training step: {training['layers']} layers of width {training['width']}, vocabulary "
+        f"{training['vocabulary']:,}, {training['rows']} x {training['length']} tokens"
+    )
+    yield from (
+        "",
+        f"In AdamW steps ({training['seconds']['AdamW']:.2f} s); of {UPDATE_FREQ} steps one refreshes.",
+        "",
+    )
+    yield from ("| token cap | refresh | between | **amortised** | state |", "|---:|---:|---:|---:|---:|")
+    for cap, x in by_cap.items():
+        steps = f"{x['refresh']:.2f} | {x['between']:.2f} | **{x['amortised']:.2f}**"
+        yield f"| {cap} | {steps} | {x['state MiB']:.0f} MiB |"
+    yield from (
+        "",
+        f"A refresh from the step's own taps: {training['refresh from own taps']:.2f} (cap {next(iter(by_cap))}).",
+    )
+
+
+def of_quality(quality):
+    seeds = len(quality["AdamW losses"])
+    yield from ("", f"## What the cap costs: batches of {quality['tokens in a batch']:,} words of Wikipedia", "")
+    yield (
+        f"Nats per word on unseen text after {quality['steps']} steps (vocabulary {quality['vocabulary']:,}, "
+        f"{quality['layers']} layers of width {quality['width']}), means over {seeds} seeds, and differences from "
+        "the last row's, seed by seed, with their standard error."
+    )
+    yield from ("", "| | loss | difference |", "|---|---:|---:|", *quality_rows(quality), "")
+    yield (
+        f"AdamW with the best of the rates {', '.join(map(str, ADAMW_RATES))}; K-FAC for all caps with rate "
+        f"{quality['K-FAC rate']} and damping {quality['K-FAC damping']}, the best of {len(KFAC_GRID)} pairs at one "
+        "cap, both on a seed of their own."
+    )
+    yield ""
+
+
+def quality_rows(quality):
+    losses = {f"token cap {cap}": np.array(x) for cap, x in quality["losses by token cap"].items()}
+    reference = list(losses.values())[-1]
+    losses = {f"AdamW, rate {quality['AdamW rate']}": np.array(quality["AdamW losses"])} | losses
+    for name, found in losses.items():
+        gap = found - reference
+        error = gap.std(ddof=1) / len(gap) ** 0.5 if len(gap) > 1 else float("nan")
+        yield f"| {name} | {found.mean():.3f} | {gap.mean():+.3f} ± {error:.3f} |"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes, two rounds")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=pathlib.Path, default=None, help="also write the figures as JSON")
+    parser.add_argument("--quick", action="store_true", help="small shapes, two rounds; writes nothing")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for bench_kfac.json and .md")
     args = parser.parse_args()
     rounds = 2 if args.quick else args.rounds
-    head = bench_head(*((2003, 32, 24) if args.quick else (50257, 768, 512)), rounds)
-    shapes = (2003, 32, 2, 2, 16) if args.quick else (49152, 256, 4, 8, 256)
-    training = bench_training(*shapes, (8, 16) if args.quick else (128, 256, 512), rounds)
-    show(head, training)
-    if args.out is not None:
-        found = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "head": head, "training": training}
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    begin = time.perf_counter()
+    found = {
+        "jax": jax.__version__,
+        "fisher_jax": importlib.metadata.version("fisher-jax"),
+        "device": jax.devices()[0].device_kind,
+        "rounds": rounds,
+        "head": bench_head(*((2003, 32, 24) if args.quick else (50257, 768, 512)), rounds),
+        "training": bench_training(
+            *((2003, 32, 2, 2, 16, (8, 16)) if args.quick else (49152, 256, 4, 8, 256, (128, 512, 1024))), rounds
+        ),
+        "quality": bench_quality(
+            *((503, 16, 1, 2, 16, (8, 32), 2, 12) if args.quick else (8192, 64, 2, 8, 128, CAPS, 3, 60))
+        ),
+    }
+    found["seconds"] = time.perf_counter() - begin
+    page = markdown(found)
+    print(page)
+    print(f"{found['seconds']:.0f} s in all")
+    if not args.quick:
+        (args.out / "bench_kfac.json").write_text(json.dumps(found, indent=1) + "\n")
+        (args.out / "bench_kfac.md").write_text(page)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def _shrink(kept: Rows) -> Rows:
         new = scale[:, None] * jnp.matmul(vectors[:, :directions].T, rows, precision=_EXACT)
         return jnp.zeros_like(rows).at[:directions].set(new), shift
 
-    rows, shift = jax.vmap(one)(kept.rows)
+    # One layer after the other: batches of LAPACK can wait for each other for ever on few cores.
+    rows, shift = jax.lax.map(one, kept.rows)
     return Rows(rows, jnp.full_like(kept.filled, directions), kept.lost + shift)
 
 

@@ -79,9 +79,22 @@ def product(a: Array, b: Array) -> Array:
 
 
 def eigen(matrix: Float[Array, "*N n n"]) -> Eigen:
-    """Eigendecomposition of a positive semi-definite matrix; eigenvalues below zero are rounding, and zero."""
-    values, vectors = jnp.linalg.eigh(wide(matrix))
-    return Eigen(jnp.maximum(values, 0), vectors)
+    """Eigendecomposition of a positive semi-definite matrix; eigenvalues below zero are rounding, and zero.
+
+    Stacks are decomposed one matrix after the other, under ``jax.vmap`` too.
+    """
+    one = _eigen
+    for _ in range(matrix.ndim - 2):
+        one = jax.vmap(one)
+    return Eigen(*one(wide(matrix)))
+
+
+# LAPACK's batches hand their parts to the threads that run the program: where two batches run at once and there are
+# no more threads than batches, each waits for parts that only the other's thread could do, for ever.
+@jax.custom_batching.sequential_vmap
+def _eigen(matrix: Array) -> tuple[Array, Array]:
+    values, vectors = jnp.linalg.eigh(matrix)
+    return jnp.maximum(values, 0), vectors
 
 
 def diagonal(values: Float[Array, " n"]) -> Diagonal:

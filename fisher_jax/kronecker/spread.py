@@ -54,10 +54,11 @@ def _over_axis(matrices: Array, axis_name: Any) -> Eigen:
 
 
 def _over_mesh(matrices: Array, mesh: Any, axes: tuple[str, ...]) -> Eigen:
-    spread, everywhere = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((axes,), ()))
+    spread = PartitionSpec(axes)
     padded = _padded(matrices, math.prod(mesh.shape[name] for name in axes))
-    own = eigen(jax.lax.with_sharding_constraint(padded, spread))
-    return Eigen(*(jax.lax.with_sharding_constraint(x, everywhere)[: len(matrices)] for x in own))
+    share = jax.shard_map(eigen, mesh=mesh, in_specs=spread, out_specs=spread, axis_names=set(axes), check_vma=False)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return Eigen(*(jax.lax.with_sharding_constraint(x, everywhere)[: len(matrices)] for x in share(padded)))
 
 
 def _padded(matrices: Array, devices: int) -> Array:

@@ -84,9 +84,15 @@ def only_embed(path):
 
 
 def decomposed_per_device(text):
-    """By size, how many matrices each device decomposes at most at once."""
-    shapes = re.findall(r"f32\[(\d+),(\d+),\d+\]\S*, f32\[\d+,\d+\]\S*, s32\[\d+\]\S*\) custom-call", text)
-    return {size: max(int(n) for n, other in shapes if other == size) for _, size in shapes}
+    """By size, how many matrices each device decomposes: one after the other, in a loop where there are several."""
+    sizes = re.findall(r"f32\[(\d+),\d+\]\S*, f32\[\d+\]\S*, s32\[\]\S*\) custom-call", text)
+    loops = [
+        shape
+        for line in text.splitlines()
+        if " while(" in line
+        for shape in re.findall(r"f32\[(\d+),(\d+),(\d+)\]", line)
+    ]
+    return {size: max([1, *(int(n) for n, *other in loops if other == [size, size])]) for size in sizes}
 
 
 def setting(kind, layout, around=True, **options):

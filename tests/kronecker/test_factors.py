@@ -1,6 +1,7 @@
 """Factors that come from taps: preconditioned trees equal dense inverses built by hand, float64 to 1e-8."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 import fisher_jax as fj
 from fisher_jax.kronecker import curvature
+from fisher_jax.kronecker.factors import eigen, low_rank
 from tests import oracle_kronecker as oracle
 
 T, WIDTHS = 6, (3, 4, 5)
@@ -377,3 +379,13 @@ def test_a_parameter_without_a_block_is_named_with_its_line_and_the_way_out():
 
     found, gradient = run(params)
     np.testing.assert_allclose(found, 1 / (gradient["v"] ** 2 / 4 + 0.5), rtol=1e-5)
+
+
+@pytest.mark.parametrize("decompose", [eigen, jax.vmap(eigen), jax.vmap(low_rank)])
+def test_stacked_layers_are_decomposed_one_after_the_other(decompose):
+    # Two batches of LAPACK at once wait for each other for ever where there are two threads.
+    stack = jax.random.normal(jax.random.key(0), (3, 5, 4))
+    matrices = stack @ stack.swapaxes(1, 2)
+    program = jax.jit(decompose).lower(matrices).as_text()
+    assert "syevd" in program
+    assert not re.search(r"syevd.*tensor<3x5x5", program)

@@ -18,7 +18,9 @@ from fisher_jax.likelihoods import Likelihood, categorical
 __all__ = ["KFACOptimizerState", "kfac"]
 
 Tree = Any
-_SMALLEST, _LARGEST = 1e-8, 1e4
+_LARGEST = 1e4
+# Early updates turn sharply: adaptive mode looks at each of them, and its least momentum grows over them.
+_EARLY = 50
 
 
 class KFACOptimizerState(NamedTuple):
@@ -51,7 +53,12 @@ def kfac(
     momentum: Any = 0.9,
     kl_clip: Any = 1e-3,
     weight_decay: Any = 0.0,
-    adapt_every: int = 1,
+    adapt_every: int = 5,
+    min_damping: Any = None,
+    min_momentum: Any = 0.5,
+    max_momentum: Any = 0.6,
+    model_rows: int | None = None,
+    refresh_ramp: int | None = 10,
     update_freq: int = 10,
     fisher: str = "sampled",
     policy: str = "auto",
@@ -76,20 +83,32 @@ def kfac(
     - A number or a schedule for ``learning_rate``: ``v <- momentum v + nu x + weight_decay params`` and the update is
       ``-learning_rate v``. The trust region ``nu = min(1, sqrt(2 kl_clip / (learning_rate**2 x . g)))`` keeps the KL
       divergence per token that the step of ``x`` alone is predicted to cause below ``kl_clip`` nats.
-    - ``None``, adaptive: the update ``-a x + m (last update)`` has ``a`` and ``m`` that minimise the exact quadratic
-      model of the loss on this batch, ``g . u + u . (GGN + (damping + weight_decay) I) u / 2`` (two Jacobian-vector
-      products; Martens and Grosse 2015, section 7), with ``weight_decay / 2 |params|**2`` in the loss. Every
-      ``adapt_every`` updates the loss after the step is evaluated and the damping follows the Levenberg-Marquardt
-      rule (section 6.5): it is multiplied by ``0.9**adapt_every`` where the loss fell by more than 3/4 of what the
-      model predicts, and divided by it below 1/4. Where the loss rose the step is not taken: the update is zero, the
-      last update is forgotten, and the damping grows by 4. It stays between 1e-8 and 1e4.
+    - ``None``, adaptive: the update ``u = -a x + m (last update)`` has ``a`` and ``m`` that minimise the exact
+      quadratic model of the loss on this batch, ``g . u + u . (GGN + (damping + weight_decay) I) u / 2`` (two
+      Jacobian-vector products; Martens and Grosse 2015, section 7), with ``weight_decay / 2 |params|**2`` in the
+      loss, among ``min_momentum min(1, updates / 50) <= m <= max_momentum``. Every ``adapt_every`` updates, and at
+      each of the first 50, the loss after the step is evaluated and the damping follows the Levenberg-Marquardt rule
+      (section 6.5): it is multiplied by ``0.9`` for each update since the last look where the loss fell by more than
+      3/4 of what the model predicts, and divided by as much below 1/4. Where it rose though the model predicts a fall
+      the step is not taken: the update is zero, the last update is forgotten, and the damping grows by 4. It stays
+      between ``min_damping`` and 1e4.
 
     An update whose batch or gradients cannot be used is zero and leaves all but the counts of the state as it was.
 
     Args:
-        damping: what is added to the curvature; where ``learning_rate`` is ``None`` the first of it. ``None``: 1e-3,
+        damping: what is added to the curvature; where ``learning_rate`` is ``None`` the first of it. ``None``: 0.03,
             and 0.1 in adaptive mode.
         momentum, kl_clip: only with a fixed learning rate; ``kl_clip=None`` for no trust region.
+        min_damping: a model of one batch predicts that batch well at any damping, also where the step fits its noise
+            and nothing else; the rule alone lets damping fall until it does. ``None``: 1e-3, or the first damping
+            where that is less.
+        min_momentum, max_momentum: what minimises the model of one batch undoes much of the last update, which fitted
+            the noise of the batch before; updates then never average over batches, and ``m`` is itself noisy.
+            ``None``: no bound, the minimum over both, for batches that are the whole data.
+        model_rows: the model's curvature is taken on the first so many rows of the batch (the first axis of its
+            arrays), gradient and losses on all (section 8 of the paper takes a quarter). ``None``: on all.
+        refresh_ramp: early factors are soon out of date: after ``n`` updates they serve at most
+            ``1 + n // refresh_ramp``, and ``update_freq`` from then on. ``None``: ``update_freq`` from the start.
         fisher: ``"sampled"`` here: the empirical Fisher vanishes with the loss, and steps grow.
 
     Other arguments and errors are those of `fj.scale_by_kfac`.
@@ -106,7 +125,10 @@ def kfac(
         [[1.0], [2.0]]
     """
     adaptive = learning_rate is None
-    first_damping = damping if damping is not None else (0.1 if adaptive else 1e-3)
+    first_damping = damping if damping is not None else (0.1 if adaptive else 0.03)
+    if min_damping is None:
+        min_damping = jnp.minimum(1e-3, first_damping)
+    look_at = _Adaptation(adapt_every, min_damping, (min_momentum, max_momentum), model_rows)
     inner = functools.partial(
         scale_by_kfac, apply_fn, likelihood, example=example, update_freq=update_freq, fisher=fisher, policy=policy,
         token_cap=token_cap, form=form, power=power, shared=shared, temperature=temperature, storage=storage,
@@ -125,6 +147,8 @@ def kfac(
     ):  # fmt: skip
         if params is None:
             raise ValueError("kfac needs params: call update(grads, state, params, batch=batch, key=key)")
+        if refresh_ramp is not None:
+            state = state._replace(factors=_due_early(state.factors, refresh_ramp, update_freq, statistics_freq))
         used = state.damping if adaptive else jnp.asarray(first_damping, jnp.float32)
         decay = jnp.asarray(weight_decay, jnp.float32)
         if adaptive:
@@ -137,7 +161,7 @@ def kfac(
                 raise ValueError("kfac with learning_rate=None evaluates its model: pass batch=")
             whole = params if model_params is None else model_params
             new, bad = _adaptive(
-                apply_fn, likelihood, batch, whole, params, updates, natural, state, used, decay, adapt_every
+                apply_fn, likelihood, batch, whole, params, updates, natural, state, used, decay, look_at
             )
             counted = factors.rejected > state.factors.rejected
             factors = factors._replace(
@@ -156,6 +180,25 @@ def kfac(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _due_early(factors: KFACState, ramp: int, update_freq: int, statistics_freq: int | None) -> KFACState:
+    """Ages as those of factors that are due, where they are older than `ramp` allows."""
+    early = factors.age > factors.step // ramp
+    age = jnp.where(early, jnp.maximum(factors.age, update_freq), factors.age)
+    if factors.raw_age is None:
+        return factors._replace(age=age)
+    raw_age = jnp.where(early, jnp.maximum(factors.raw_age, statistics_freq or update_freq), factors.raw_age)
+    return factors._replace(age=age, raw_age=raw_age)
+
+
+class _Adaptation(NamedTuple):
+    """What `kfac` says about its adaptive mode."""
+
+    every: int
+    min_damping: Any
+    momenta: tuple[Any, Any]
+    rows: int | None
+
+
 def _fixed(grads, natural, params, state, rate, momentum, kl_clip, decay):
     """A trust region on the step itself, then momentum."""
     nu = jnp.ones(())
@@ -169,47 +212,58 @@ def _fixed(grads, natural, params, state, rate, momentum, kl_clip, decay):
     return step, state._replace(velocity=velocity, learning_rate=used[0], momentum=used[1])
 
 
-def _adaptive(apply_fn, likelihood, batch, whole, params, grads, natural, state, damping, decay, adapt_every):
+def _adaptive(apply_fn, likelihood, batch, whole, params, grads, natural, state, damping, decay, how):
     """The minimiser of the quadratic model along the natural gradient and the last update."""
     leaves, treedef = jax.tree.flatten(whole)
     part, _ = aligned(params, whole)
     moving = [x for x in part if _moves(x)]
     places = [i for i, x in enumerate(part) if _moves(x)]
 
-    def outputs_of(moved):
+    def whole_with(moved):
         full = list(leaves)
         for i, x in zip(places, moved, strict=True):
             full[i] = x
-        return apply_fn(jax.tree.unflatten(treedef, full), batch.inputs)
+        return jax.tree.unflatten(treedef, full)
 
     def listed(tree):
         return [x for x in aligned(tree, whole)[0] if _moves(x)]
 
+    seen = _first_rows(batch, how.rows)
     directions = ([-x for x in listed(natural)], listed(state.velocity))
-    model = local_model(outputs_of, likelihood, batch, moving, listed(grads), directions, damping + decay)
-    (rate, momentum), predicted = best_step(model)
+    model = local_model(
+        lambda moved: apply_fn(whole_with(moved), seen.inputs), likelihood, seen, moving, listed(grads), directions,
+        damping + decay,
+    )  # fmt: skip
+    least, most = how.momenta
+    least = None if least is None else least * jnp.minimum((state.factors.step + 1) / _EARLY, 1)
+    (rate, momentum), predicted = best_step(model, least, most)
     velocity = _combine(lambda x, v: momentum * v - rate * x, natural, state.velocity)
 
-    def look():
+    def change():
         moved = [p + v.astype(p.dtype) for p, v in zip(moving, listed(velocity), strict=True)]
         norms = [decay / 2 * tree_dot(x, x) for x in (moved, moving)]
-        full = list(leaves)
-        for i, x in zip(places, moved, strict=True):
-            full[i] = x
-        after = loss(apply_fn, likelihood, jax.tree.unflatten(treedef, full), batch) + norms[0]
-        return (after - model.value - norms[1]) / jnp.where(predicted < 0, predicted, -1)
+        before = model.value if how.rows is None else loss(apply_fn, likelihood, whole, batch)
+        return loss(apply_fn, likelihood, whole_with(moved), batch) + norms[0] - before - norms[1]
 
-    due = (state.factors.step + 1) % adapt_every == 0
-    ratio = jax.lax.cond(due, look, lambda: jnp.full((), state.ratio))
+    every = jnp.where(state.factors.step < _EARLY, 1, how.every)
+    due = (state.factors.step + 1) % every == 0
+    falls = predicted < 0
+    changed = jax.lax.cond(due, change, lambda: jnp.zeros(()))
+    ratio = jnp.where(due & falls, changed / jnp.where(falls, predicted, -1), state.ratio)
     # A loss that is not finite after the step is no decrease.
-    rose = due & ~(ratio >= 0)
-    shrink = 0.9**adapt_every
-    change = jnp.where(ratio > 0.75, shrink, jnp.where(rose, 4, jnp.where(ratio < 0.25, 1 / shrink, 1)))
-    moved_damping = jnp.where(due, jnp.clip(damping * change, _SMALLEST, _LARGEST), damping)
+    rose = due & jnp.where(falls, ~(ratio >= 0), ~jnp.isfinite(changed))
+    shrink = 0.9**every
+    factor = jnp.where(rose, 4, jnp.where(ratio > 0.75, shrink, jnp.where(ratio < 0.25, 1 / shrink, 1)))
+    moved_damping = jnp.clip(damping * factor, how.min_damping, _LARGEST)
+    moved_damping = jnp.where(due & (falls | rose), moved_damping, damping)
     velocity = _combine(lambda v: jnp.where(rose, 0, v), velocity)
     bad = rejection.reason_mask(non_finite=~(jnp.isfinite(model.value) & jnp.isfinite(rate) & jnp.isfinite(momentum)))
     new = state._replace(velocity=velocity, damping=moved_damping, learning_rate=rate, momentum=momentum, ratio=ratio)
     return (velocity, new), bad
+
+
+def _first_rows(batch: Batch, rows: int | None) -> Batch:
+    return batch if rows is None else jax.tree.map(lambda x: x[:rows], batch)
 
 
 def _moves(x: Any) -> bool:

@@ -80,8 +80,8 @@ def local_model(
     return LocalModel(value, jnp.array([tree_dot(grads, d) for d in directions]), curvature)
 
 
-def best_step(model: LocalModel) -> tuple[Array, Array]:
-    """Coefficients that minimise ``M``, and its (negative) minimum.
+def best_step(model: LocalModel, least: Any = None, most: Any = None) -> tuple[Array, Array]:
+    """Coefficients that minimise ``M`` where that of the previous direction is in ``[least, most]``, and ``M`` there.
 
     Where the two directions are parallel up to rounding, or the previous one is zero, the first is taken alone.
     """
@@ -91,4 +91,8 @@ def best_step(model: LocalModel) -> tuple[Array, Array]:
     two = jnp.array([b * q - d * p, b * p - a * q]) / jnp.where(determinant > 0, determinant, 1)
     one = jnp.array([-p / jnp.where(a > 0, a, 1), jnp.zeros_like(p)])
     found = jnp.where(determinant > 1e-5 * a * d, two, one)
+    bounded = jnp.clip(found[1], least, most)
+    # M is convex: with the second coefficient at a bound the first one is the best of a parabola.
+    on_bound = jnp.array([-(p + b * bounded) / jnp.where(a > 0, a, 1), bounded])
+    found = jnp.where((d > 0) & (bounded != found[1]), on_bound, found)
     return found, model.slope @ found + found @ model.curvature @ found / 2

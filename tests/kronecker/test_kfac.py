@@ -43,8 +43,9 @@ def test_a_fixed_rate_has_momentum_a_trust_region_and_weight_decay():
     params, batch = setting()
     rate, momentum, clip, decay = 0.3, 0.8, 1e-3, 0.1
     tx = fj.kfac(
-        rate, model, example=batch, damping=1e-2, momentum=momentum, kl_clip=clip, weight_decay=decay, fisher="ggn"
-    )
+        rate, model, example=batch, damping=1e-2, momentum=momentum, kl_clip=clip, weight_decay=decay, fisher="ggn",
+        refresh_ramp=None,
+    )  # fmt: skip
     update, state = jax.jit(tx.update), tx.init(params)
     factors = jax.jit(lambda p: fj.kfac_factors(model, p, batch, fisher="ggn", damping=1e-2))(params)
     precondition = jax.jit(fj.precondition)
@@ -64,7 +65,17 @@ def test_a_fixed_rate_has_momentum_a_trust_region_and_weight_decay():
 def test_the_adaptive_step_minimises_the_exact_quadratic_model():
     params, batch = setting()
     decay = 0.05
-    tx = fj.kfac(None, model, example=batch, damping=0.2, weight_decay=decay, fisher="ggn", adapt_every=1)
+    tx = fj.kfac(
+        None,
+        model,
+        example=batch,
+        damping=0.2,
+        weight_decay=decay,
+        fisher="ggn",
+        adapt_every=1,
+        min_momentum=None,
+        max_momentum=None,
+    )
     update, state = jax.jit(tx.update), tx.init(params)
     previous = jax.tree.map(jnp.zeros_like, params)
     product = jax.jit(lambda params, u: fj.operators.ggn(model, fj.categorical, params, batch)(u))
@@ -91,6 +102,88 @@ def test_the_adaptive_step_minimises_the_exact_quadratic_model():
         damping *= 0.9 if ratio > 0.75 else 1 / 0.9 if ratio < 0.25 else 1
         np.testing.assert_allclose(state.damping, damping, rtol=1e-5)
         params, previous = moved, updates
+
+
+def line(params, x):
+    return x @ params["w"]
+
+
+def linear_setting(seed):
+    """Parameters, a batch, the gradient's function and the exact Fisher matrix of a linear-Gaussian model."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(6, 3)), rng.normal(size=(6, 1))
+    batch = fj.Batch(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))
+    return batch, lambda w: x.T @ (x @ w - y) / 6, x.T @ x / 6
+
+
+def test_momentum_and_damping_stay_above_their_bounds():
+    # The second batch is another one: its own model would undo the last update.
+    (batch, gradient, _), (other, other_gradient, fisher) = linear_setting(0), linear_setting(1)
+    found = {}
+    for least, most in ((None, None), (0.9, 1.0), (None, 0.1)):
+        tx = fj.kfac(
+            None, line, fj.gaussian, example=batch, fisher="ggn", damping=0.2, adapt_every=1, min_damping=0.19,
+            min_momentum=least, max_momentum=most,
+        )  # fmt: skip
+        update, w = jax.jit(tx.update), np.ones((3, 1))
+        state = tx.init({"w": jnp.ones((3, 1))})
+        previous, state = update(
+            {"w": jnp.asarray(gradient(w), jnp.float32)}, state, {"w": jnp.asarray(w)}, batch=batch
+        )
+        assert float(state.damping) == np.float32(0.19)  # 0.9 of 0.2 is less
+        state = state._replace(factors=state.factors._replace(step=jnp.asarray(24)))  # then it is half of the bound
+        previous = np.asarray(previous["w"], np.float64)
+        w = w + previous
+        slope = other_gradient(w)
+        given = {"w": jnp.asarray(slope, jnp.float32)}
+        updates, state = update(given, state, {"w": jnp.asarray(w, jnp.float32)}, batch=other)
+        step = np.asarray(updates["w"], np.float64)
+        found[most] = float(state.momentum)
+        assert float(state.damping) >= np.float32(0.19)
+        # Nothing along the natural gradient does better with that momentum.
+        natural = (found[most] * previous - step) / float(state.learning_rate)
+        flat = np.vdot(natural, slope + fisher @ step + 0.19 * step)
+        assert abs(flat) < 1e-4 * np.linalg.norm(natural) * np.linalg.norm(slope)
+    assert 0.1 < found[None] < 0.4
+    np.testing.assert_allclose([found[1.0], found[0.1]], [0.45, 0.1], rtol=1e-6)
+
+
+def test_the_curvature_of_a_step_can_come_from_the_first_rows():
+    batch, gradient, _ = linear_setting(0)
+    x, w = np.asarray(batch.inputs, np.float64), np.ones((3, 1))
+    rates = []
+    for rows in (None, 4):
+        tx = fj.kfac(None, line, fj.gaussian, example=batch, fisher="ggn", damping=0.2, model_rows=rows)
+        params = {"w": jnp.ones((3, 1))}
+        given = {"w": jnp.asarray(gradient(w), jnp.float32)}
+        updates, state = jax.jit(tx.update)(given, tx.init(params), params, batch=batch)
+        natural = np.linalg.solve(x.T @ x / 6 + 0.2 * np.eye(3), gradient(w))
+        seen = x[:rows]
+        curved = np.vdot(natural, (seen.T @ seen / len(seen) + 0.2 * np.eye(3)) @ natural)
+        rates.append(np.vdot(natural, gradient(w)) / curved)
+        np.testing.assert_allclose(state.learning_rate, rates[-1], rtol=1e-4)
+        np.testing.assert_allclose(updates["w"], -rates[-1] * natural, rtol=1e-3)
+        # The ratio compares losses of all rows with what the model predicts from the first ones.
+        moved = w - rates[-1] * natural
+        change = (np.sum((x @ moved - batch.targets) ** 2) - np.sum((x @ w - batch.targets) ** 2)) / 12
+        np.testing.assert_allclose(state.ratio, change / (-rates[-1] * np.vdot(natural, gradient(w)) / 2), rtol=1e-3)
+    assert abs(rates[0] - rates[1]) > 0.01 * rates[0]
+
+
+@pytest.mark.parametrize("kept", [{}, {"statistics_freq": 2}])
+def test_factors_are_renewed_more_often_at_first(kept):
+    batch, gradient, _ = linear_setting(0)
+    tx = fj.kfac(0.1, line, fj.gaussian, example=batch, fisher="empirical", update_freq=4, refresh_ramp=3, **kept)
+    params = {"w": jnp.ones((3, 1))}
+    given = {"w": jnp.asarray(gradient(np.ones((3, 1))), jnp.float32)}
+
+    def step(state, _):
+        _, state = tx.update(given, state, params, batch=batch)
+        return state, state.factors.age
+
+    _, ages = jax.jit(lambda state: jax.lax.scan(step, state, None, length=18))(tx.init(params))
+    # After n updates at most 1 + n // 3 with the same factors, and never more than 4.
+    assert ages.tolist() == [1, 1, 1, 2, 1, 2, 3, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3]
 
 
 def train(damping, params, batch, steps):
@@ -120,7 +213,7 @@ def test_a_step_that_raises_the_loss_is_not_taken():
     grads = jax.tree.map(
         lambda g: -g, value_and_gradient(params, batch)[1]
     )  # uphill: what the model predicts is wrong
-    tx = fj.kfac(None, model, example=batch, damping=0.5, fisher="ggn")
+    tx = fj.kfac(None, model, example=batch, damping=0.5, fisher="ggn", adapt_every=1)
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params, batch=batch)
     assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(updates))
     assert float(state.damping) == 2.0

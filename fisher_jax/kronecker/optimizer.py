@@ -50,7 +50,7 @@ def kfac(
     *,
     example: Batch,
     damping: Any = None,
-    momentum: Any = 0.9,
+    momentum: Any = 0.5,
     kl_clip: Any = 1e-3,
     weight_decay: Any = 0.0,
     adapt_every: int = 5,
@@ -96,9 +96,10 @@ def kfac(
     An update whose batch or gradients cannot be used is zero and leaves all but the counts of the state as it was.
 
     Args:
-        damping: what is added to the curvature; where ``learning_rate`` is ``None`` the first of it. ``None``: 0.03,
+        damping: what is added to the curvature; where ``learning_rate`` is ``None`` the first of it. ``None``: 0.01,
             and 0.1 in adaptive mode.
-        momentum, kl_clip: only with a fixed learning rate; ``kl_clip=None`` for no trust region.
+        momentum, kl_clip: only with a fixed learning rate; ``kl_clip=None`` for no trust region, which is one of a
+            step without momentum: steps that agree add up to ``1 / (1 - momentum)`` of them.
         min_damping: a model of one batch predicts that batch well at any damping, also where the step fits its noise
             and nothing else; the rule alone lets damping fall until it does. ``None``: 1e-3, or the first damping
             where that is less.
@@ -125,7 +126,7 @@ def kfac(
         [[1.0], [2.0]]
     """
     adaptive = learning_rate is None
-    first_damping = damping if damping is not None else (0.1 if adaptive else 0.03)
+    first_damping = damping if damping is not None else (0.1 if adaptive else 0.01)
     if min_damping is None:
         min_damping = jnp.minimum(1e-3, first_damping)
     look_at = _Adaptation(adapt_every, min_damping, (min_momentum, max_momentum), model_rows)

@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from fisher_jax.kronecker.blocks import Block
 from fisher_jax.kronecker.curvature import BlockFactors, Factors
-from fisher_jax.kronecker.factors import Eigen, LowRank, from_basis, product, to_basis, wide
+from fisher_jax.kronecker.factors import Diagonal, Eigen, LowRank, from_basis, product, to_basis, wide
 from fisher_jax.kronecker.layout import bias_rows, inverse, kernel_matrices, table_matrices
 from fisher_jax.kronecker.placement import automatic, spec_of
 from fisher_jax.kronecker.woodbury import SoftmaxHead
@@ -94,8 +94,9 @@ def block_product(found: BlockFactors, M: Array) -> Array:
 
     def one(found: BlockFactors, M: Array) -> Array:
         if found.eigenvalues is not None:
-            assert isinstance(found.A, Eigen)
-            assert isinstance(found.G, Eigen)
+            # Of columns the basis is not normalised, and the eigenvalues are relative to its squared lengths.
+            assert isinstance(found.A, Eigen | Diagonal)
+            assert isinstance(found.G, Eigen | LowRank)
             inside = to_basis(found.A, to_basis(found.G, M).T).T * found.eigenvalues
             return from_basis(found.A, from_basis(found.G, inside).T).T
         curved = _side(found.A, _side(found.G, M).T).T

@@ -117,7 +117,7 @@ def _of_block(block: Block, found: BlockFactors, k: int, key: Any) -> BlockEigen
         values = np.zeros(0) if found.diagonal is None else found.diagonal
         return _listed(block, _float64(values).ravel(), k, values)
     if found.eigenvalues is not None:
-        return _listed(block, _float64(found.eigenvalues).ravel(), k, found.eigenvalues)
+        return _listed(block, _corrected(block, found), k, found.eigenvalues)
     if found.rows is not None or isinstance(found.G, SoftmaxHead):
         cost = block.number * block.units**3 * (block.width if found.rows is not None else 1)
         if cost > DENSE_LIMIT:
@@ -139,6 +139,16 @@ def _listed(block: Block, values: np.ndarray, k: int, like: Any) -> BlockEigenva
     top = np.sort(values)[::-1][:k]
     zeros = int(np.sum(~_nonzero(values[None], like))) if len(values) else 0
     return BlockEigenvalues(block.kind, top, np.zeros(len(top)), len(values), zeros, float(values.sum()))
+
+
+def _corrected(block: Block, found: BlockFactors) -> np.ndarray:
+    """All corrected eigenvalues; of columns they are kept relative to those of ``U U^T``, and the others are zeros."""
+    values = _float64(found.eigenvalues)
+    if not isinstance(found.G, LowRank):
+        return values.ravel()
+    values = np.sort((values * _float64(found.G.values)[..., None]).ravel())[::-1]
+    size = _dimension(block)
+    return np.pad(values[:size], (0, max(size - len(values), 0)))
 
 
 def largest_products(a: np.ndarray, g: np.ndarray, k: int) -> np.ndarray:

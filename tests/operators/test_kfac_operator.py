@@ -81,7 +81,8 @@ def dense_blocks(params, exact_head=False, corrected=False):
     scale = np.diag(np.sum((g["scale"] / params["scale"]) ** 2, 0) / WEIGHTS.sum())
     blocks = {"kernel": layers, "scale": [scale]}
     if "head" in params:
-        blocks["embed"] = [oracle.block(np.diag(frequency), moment(g["embed"]))]
+        table, lookups = (np.diag(frequency), moment(g["embed"])), np.eye(V)[TOKENS]
+        blocks["embed"] = [_corrected(lookups, g["embed"], *table) if corrected else oracle.block(*table)]
         blocks["head"] = [_corrected(hidden, g["head"], of_head, head) if corrected else oracle.block(of_head, head)]
     else:
         own = frequency * np.trace(moment(g["embed"])) / H
@@ -122,6 +123,7 @@ def factors_of(tied, **options):
     [
         (False, {"policy": "never"}),
         (False, {"policy": "never", "eigenvalue_correction": True}),
+        (False, {"policy": "all", "eigenvalue_correction": True}),
         (False, {"policy": "all", "fisher": "exact_head"}),
         (True, {"policy": "all"}),
         (True, {"policy": "all", "fisher": "exact_head"}),

@@ -142,7 +142,7 @@ def _listed(block: Block, values: np.ndarray, k: int, like: Any) -> BlockEigenva
 
 
 def _corrected(block: Block, found: BlockFactors) -> np.ndarray:
-    """All corrected eigenvalues; of columns they are kept relative to those of ``U U^T``, and the others are zeros."""
+    """All corrected eigenvalues; of columns they are kept relative to those of ``U U^T``, the others are zeros."""
     values = _float64(found.eigenvalues)
     if not isinstance(found.G, LowRank):
         return values.ravel()

@@ -49,7 +49,7 @@ LINEAR = (3, 7)  # the code and the output
 TRAIN = 1500
 RATES = (3e-3, 1e-2, 2e-2, 3e-2, 5e-2)
 KFAC = {
-    256: dict(update_freq=5, factor_decay=0.5, model_rows=64),
+    256: dict(update_freq=5, factor_decay=0.5, model_rows=64, max_momentum=0.6),
     TRAIN: dict(update_freq=2, factor_decay=0.8, model_rows=375),
 }
 TRIES = [{"damping": d} for d in (0.01, 0.03, 0.1, 0.3, 1.0)]

@@ -56,7 +56,7 @@ def kfac(
     adapt_every: int = 5,
     min_damping: Any = None,
     min_momentum: Any = 0.5,
-    max_momentum: Any = 0.6,
+    max_momentum: Any = None,
     model_rows: int | None = None,
     refresh_ramp: int | None = 10,
     update_freq: int = 10,
@@ -104,8 +104,8 @@ def kfac(
             and nothing else; the rule alone lets damping fall until it does. ``None``: 1e-3, or the first damping
             where that is less.
         min_momentum, max_momentum: what minimises the model of one batch undoes much of the last update, which fitted
-            the noise of the batch before; updates then never average over batches, and ``m`` is itself noisy.
-            ``None``: no bound, the minimum over both, for batches that are the whole data.
+            the noise of the batch before; updates then never average over batches. ``None``: no bound. A bound from
+            above steadies small batches a little and holds back where the batch is the whole data.
         model_rows: the model's curvature is taken on the first so many rows of the batch (the first axis of its
             arrays), gradient and losses on all (section 8 of the paper takes a quarter). ``None``: on all.
         refresh_ramp: early factors are soon out of date: after ``n`` updates they serve at most

@@ -86,31 +86,42 @@ def null(rows, scores, kind, splits, sizes, guard):
     }  # fmt: skip
 
 
-def strongest(model, shift, number=12):
-    """Tokens that gained and lost most by z among the discoveries, with the difference and its interval."""
-    z = np.where(shift.q < LEVEL, shift.z, 0.0)
-    order = np.argsort(z)
-    chosen = [i for i in [*order[::-1][:number], *order[:number][::-1]] if z[i] != 0]
+def strongest(model, shift, a, b, number=12):
+    """The discoveries with the largest gain and loss, with both means and their 95% intervals."""
+    means, bounds = [], []
+    for text in (a, b):
+        measured_state = state(*text, "empirical")
+        means.append(np.asarray(fj.welford.mean(measured_state), np.float64))
+        bounds.append([np.asarray(x, np.float64) for x in fj.welford.confidence_interval(measured_state)])
+    found = np.where(shift.q < LEVEL, shift.difference, 0.0)
+    order = np.argsort(found)
+    chosen = [int(i) for i in [*order[::-1][:number], *order[:number][::-1]] if found[i] != 0]
     return [
         {
-            "token": readable(model.tokenizer.token_text(int(i))), "difference": float(shift.difference[i]),
-            "half_width": float(1.96 * shift.standard_error[i]), "z": float(shift.z[i]), "q": float(shift.q[i]),
+            "token": readable(model.tokenizer.token_text(i)), "means": [float(m[i]) for m in means],
+            "intervals": [[float(x[i]) for x in pair] for pair in bounds],
+            "z": float(shift.z[i]), "q": float(shift.q[i]),
         }
         for i in chosen
     ]  # fmt: skip
 
 
-def picture(tokens, title, file):
-    figure, axis = plt.subplots(figsize=(7, 0.24 * len(tokens) + 1.2), layout="constrained")
+def picture(tokens, names, file):
+    figure, axis = plt.subplots(figsize=(7.5, 0.25 * len(tokens) + 1.2), layout="constrained")
     place = np.arange(len(tokens))[::-1]
-    for y, row in zip(place, tokens, strict=True):
-        color = UP if row["difference"] > 0 else DOWN
-        axis.errorbar(row["difference"], y, xerr=row["half_width"], fmt="o", ms=4, color=color, capsize=2)
-    axis.axvline(0, color="#888888", lw=0.8)
-    axis.set_xscale("symlog", linthresh=np.min([abs(r["difference"]) for r in tokens]))
-    axis.set_yticks(place, [row["token"] for row in tokens], family="DejaVu Sans Mono", fontsize=8)
-    axis.set(xlabel="change of Fisher per token (nats; symmetric log axis; 95% intervals)", title=title)
+    for text, (name, color) in enumerate(zip(names, (DOWN, UP), strict=True)):
+        middle = np.array([r["means"][text] for r in tokens])
+        low, high = np.array([r["intervals"][text] for r in tokens]).T
+        low = np.maximum(low, middle / 30)  # an interval that reaches zero has no end on a log axis
+        axis.errorbar(middle, place, xerr=[middle - low, high - middle], fmt="o", ms=4, color=color, lw=1.2)
+        axis.annotate(
+            name, (middle[0], place[0]), xytext=(0, 9), textcoords="offset points", color=color, ha="center"
+        )
+    axis.set(xscale="log", ylim=(-1, len(tokens) + 0.6))
+    axis.set_yticks(place, [r["token"] for r in tokens], family="DejaVu Sans Mono", fontsize=9)
+    axis.set_xlabel("empirical Fisher of the token's row per token of text (nats), 95% intervals over documents")
     axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="x", alpha=0.3)
     figure.savefig(file, dpi=150)
 
 
@@ -151,7 +162,7 @@ def main():
         for kind in KINDS:
             shift, discoveries, tested = compare(a, b, kind)
             comparisons.append({"name": name, "kind": kind, "discoveries": discoveries, "tested": tested})
-            shifts.setdefault(name, shift)
+            shifts.setdefault(name, (shift, a, b))
     controls = [
         null(*wikipedia, kind, options.splits, sizes, guard)
         for kind in KINDS
@@ -159,7 +170,7 @@ def main():
         for guard in (True, False)
     ]
     found = {"comparisons": comparisons, "null": controls}
-    found["tokens"] = {name: strongest(model, shift) for name, shift in shifts.items()}
+    found["tokens"] = {name: strongest(model, *shift) for name, shift in shifts.items()}
     found["texts"] = {
         name: {"tokens": int(rows.scored.sum()), "documents": len(np.unique(rows.documents))}
         for name, (rows, _) in (("wikipedia", wikipedia), ("pubmed", pubmed), (YEARS[0], early), (YEARS[1], late))
@@ -170,7 +181,7 @@ def main():
     (RESULTS / f"{name}.md").write_text(markdown(found))
     far = found["tokens"]["wikipedia to pubmed"]
     if far:
-        picture(far, "Matters more (right) or less in PubMed than in Wikipedia", RESULTS / f"{name}.png")
+        picture(far, ("Wikipedia", "PubMed"), RESULTS / f"{name}.png")
     print(markdown(found))
 
 

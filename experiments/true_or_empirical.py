@@ -94,7 +94,10 @@ def sampled(head, hidden, exact_rows, counts, seed, most):
     def step(key, h):
         logits = h @ head.T
         p, norm = jax.nn.softmax(logits, -1), jnp.sum(h * h, -1)
-        labels = jax.random.categorical(key, logits, shape=(most, len(h)))
+        # By inversion: noise for every label of every token would take gigabytes.
+        cumulative = jnp.cumsum(p, -1)
+        uniform = jax.random.uniform(key, (len(h), most)) * cumulative[:, -1:]
+        labels = jax.vmap(jnp.searchsorted)(cumulative, uniform).T
         chosen = jnp.take_along_axis(p, labels.T, -1).T  # [most, T]
         weights = norm * (1 - 2 * chosen)
         fixed = jnp.einsum("t,tv->v", norm, p * p)

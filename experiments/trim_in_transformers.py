@@ -78,9 +78,7 @@ def main() -> int:
         largest = max(largest, float(np.max(np.abs(there[f"whole{i}"] - there[f"logits{i}"]))))
     torch, transformers = there["versions"].tolist()
     print(f"torch {torch}, transformers {transformers}: {len(kept):,} tokens, chat template: {bool(there['chat'])}")
-    print(
-        f"token ids and texts agree on {len(TEXTS)} texts; logits differ by at most {largest:.1e} from the whole model's"
-    )
+    print(f"token ids and texts agree on {len(TEXTS)} texts; logits are within {largest:.1e} of the whole model's")
     print(f"between torch and this library, both float32: {between:.1e}, {between / size:.1e} of the largest logit")
     print(f"greedy continuation: {there['generated']}")
     result = {

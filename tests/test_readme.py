@@ -74,3 +74,27 @@ def test_every_public_name_is_there():
     assert sorted([*fj._MODULES, *fj._NAMES]) == fj.__all__ == dir(fj)
     for name in fj.__all__:
         assert getattr(fj, name) is not None
+
+
+def test_the_example_of_uses_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = next(c for c in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "merge_params" in c)
+    rng = np.random.default_rng(0)
+
+    def document_scores(scale):
+        return fj.welford.observe(jnp.float32(rng.gamma(2.0, scale, (30, 6))), unit="sequence")
+
+    states = [document_scores(scale) for scale in (1.0, 1.0, 3.0)]
+    trees = [{"kernel": jnp.float32(rng.normal(size=(4, 3)))} for _ in range(3)]
+    fishers = [{"kernel": jnp.float32(rng.gamma(1.0, size=(4, 3)))} for _ in range(2)]
+    names = {
+        "fj": fj, "optax": optax, "head": jnp.float32(rng.normal(size=(6, 4))),
+        "importance": fj.welford.mean(states[0])[:, None], "state": states[0], "wikipedia": states[0],
+        "pubmed": states[2], "windows": states, "one": trees[0], "two": trees[1], "anchor": trees[2],
+        "fisher_one": fishers[0], "fisher_two": fishers[1],
+    }  # fmt: skip
+    exec(code, names)
+    assert int(jnp.sum(jnp.any(names["head"] != 0, 1))) == 3
+    assert (names["shift"].q < 0.05).all()
+    assert np.all(names["drift"].change == 2)
+    assert pathlib.Path("fisher.safetensors").is_file()

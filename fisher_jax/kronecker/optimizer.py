@@ -69,7 +69,7 @@ def kfac(
     temperature: float = 1.0,
     storage: Any = None,
     diagonal: Callable[[str], bool] | None = None,
-    eigenvalue_correction: bool = False,
+    eigenvalue_correction: bool | Callable[[str], bool] = False,
     statistics_freq: int | None = None,
     factor_decay: float | None = None,
     factor_rank: int | None = None,

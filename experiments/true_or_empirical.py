@@ -176,8 +176,8 @@ def markdown(results):
         for r in found["by_frequency"]:
             low, high = r["ratio_10_90"]
             lines.append(
-                f"| {band(*r['labels'])} | {r['rows']:,} | {r['rank_correlation']:.3f} | {r['median_ratio']:.2f} "
-                f"({low:.2f} to {high:.2f}) | {r['ratio_of_sums']:.2f} |"
+                f"| {band(*r['labels'])} | {r['rows']:,} | {r['rank_correlation']:.3f} | {r['median_ratio']:.2g} "
+                f"({low:.2g} to {high:.2g}) | {r['ratio_of_sums']:.2f} |"
             )
         lines += [
             f"\n| Sampled against exact, {found['sampled_tokens']:,} tokens | "
@@ -196,9 +196,9 @@ def picture(results, file):
         x, y, w = (np.array([r[k] for r in found["by_entropy"]]) for k in ("entropy", "ratio", "half_width"))
         left.plot(x, y, color=COLORS[corpus], marker="o", ms=4)
         left.fill_between(x, y - w, y + w, color=COLORS[corpus], alpha=0.2, lw=0)
-        left.annotate(
-            corpus, (x[-1], y[-1]), xytext=(6, 0), textcoords="offset points", color=COLORS[corpus], va="center"
-        )
+        side, up = ("right", -12) if corpus == CORPORA[0] else ("left", 6)
+        place = dict(xytext=(-4 if side == "right" else 6, up), textcoords="offset points", ha=side)
+        left.annotate(corpus, (x[1], y[1]), color=COLORS[corpus], **place)
     left.axhline(1, color="#888888", lw=0.8)
     left.set(
         xlabel="entropy of the prediction (nats), deciles of tokens",

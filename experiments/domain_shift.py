@@ -114,9 +114,8 @@ def picture(tokens, names, file):
         low, high = np.array([r["intervals"][text] for r in tokens]).T
         low = np.maximum(low, middle / 30)  # an interval that reaches zero has no end on a log axis
         axis.errorbar(middle, place, xerr=[middle - low, high - middle], fmt="o", ms=4, color=color, lw=1.2)
-        axis.annotate(
-            name, (middle[0], place[0]), xytext=(0, 9), textcoords="offset points", color=color, ha="center"
-        )
+        where = dict(xytext=(0, 9), textcoords="offset points", ha=("right", "left")[text])
+        axis.annotate(name, (middle[0], place[0]), color=color, **where)
     axis.set(xscale="log", ylim=(-1, len(tokens) + 0.6))
     axis.set_yticks(place, [r["token"] for r in tokens], family="DejaVu Sans Mono", fontsize=9)
     axis.set_xlabel("empirical Fisher of the token's row per token of text (nats), 95% intervals over documents")

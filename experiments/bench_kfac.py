@@ -6,7 +6,8 @@ the factor's own tokens needs at least once. In training they are divided by an 
 one refreshes all factors. What a cap on the tokens of the head's factor costs in quality is the loss on Wikipedia
 after equal steps from equal starts, with words for tokens.
 
-    uv run python experiments/bench_kfac.py            # about six minutes on 2 idle cores; writes results/
+    uv run python experiments/bench_kfac.py            # a quarter of an hour on 2 idle cores; writes results/
+    uv run python experiments/bench_kfac.py --stages head training    # without the quality of caps
     uv run python experiments/bench_kfac.py --quick    # small shapes: does it run? numbers mean nothing
 """
 
@@ -38,6 +39,11 @@ DAMPING, UPDATE_FREQ = 1e-3, 10
 CAPS = (64, 128, 256, 512, 1024)  # of a batch with 1,024 tokens: the last is no cap
 KFAC_GRID = tuple((rate, damping) for damping in (0.1, 1.0) for rate in (0.03, 0.1, 0.3))
 ADAMW_RATES = (1e-3, 3e-3, 1e-2)
+STAGES = {  # small and real sizes
+    "head": ((2003, 32, 24), (50257, 768, 512)),
+    "training": ((2003, 32, 2, 2, 16, (8, 16)), (49152, 256, 4, 8, 256, (128, 512, 1024))),
+    "quality": ((503, 16, 1, 2, 16, (8, 32), 2, 12), (8192, 64, 2, 8, 128, CAPS, 3, 60)),
+}
 
 
 def medians(ways, rounds):
@@ -264,7 +270,8 @@ def bench_quality(vocabulary, width, layers, rows, length, token_caps, seeds, st
 def markdown(found):
     """The page of results."""
     first = f"{found['device']}, jax {found['jax']}, float32; medians of {found['rounds']} interleaved rounds."
-    rest = [*of_head(found["head"]), *of_training(found["training"]), *of_quality(found["quality"])]
+    sections = {"head": of_head, "training": of_training, "quality": of_quality}
+    rest = [line for name, section in sections.items() if name in found for line in section(found[name])]
     return "\n".join(["# What K-FAC costs", "", first, "", *rest])
 
 
@@ -340,29 +347,27 @@ def main():
     parser.add_argument("--quick", action="store_true", help="small shapes, two rounds; writes nothing")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for bench_kfac.json and .md")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="the others stay as stored")
     args = parser.parse_args()
     rounds = 2 if args.quick else args.rounds
-    begin = time.perf_counter()
-    found = {
+    file = args.out / "bench_kfac.json"
+    found = json.loads(file.read_text()) if file.is_file() and set(args.stages) != set(STAGES) else {}
+    found |= {
         "jax": jax.__version__,
         "fisher_jax": importlib.metadata.version("fisher-jax"),
         "device": jax.devices()[0].device_kind,
         "rounds": rounds,
-        "head": bench_head(*((2003, 32, 24) if args.quick else (50257, 768, 512)), rounds),
-        "training": bench_training(
-            *((2003, 32, 2, 2, 16, (8, 16)) if args.quick else (49152, 256, 4, 8, 256, (128, 512, 1024))), rounds
-        ),
-        "quality": bench_quality(
-            *((503, 16, 1, 2, 16, (8, 32), 2, 12) if args.quick else (8192, 64, 2, 8, 128, CAPS, 3, 60))
-        ),
     }
-    found["seconds"] = time.perf_counter() - begin
-    page = markdown(found)
-    print(page)
-    print(f"{found['seconds']:.0f} s in all")
-    if not args.quick:
-        (args.out / "bench_kfac.json").write_text(json.dumps(found, indent=1) + "\n")
-        (args.out / "bench_kfac.md").write_text(page)
+    for stage in args.stages:
+        begin = time.perf_counter()
+        small, whole = STAGES[stage]
+        run = {"head": bench_head, "training": bench_training, "quality": bench_quality}[stage]
+        found[stage] = run(*(small if args.quick else whole), *(() if stage == "quality" else (rounds,)))
+        page = markdown({name: x for name, x in found.items() if name not in STAGES or name == stage})
+        print(page, f"{time.perf_counter() - begin:.0f} s", sep="\n", flush=True)
+        if not args.quick:
+            file.write_text(json.dumps(found, indent=1) + "\n")
+            file.with_suffix(".md").write_text(markdown(found))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from fisher_jax.cli.options import add_model_option, add_text_options, count
 from fisher_jax.errors import InputError
 
 __all__ = ["TrimSettings", "add_trim_options", "trim_settings_from"]
@@ -29,21 +30,11 @@ class TrimSettings:
     dtype: str = "float32"
 
 
-def _count(minimum: int):
-    def count(text: str) -> int:
-        value = int(text.replace("_", "").replace(",", ""))
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {value}")
-        return value
-
-    return count
-
-
 def add_trim_options(parser: argparse.ArgumentParser) -> None:
     """Options in the order in which a person meets them."""
     default = TrimSettings(keep=1)
     what = parser.add_argument_group("what to cut")
-    what.add_argument("--keep", metavar="N", type=_count(1), required=True, help="tokens of the new vocabulary")
+    what.add_argument("--keep", metavar="N", type=count(1), required=True, help="tokens of the new vocabulary")
     what.add_argument(
         "--state",
         metavar="DIR",
@@ -58,37 +49,22 @@ def add_trim_options(parser: argparse.ArgumentParser) -> None:
         help="order of importance: empirical or exact true Fisher of a token's row, saliency, corpus frequency, or "
         "weight magnitude (needs no state); default %(default)s",
     )
-    what.add_argument(
-        "--model",
-        metavar="M",
-        default=default.model,
-        help="the shipped SmolLM2-135M (default), a GGUF file, a Hugging Face folder or a hub name",
-    )
+    add_model_option(what, default.model)
     what.add_argument("--out", metavar="DIR", type=Path, default=default.out, help="model folder to write (trimmed/)")
     what.add_argument("--overwrite", action="store_true", help="replace a model that is there")
     what.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="of the written weights (float32)"
     )
-    how = parser.add_argument_group("how to measure the loss before and after")
+    how = parser.add_argument_group(
+        "how to measure the loss before and after",
+        "every eighth document of the text is used, which a report on the same text does not stream",
+    )
+    add_text_options(how, default.text, default.split_documents)
     how.add_argument(
-        "--text",
-        metavar="FILE",
-        nargs="+",
-        default=list(default.text),
-        help="UTF-8 text files, - for standard input, or a shipped corpus: wikipedia (default), news, pubmed; every "
-        "eighth document is used, which a report on the same text does not stream",
+        "--documents", metavar="N", type=count(2), default=default.documents, help="documents to read (32)"
     )
     how.add_argument(
-        "--split-documents",
-        choices=("none", "blank-line"),
-        default=default.split_documents,
-        help="blank-line: each paragraph of a file is a document of its own",
-    )
-    how.add_argument(
-        "--documents", metavar="N", type=_count(2), default=default.documents, help="documents to read (32)"
-    )
-    how.add_argument(
-        "--characters", metavar="N", type=_count(16), default=default.characters, help="of each, at most (1,200)"
+        "--characters", metavar="N", type=count(16), default=default.characters, help="of each, at most (1,200)"
     )
 
 

@@ -237,7 +237,7 @@ def _encode_pairs(tree: Any, where: str, arrays: dict, dtype: Any) -> dict:
                     f"{where}: {int(bad.sum())} of {bad.size} values would become {what} in {dtype} (say, "
                     f"{exact[bad].ravel()[0]:.3g}); use bfloat16 or float32"
                 )
-        return {**_encode_array(jnp.asarray(stored), arrays), "pair_of": str(pair.dtype)}
+        return {**_encode_array(jnp.asarray(stored), arrays), "pair_of": str(pair.dtype), "parts": len(pair)}
 
     leaves, treedef = jax.tree.flatten(tree)
     return _encode_tree(jax.tree.unflatten(treedef, [_Leaf(leaf(x)) for x in leaves]), where)
@@ -312,7 +312,7 @@ def _leaf_nodes(node: dict) -> list[dict]:
 
 def _static_fields(cls: type) -> set[str]:
     return (
-        {"unit", "scale", "decay"} & {f.name for f in dataclasses.fields(cls)}
+        {"unit", "scale", "errors", "decay"} & {f.name for f in dataclasses.fields(cls)}
         if dataclasses.is_dataclass(cls)
         else set()
     )
@@ -336,7 +336,7 @@ def _match(path: Any, structure: dict, like: Any) -> None:
     for node, (where, leaf) in zip(nodes, wanted, strict=True):
         if "array" not in node:
             continue
-        shape = ([2] if "pair_of" in node else []) + node["shape"]
+        shape = ([node.get("parts", 2)] if "pair_of" in node else []) + node["shape"]
         dtype = node.get("pair_of", node["dtype"])
         if (shape, dtype) != (
             list(jnp.shape(leaf)),
@@ -375,7 +375,8 @@ def _decode(node: dict, arrays: dict, leaves: list, build: bool) -> Any:
         empty = node["array"] is None
         array = jnp.zeros(node["shape"], node["dtype"]) if empty else arrays[node["array"]]
         if "pair_of" in node:
-            return compensated.from_value(array.astype(node["pair_of"]))
+            value = array.astype(node["pair_of"])
+            return value[None] if node.get("parts", 2) == 1 else compensated.from_value(value)
         return np.asarray(array) if node["host"] else array
     if "key" in node:
         return jax.random.wrap_key_data(_decode(node["data"], arrays, [], True), impl=node["key"])

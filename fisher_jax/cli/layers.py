@@ -13,7 +13,10 @@ from fisher_jax.cli.settings import Settings
 from fisher_jax.estimator import FisherEstimator
 from fisher_jax.models import DecoderConfig, LanguageModel
 
-__all__ = ["MODEL", "Layers", "Measured", "columns", "layer_estimator", "layers_csv", "part_name", "read_layers"]
+__all__ = [
+    "MODEL", "Layers", "Measured", "columns", "layer_estimator", "layers_csv", "on_parts", "part_name", "part_sizes",
+    "read_layers", "several",
+]  # fmt: skip
 
 ESTIMATORS = {"empirical": "signs", "true": "sampled"}
 MODEL = "model"  # the name of the sum over all parameters
@@ -100,20 +103,25 @@ def _nodes(path: str) -> list[str]:
 
 def read_layers(state: Any, model: LanguageModel, settings: Settings) -> Layers:
     """Host arrays of the Welford state that `layer_estimator` fills."""
+    sizes = part_sizes(model, settings)
+    limits = fj.welford.confidence_interval(state, level=settings.level)
+    measured = jax.tree.map(Measured, *(on_parts(x, sizes) for x in (fj.welford.mean(state), *limits)), sizes)
+    return Layers(**measured, units=float(fj.welford.count(state)), tokens=float(fj.welford.weight(state)))
+
+
+def part_sizes(model: LanguageModel, settings: Settings) -> dict[str, dict[str, np.ndarray]]:
+    """Numbers of parameters, by the fields of `Layers` and by path."""
     sizes_of = layer_estimator(model, settings).group_sizes
     assert sizes_of is not None
     # Summed in float64: whole numbers stay exact.
-    sizes = _totals(jax.tree.map(lambda x: np.asarray(x, np.float64), sizes_of(model.params)))
-    shapes, treedef = jax.tree.flatten(sizes)
-    ends = np.cumsum([x.size for x in shapes])[:-1]
+    return _totals(jax.tree.map(lambda x: np.asarray(x, np.float64), sizes_of(model.params)))
 
-    def tree(vector: Any) -> Any:
-        parts = np.split(np.asarray(vector, np.float64), ends)
-        return jax.tree.unflatten(treedef, [x.reshape(like.shape) for x, like in zip(parts, shapes, strict=True)])
 
-    limits = fj.welford.confidence_interval(state, level=settings.level)
-    measured = jax.tree.map(Measured, *(tree(x) for x in (fj.welford.mean(state), *limits)), sizes)
-    return Layers(**measured, units=float(fj.welford.count(state)), tokens=float(fj.welford.weight(state)))
+def on_parts(vector: Any, sizes: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+    """The numbers of a state of `layer_estimator`, or of the same shape, by the fields of `Layers` and by path."""
+    like, treedef = jax.tree.flatten(sizes)
+    parts = np.split(np.asarray(vector, np.float64), np.cumsum([x.size for x in like])[:-1])
+    return jax.tree.unflatten(treedef, [x.reshape(size.shape) for x, size in zip(parts, like, strict=True)])
 
 
 def part_name(path: str) -> str:
@@ -130,6 +138,11 @@ def columns(config: DecoderConfig) -> list[str]:
     return [f"layers/{name}" for name in (*found, "attention_norm", "mlp_norm")]
 
 
+def several(found: Layers) -> list[str]:
+    """Parts of a layer that hold several tensors, and so numbers of their own."""
+    return [node for node in found.parts if sum(path.startswith(f"{node}/") for path in found.tensors) > 1]
+
+
 def layers_csv(found: Layers) -> str:
     """One line per tensor, attention head and part of a layer, then the totals over all layers and the model.
 
@@ -138,8 +151,7 @@ def layers_csv(found: Layers) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["path", "layer", "part", "head", "statistic", "lower", "upper", "parameters"])
-    several = [node for node in found.parts if sum(path.startswith(f"{node}/") for path in found.tensors) > 1]
-    chosen = [*found.tensors.items(), *found.heads.items(), *((node, found.parts[node]) for node in several),
+    chosen = [*found.tensors.items(), *found.heads.items(), *((node, found.parts[node]) for node in several(found)),
               *found.wholes.items()]  # fmt: skip
     for path, values in chosen:
         for index in np.ndindex(values.mean.shape):

@@ -1,11 +1,15 @@
 """The command line: options in, exit code out. Heavy imports wait until the first line is printed."""
 
 import argparse
+import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+from fisher_jax.cli.compare_settings import add_compare_options, compare_settings_from
+from fisher_jax.cli.merge_settings import add_merge_options, merge_settings_from
 from fisher_jax.cli.settings import add_report_options, settings_from
 from fisher_jax.cli.spectrum_settings import add_spectrum_options, spectrum_settings_from
 from fisher_jax.cli.train_settings import add_train_options, train_settings_from
@@ -25,6 +29,19 @@ _EXAMPLES = """examples:
   fisher-jax report --text mine.txt --split-documents blank-line --out mine
   fisher-jax report --model path/to/model.gguf --max-tokens 20000 --out quick
   fisher-jax report --resume                        goes on after Ctrl-C or a crash
+"""
+
+_COMPARE_DESCRIPTION = """Which tokens matter more in one text than in another, and which less: the states of two
+reports on one model, tested row by row with false discoveries under control, in total, and, where both reports have
+--parameters all, for every tensor, layer and attention head. Differences are B minus A. Writes compare.html,
+compare.md, compare.csv and pictures."""
+
+_COMPARE_EXAMPLES = """examples:
+  fisher-jax report                                     one text
+  fisher-jax report --text pubmed                       another, a second task of the same folder
+  fisher-jax compare report                             its two tasks
+  fisher-jax compare report:wikipedia report:pubmed     the same, by name
+  fisher-jax compare old-report new-report --kind true
 """
 
 _SPECTRUM_DESCRIPTION = """Eigenvalues of the curvature of a language model's loss on a text, each with a bound of its
@@ -47,8 +64,25 @@ _TRAIN_EXAMPLES = """examples:
   fisher-jax train --compare kfac adamw              two runs from the same weights in one picture
   fisher-jax train --optimizer adamw --learning-rate 3e-3 --out adamw --against train
   fisher-jax train --tokenizer smollm2 --width 128   with a head of 49,152 tokens
+  fisher-jax train --init train/model --text pubmed --optimizer adamw --learning-rate 1e-3 --out finetuned
   fisher-jax train --resume                          goes on after Ctrl-C or a crash, to the same bits
   fisher-jax report --model train/model --seq-len 64 what the trained model found important
+"""
+
+_MERGE_DESCRIPTION = """One model from several that were fine-tuned from the same one: the mean of their parameters,
+in which each counts by its Fisher information on its own text. A report keeps sums over groups, so that each
+parameter has the mean of its group: rows of the head, attention heads, else whole tensors of a layer; a .safetensors
+file of fj.exchange.save can bring every single one. Writes a Hugging Face folder and, with --text, tells the bits per
+byte."""
+
+_MERGE_EXAMPLES = """examples:
+  fisher-jax train --out base                                            a small model, and two that go on from it
+  fisher-jax train --init base/model --text pubmed --out a --optimizer adamw --learning-rate 1e-3 --batch-size 32
+  fisher-jax train --init base/model --text news --out b --optimizer adamw --learning-rate 1e-3 --batch-size 32
+  fisher-jax report --model a/model --text pubmed --seq-len 64 --parameters all --out a/report
+  fisher-jax report --model b/model --text news --seq-len 64 --parameters all --out b/report
+  fisher-jax merge --models a/model b/model --states a/report b/report --text pubmed --text news
+  fisher-jax merge --models a/model b/model --by uniform --base base/model --scale 1.5 --out sum
 """
 
 _TRIM_DESCRIPTION = """A smaller model: only the vocabulary tokens that matter most stay. Embedding, head and
@@ -74,79 +108,67 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class _Command(NamedTuple):
+    """One command: its words, its options, and the module whose `run` does it."""
+
+    name: str
+    help: str
+    description: str
+    examples: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    settings_from: Callable[[argparse.Namespace], Any]
+
+
+_COMMANDS = (
+    _Command(
+        "report", "which vocabulary tokens of a language model matter",
+        _DESCRIPTION, _EXAMPLES, add_report_options, settings_from,
+    ),
+    _Command(
+        "compare", "which tokens and layers matter more in one text than in another",
+        _COMPARE_DESCRIPTION, _COMPARE_EXAMPLES, add_compare_options, compare_settings_from,
+    ),
+    _Command(
+        "spectrum", "eigenvalues of the curvature of a language model's loss",
+        _SPECTRUM_DESCRIPTION, _SPECTRUM_EXAMPLES, add_spectrum_options, spectrum_settings_from,
+    ),
+    _Command(
+        "train", "train a small language model with K-FAC, AdamW and others",
+        _TRAIN_DESCRIPTION, _TRAIN_EXAMPLES, add_train_options, train_settings_from,
+    ),
+    _Command(
+        "merge", "one model from several that were fine-tuned from the same one",
+        _MERGE_DESCRIPTION, _MERGE_EXAMPLES, add_merge_options, merge_settings_from,
+    ),
+    _Command(
+        "trim", "a smaller vocabulary: embedding, head and tokenizer cut together",
+        _TRIM_DESCRIPTION, _TRIM_EXAMPLES, add_trim_options, trim_settings_from,
+    ),
+)  # fmt: skip
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fisher-jax", description="Fisher information of language models.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    report = commands.add_parser(
-        "report",
-        help="which vocabulary tokens of a language model matter",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_report_options(report)
-    report.set_defaults(start=_report)
-    spectrum = commands.add_parser(
-        "spectrum",
-        help="eigenvalues of the curvature of a language model's loss",
-        description=_SPECTRUM_DESCRIPTION,
-        epilog=_SPECTRUM_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_spectrum_options(spectrum)
-    spectrum.set_defaults(start=_spectrum)
-    train = commands.add_parser(
-        "train",
-        help="train a small language model with K-FAC, AdamW and others",
-        description=_TRAIN_DESCRIPTION,
-        epilog=_TRAIN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_train_options(train)
-    train.set_defaults(start=_train)
-    trim = commands.add_parser(
-        "trim",
-        help="a smaller vocabulary: embedding, head and tokenizer cut together",
-        description=_TRIM_DESCRIPTION,
-        epilog=_TRIM_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_trim_options(trim)
-    trim.set_defaults(start=_trim)
+    for command in _COMMANDS:
+        options = commands.add_parser(
+            command.name,
+            help=command.help,
+            description=command.description,
+            epilog=command.examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_options(options)
+        options.set_defaults(chosen=command)
     return parser
 
 
-def _report(options: argparse.Namespace) -> int:
-    settings = settings_from(options)
+def _start(options: argparse.Namespace) -> int:
+    command: _Command = options.chosen
+    settings = command.settings_from(options)
     _say_start()
-    from fisher_jax.cli.report import run
-
-    return run(settings)
-
-
-def _spectrum(options: argparse.Namespace) -> int:
-    settings = spectrum_settings_from(options)
-    _say_start()
-    from fisher_jax.cli.spectrum import run
-
-    return run(settings)
-
-
-def _train(options: argparse.Namespace) -> int:
-    settings = train_settings_from(options)
-    _say_start()
-    from fisher_jax.cli.train import run
-
-    return run(settings)
-
-
-def _trim(options: argparse.Namespace) -> int:
-    settings = trim_settings_from(options)
-    _say_start()
-    from fisher_jax.cli.trim import run
-
-    return run(settings)
+    return importlib.import_module(f"fisher_jax.cli.{command.name}").run(settings)
 
 
 def _say_start() -> None:
@@ -159,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Errors are told once, by us; orbax would print a traceback of each of its threads as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        return options.start(options)
+        return _start(options)
     except (InputError, RejectedBatchError) as error:
         print(f"fisher-jax: {error}", file=sys.stderr)
         return 2

@@ -13,6 +13,9 @@ __all__ = [
     "add_text_options",
     "count",
     "fraction",
+    "not_negative",
+    "positive",
+    "refuse_model_there",
     "refuse_resume_and_overwrite",
     "seconds",
     "values_for",
@@ -35,6 +38,20 @@ def seconds(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number of seconds, not {text}")
+    return value
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
     return value
 
 
@@ -86,6 +103,11 @@ def add_folder_options(group: Any, out: Path, *, resume: str, overwrite: str) ->
 def refuse_resume_and_overwrite(options: argparse.Namespace) -> None:
     if options.resume and options.overwrite:
         raise InputError("--resume goes on with a run and --overwrite drops it; give one of them.")
+
+
+def refuse_model_there(options: argparse.Namespace) -> None:
+    if (options.out / "config.json").exists() and not options.overwrite:
+        raise InputError(f"{options.out} holds a model; choose another --out, or --overwrite.")
 
 
 def values_for(settings: type, options: argparse.Namespace) -> dict[str, Any]:

@@ -11,19 +11,22 @@ from matplotlib.transforms import Bbox
 from fisher_jax.cli.importance import Comparison, Importance, outliers
 from fisher_jax.cli.style import Theme, drawable, log_axis, theme_context
 
-__all__ = ["columns_figure", "comparison_figure", "dots_figure", "frequency_figure", "rank_figure"]
+__all__ = [
+    "UNIT", "WIDTH", "columns_figure", "comparison_figure", "dots_figure", "floor_of", "frequency_figure",
+    "label_points", "rank_figure",
+]  # fmt: skip
 
 UNIT = "Fisher information per token"
-_WIDTH = 4.9
+WIDTH = 4.9
 
 
 def _figure(height: float, rows: int = 1, ratios: Sequence[float] | None = None) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, 1, height_ratios=ratios, squeeze=False)
     return figure, list(axes[:, 0])
 
 
-def _floor(values: np.ndarray) -> float:
+def floor_of(values: np.ndarray) -> float:
     """Where a logarithmic axis ends: below nearly all positive values."""
     positive = values[np.isfinite(values) & (values > 0)]
     return float(np.quantile(positive, 0.002) / 2) if positive.size else 1e-12
@@ -36,7 +39,7 @@ def rank_figure(
     with theme_context(theme):
         figure, (axes,) = _figure(4.4)
         order, ranks = main.order, np.arange(1, len(main.mean) + 1)
-        floor = _floor(main.mean)
+        floor = floor_of(main.mean)
         log_axis(axes, "x", 0.8, len(ranks) * 2.2, compact=True)
         log_axis(axes, "y", floor, float(main.mean.max()) * 8)
         if main.has_intervals:
@@ -79,7 +82,7 @@ def frequency_figure(theme: Theme, main: Importance, tokens: list[str]) -> Figur
     """Importance against how often the token occurs in the text, outlying tokens labelled."""
     with theme_context(theme):
         figure, (axes,) = _figure(5.0)
-        floor = _floor(main.mean)
+        floor = floor_of(main.mean)
         mean = np.clip(main.mean, floor, None)
         log_axis(axes, "x", 0.17, max(float(main.counts.max()), 10.0) * 2.2, compact=True)
         axes.set_xticks([tick for tick in axes.get_xticks() if tick >= 1])
@@ -95,7 +98,7 @@ def frequency_figure(theme: Theme, main: Importance, tokens: list[str]) -> Figur
         axes.text(0.60, floor * 1.5, f"← never: {never.sum():,} rows", va="bottom", fontsize=9)
         rows = outliers(main)
         axes.scatter(main.counts[rows], mean[rows], s=14, color=theme.vermillion, linewidths=0, zorder=3)
-        _label_points(figure, axes, main.counts[rows], mean[rows], [drawable(tokens[r]) for r in rows])
+        label_points(figure, axes, main.counts[rows], mean[rows], [drawable(tokens[r]) for r in rows])
         return figure
 
 
@@ -109,7 +112,7 @@ def dots_figure(
         for axes, (title, rows) in zip(all_axes, panels, strict=True):
             places = np.arange(len(rows))
             mean = main.mean[rows]
-            floor = _floor(mean) / 3
+            floor = floor_of(mean) / 3
             shown = np.clip(mean, floor, None)
             high = float(shown.max())
             if main.has_intervals:
@@ -132,7 +135,7 @@ def columns_figure(theme: Theme, by_column: np.ndarray) -> Figure:
     """With single entries kept: importance of each column of the head, summed over the vocabulary."""
     with theme_context(theme):
         figure, (axes,) = _figure(3.8)
-        floor = _floor(by_column) / 2
+        floor = floor_of(by_column) / 2
         log_axis(axes, "y", floor, float(by_column.max()) * 3)
         axes.vlines(
             np.arange(len(by_column)), floor, np.clip(by_column, floor, None), color=theme.blue, linewidth=0.8
@@ -143,7 +146,7 @@ def columns_figure(theme: Theme, by_column: np.ndarray) -> Figure:
             title="Importance of hidden dimensions",
         )  # fmt: skip
         top = np.argsort(-by_column)[:6]
-        _label_points(figure, axes, top, by_column[top], [str(column) for column in top])
+        label_points(figure, axes, top, by_column[top], [str(column) for column in top])
         return figure
 
 
@@ -154,7 +157,7 @@ def comparison_figure(
     with theme_context(theme):
         figure, (axes,) = _figure(5.0)
         both = np.concatenate([here.mean, there.mean])
-        low, high = _floor(both), float(both.max()) * 2.5
+        low, high = floor_of(both), float(both.max()) * 2.5
         log_axis(axes, "x", low, high)
         log_axis(axes, "y", low, high)
         x, y = np.clip(there.mean, low, None), np.clip(here.mean, low, None)
@@ -163,7 +166,7 @@ def comparison_figure(
         for rows, colour in ((result.gainers, theme.vermillion), (result.losers, theme.green)):
             axes.scatter(x[rows], y[rows], s=14, color=colour, linewidths=0, zorder=3)
         rows = np.concatenate([result.gainers, result.losers])
-        _label_points(figure, axes, x[rows], y[rows], [drawable(tokens[r]) for r in rows])
+        label_points(figure, axes, x[rows], y[rows], [drawable(tokens[r]) for r in rows])
         axes.set(
             xlabel=f"importance in {result.other}",
             ylabel=f"importance in {result.task}",
@@ -172,7 +175,7 @@ def comparison_figure(
         return figure
 
 
-def _label_points(figure: Figure, axes: Axes, xs, ys, labels: Sequence[str]) -> None:
+def label_points(figure: Figure, axes: Axes, xs, ys, labels: Sequence[str]) -> None:
     """Labels beside their points where they fit without overlapping; a label that fits nowhere is left out."""
     figure.draw_without_rendering()
     points = axes.transData.transform(np.column_stack([xs, ys]).astype(float))

@@ -15,15 +15,15 @@ from fisher_jax.cli.folder import check_writable, disk_error
 from fisher_jax.cli.pages import write_pages
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.stopping import InterruptedRunError
-from fisher_jax.cli.train_data import Text, read_text, tokenizer_for
-from fisher_jax.cli.train_model import config_for, write_model
+from fisher_jax.cli.train_data import Text, read_text
+from fisher_jax.cli.train_model import Start, start_of, write_model
 from fisher_jax.cli.train_optimizers import TITLES, describe
 from fisher_jax.cli.train_run import train
 from fisher_jax.cli.train_sections import Curve, TrainFindings
 from fisher_jax.cli.train_settings import TrainSettings
 from fisher_jax.cli.train_store import TrainProgress, TrainStore, read_earlier
 from fisher_jax.errors import InputError
-from fisher_jax.models import DecoderConfig, Tokenizer
+from fisher_jax.models import DecoderConfig
 from fisher_jax.models.functions import abstract_params
 
 __all__ = ["run"]
@@ -40,20 +40,22 @@ def run(settings: TrainSettings) -> int:
     runs = settings.runs()
     stores = _stores(settings, runs)
     earlier = [found for folder in settings.against for found in read_earlier(folder)]
+    start = _start(settings, console, clock)
     with clock.stage("text", describe_sources(settings.text)):
-        tokenizer = tokenizer_for(settings.tokenizer)
-        config = config_for(settings, tokenizer)
-        text = read_text(settings, tokenizer)
+        text = read_text(settings, start.tokenizer)
         console.print(f"  {sections.text_words(text)}", highlight=False)
-    parameters = _describe_model(settings, console, config)
+    parameters = _describe_model(settings, console, start.config)
     _check_comparable(earlier, text)
-    ours = [(each, store, _progress(each, store, text, parameters)) for each, store in zip(runs, stores, strict=True)]
+    ours = [
+        (each, store, _progress(each, store, text, parameters, start))
+        for each, store in zip(runs, stores, strict=True)
+    ]
     at: TrainStore | None = None
     try:
         for each, at, progress in ours:
-            _train_one(each, console, clock, config, text, at, progress, tokenizer)
+            _train_one(each, console, clock, start, text, at, progress)
         with clock.stage("pages", "pictures and tables"):
-            found = TrainFindings(settings, config, text, _curves(ours, earlier), clock.seconds)
+            found = TrainFindings(settings, start, text, _curves(ours, earlier), clock.seconds)
             _write(found)
     except InterruptedRunError:
         assert at is not None
@@ -68,6 +70,15 @@ def run(settings: TrainSettings) -> int:
         raise disk_error(error, settings.out) from error
     _summary(console, found, clock.total)
     return 0
+
+
+def _start(settings: TrainSettings, console: Console, clock: Clock) -> Start:
+    if settings.init is None:
+        return start_of(settings)
+    with clock.stage("start", settings.init):
+        start = start_of(settings)
+        console.print(f"  from the weights of {start.model}", highlight=False)
+    return start
 
 
 def _stores(settings: TrainSettings, runs: list[TrainSettings]) -> list[TrainStore]:
@@ -100,9 +111,11 @@ def _check_comparable(earlier: list[tuple[str, TrainProgress]], text: Text) -> N
             )
 
 
-def _progress(settings: TrainSettings, store: TrainStore, text: Text, parameters: int) -> TrainProgress:
+def _progress(
+    settings: TrainSettings, store: TrainStore, text: Text, parameters: int, start: Start
+) -> TrainProgress:  # fmt: skip
     fresh = TrainProgress(
-        settings=settings.fixed(),
+        settings={**settings.fixed(), "--init": start.model},
         optimizer=settings.optimizer,
         text=text.digest(),
         held_out=text.packed.held_out.digest(),
@@ -115,15 +128,15 @@ def _progress(settings: TrainSettings, store: TrainStore, text: Text, parameters
 
 
 def _train_one(
-    settings: TrainSettings, console: Console, clock: Clock, config: DecoderConfig, text: Text, store: TrainStore,
-    progress: TrainProgress, tokenizer: Tokenizer,
+    settings: TrainSettings, console: Console, clock: Clock, start: Start, text: Text, store: TrainStore,
+    progress: TrainProgress,
 ) -> None:  # fmt: skip
     where = f", going on after step {progress.step:,}" if progress.step else ""
     if progress.finished:
         where = "; this run was finished before, its state is used as it is (--overwrite trains again)"
     with clock.stage(TITLES[settings.optimizer], f"{settings.steps:,} steps{where}"):
-        params = train(settings, console, config, text, store, progress)
-        write_model(settings.out / "model", config, params, tokenizer)
+        params = train(settings, console, start, text, store, progress)
+        write_model(settings.out / "model", start, params)
 
 
 def _curves(ours: list[Any], earlier: list[tuple[str, TrainProgress]]) -> list[Curve]:

@@ -1,19 +1,58 @@
-"""The model of a training run: a small Llama, so that every other command opens it afterwards."""
+"""The model of a training run: a small Llama of random weights, or any model that `load` reads, to go on with."""
 
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from fisher_jax import models
+from fisher_jax.cli.model_folder import save_model
+from fisher_jax.cli.train_data import tokenizer_for
 from fisher_jax.cli.train_settings import TrainSettings
+from fisher_jax.errors import InputError
 from fisher_jax.models import DecoderConfig, Tokenizer
+from fisher_jax.models.origin import Origin, read_origin
 
-__all__ = ["config_for", "first_params", "write_model"]
+__all__ = ["Start", "config_for", "first_params", "start_of", "write_model"]
 
 _MULTIPLE = 16  # of the MLP's size
+
+
+class Start(NamedTuple):
+    """What a run begins with."""
+
+    config: DecoderConfig
+    tokenizer: Tokenizer
+    origin: Origin  # what the files of a model to go on from say beside its weights
+    params: Any | None = None  # None: random ones, of the seed
+    model: str | None = None  # name and fingerprint of the model to go on from
+
+    def fresh_params(self, seed: int) -> Any:
+        """The first parameters, in buffers of their own: a step gives its buffers away."""
+        if self.params is None:
+            return first_params(self.config, seed)
+        return jax.tree.map(lambda x: x.copy(), self.params)
+
+
+def start_of(settings: TrainSettings) -> Start:
+    """The model that was asked for.
+
+    Raises:
+        InputError: a model that cannot be loaded, or one with fewer positions than a row has.
+    """
+    if settings.init is None:
+        tokenizer = tokenizer_for(settings.tokenizer)
+        return Start(config_for(settings, tokenizer), tokenizer, Origin({}, {}, {}))
+    model = models.load(settings.init)
+    if settings.seq_len > model.config.max_positions:
+        raise InputError(
+            f"--seq-len {settings.seq_len} is longer than the {model.config.max_positions} positions of {model.name}"
+            "; give a smaller one."
+        )
+    named = f"{model.name} ({model.fingerprint})"
+    return Start(model.config, model.tokenizer, read_origin(settings.init), model.params, named)
 
 
 def config_for(settings: TrainSettings, tokenizer: Tokenizer) -> DecoderConfig:
@@ -39,10 +78,10 @@ def first_params(config: DecoderConfig, seed: int) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, models.init_params(config, jax.random.key(seed)))
 
 
-def write_model(folder: Path, config: DecoderConfig, params: Any, tokenizer: Tokenizer) -> None:
+def write_model(folder: Path, start: Start, params: Any) -> None:
     """A Hugging Face folder, complete before an earlier one goes."""
     incoming = folder.with_name(f".{folder.name}-incoming")
     shutil.rmtree(incoming, ignore_errors=True)
-    models.save(incoming, config, params, tokenizer)
+    save_model(incoming, start.config, params, start.tokenizer, start.origin)
     shutil.rmtree(folder, ignore_errors=True)
     incoming.replace(folder)

@@ -15,13 +15,13 @@ import fisher_jax as fj
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.stopping import InterruptedRunError, stop_requests
 from fisher_jax.cli.train_data import Text
-from fisher_jax.cli.train_model import first_params
+from fisher_jax.cli.train_model import Start
 from fisher_jax.cli.train_optimizers import build
 from fisher_jax.cli.train_progress import TrainDisplay
 from fisher_jax.cli.train_settings import TrainSettings
 from fisher_jax.cli.train_store import Point, TrainProgress, TrainStore
 from fisher_jax.errors import RejectedBatchError
-from fisher_jax.models import DecoderConfig, from_config
+from fisher_jax.models import from_config
 
 __all__ = ["train"]
 
@@ -29,7 +29,7 @@ __all__ = ["train"]
 def train(
     settings: TrainSettings,
     console: Console,
-    config: DecoderConfig,
+    start: Start,
     text: Text,
     store: TrainStore,
     progress: TrainProgress,
@@ -43,10 +43,10 @@ def train(
         RejectedBatchError: the loss or the parameters are not finite; what is saved is a state before it.
         InterruptedRunError: Ctrl-C or a termination signal, after saving.
     """
-    apply_fn = from_config(config).apply
+    apply_fn = from_config(start.config).apply
     tokens, mask = text.batch(settings, 0)
     tx = build(settings, apply_fn, jax.eval_shape(fj.next_token_batch, tokens, mask))
-    params = first_params(config, settings.seed)
+    params = start.fresh_params(settings.seed)
     state = {"params": params, "optimizer": tx.init(params)}
     if progress.step:
         state = store.restore(state)

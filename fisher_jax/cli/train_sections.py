@@ -11,10 +11,10 @@ from fisher_jax.cli.corpora import describe_sources
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.style import picture
 from fisher_jax.cli.train_data import Text
+from fisher_jax.cli.train_model import Start
 from fisher_jax.cli.train_plots import loss_figure
 from fisher_jax.cli.train_settings import TrainSettings
 from fisher_jax.cli.train_store import TrainProgress
-from fisher_jax.models import DecoderConfig
 
 __all__ = ["HEADER", "Curve", "TrainFindings", "blocks", "comparisons", "curve_csv", "lead", "rows", "text_words",
            "title"]  # fmt: skip
@@ -33,7 +33,7 @@ class TrainFindings:
     """All that the page is written from; the runs of this call come first among the curves."""
 
     settings: TrainSettings
-    config: DecoderConfig
+    start: Start
     text: Text
     curves: list[Curve]
     seconds: dict[str, float]
@@ -56,7 +56,12 @@ def text_words(text: Text) -> str:
 
 def title(found: TrainFindings) -> str:
     names = " and ".join(curve.name for curve in found.curves) if len(found.curves) < 4 else "optimizers compared"
-    return f"A small language model trained with {names}"
+    which = (
+        f"{found.start.model.split(' (')[0]} trained further"
+        if found.start.model
+        else "A small language model trained"
+    )
+    return f"{which} with {names}"
 
 
 def lead(found: TrainFindings) -> str:
@@ -139,13 +144,14 @@ def blocks(found: TrainFindings) -> list[Block]:
 
 
 def _method(found: TrainFindings) -> list[Block]:
-    s, config = found.settings, found.config
+    s, config = found.settings, found.start.config
     epochs = s.steps * s.batch_size / len(found.text.packed.stream.lengths)
     table = [
-        ["model", f"Llama decoder, {config.num_layers} layers, width {config.width}, {config.num_heads} heads, MLP "
-                  f"{config.mlp_size}, head tied to the embedding"],
+        ["model", f"{config.num_layers} layers, width {config.width}, {config.num_heads} heads, MLP "
+                  f"{config.mlp_size}, head {'tied to the embedding' if config.tied else 'of its own'}"],
+        ["first weights", found.start.model or f"random, seed {s.seed}"],
         ["parameters", f"{found.curves[0].progress.parameters:,}"],
-        ["tokens", f"{s.tokenizer}, vocabulary {config.vocab_size:,}"],
+        ["tokens", f"{'of that model' if s.init else s.tokenizer}, vocabulary {config.vocab_size:,}"],
         ["text", f"{describe_sources(s.text)}: {text_words(found.text)}"],
         ["a step", f"{s.batch_size} rows of {s.seq_len} tokens; {epochs:.2g} epochs in all"],
         *([curve.name, curve.progress.description] for curve in found.curves),

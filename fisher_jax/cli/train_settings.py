@@ -9,6 +9,8 @@ from fisher_jax.cli.options import (
     add_folder_options,
     add_text_options,
     count,
+    not_negative,
+    positive,
     refuse_resume_and_overwrite,
     seconds,
     values_for,
@@ -27,6 +29,8 @@ _FIXED = (
     "optimizer", "steps", "batch_size", "seq_len", "width", "layers", "heads", "tokenizer", "held_out_tokens",
     "learning_rate", "weight_decay", "damping", "update_freq", "eval_every", "seed",
 )  # fmt: skip
+# What comes with the weights of --init.
+_OF_MODEL = ("width", "layers", "heads", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class TrainSettings:
 
     text: tuple[str, ...] = ("wikipedia",)
     split_documents: str = "none"
+    init: str | None = None
     tokenizer: str = BYTES
     held_out_tokens: int = 16_384
     width: int = 64
@@ -65,20 +70,6 @@ class TrainSettings:
     def runs(self) -> list["TrainSettings"]:
         """One for every optimizer; with several each has a folder of its own inside `out`."""
         return [replace(self, optimizer=name, out=self.out / name) for name in self.compare] or [self]
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
-    return value
 
 
 def add_train_options(parser: argparse.ArgumentParser) -> None:
@@ -113,20 +104,27 @@ def _add_how(how: Any, default: TrainSettings) -> None:
     )  # fmt: skip
     how.add_argument("--steps", metavar="N", type=count(1), default=default.steps, help="updates (400)")
     how.add_argument(
-        "--learning-rate", metavar="X", type=_positive, help="highest rate (default: one for each optimizer)"
+        "--learning-rate", metavar="X", type=positive, help="highest rate (default: one for each optimizer)"
     )
-    how.add_argument("--weight-decay", metavar="X", type=_not_negative, help="default: one for each optimizer")
-    how.add_argument("--damping", metavar="X", type=_positive, help="of kfac, the first one where it adapts")
+    how.add_argument("--weight-decay", metavar="X", type=not_negative, help="default: one for each optimizer")
+    how.add_argument("--damping", metavar="X", type=positive, help="of kfac, the first one where it adapts")
     how.add_argument(
         "--update-freq", metavar="N", type=count(1), default=default.update_freq,
         help="steps that share the factors of kfac (10)",
     )  # fmt: skip
-    how.add_argument("--batch-size", metavar="N", type=count(1), help="rows per step (32; 8 with another tokenizer)")
+    how.add_argument(
+        "--batch-size", metavar="N", type=count(1), help="rows per step (32; 8 with --init, or another tokenizer)"
+    )
     how.add_argument("--seq-len", metavar="N", type=count(1), default=default.seq_len, help="tokens per row (64)")
     how.add_argument("--seed", metavar="N", type=count(0), default=0, help="first weights, order, drawn labels (0)")
 
 
 def _add_what(what: Any, default: TrainSettings) -> None:
+    what.add_argument(
+        "--init", metavar="M",
+        help="go on from the weights of a model instead of random ones: smollm2, a GGUF file or a Hugging Face "
+        "folder, such as DIR/model of an earlier run; sizes and tokenizer are its own",
+    )  # fmt: skip
     what.add_argument("--width", metavar="N", type=count(1), default=default.width, help="of a token's vector (64)")
     what.add_argument("--layers", metavar="N", type=count(1), default=default.layers, help="of the decoder (2)")
     what.add_argument("--heads", metavar="N", type=count(1), default=default.heads, help="of attention (4)")
@@ -151,9 +149,12 @@ def train_settings_from(options: argparse.Namespace) -> TrainSettings:
     """Checked settings."""
     refuse_resume_and_overwrite(options)
     values = values_for(TrainSettings, options)
-    values["batch_size"] = options.batch_size or BATCH_SIZES[options.tokenizer == BYTES]
+    values["batch_size"] = options.batch_size or BATCH_SIZES[options.tokenizer == BYTES and options.init is None]
     values["compare"] = tuple(dict.fromkeys(options.compare))
     settings = TrainSettings(**values)
+    for name in _OF_MODEL if settings.init else ():
+        if (value := getattr(settings, name)) != getattr(TrainSettings, name):
+            raise InputError(f"--init brings the model's own {name}; leave --{name} {value} out.")
     if settings.width % settings.heads or settings.width // settings.heads % 2:
         raise InputError(
             f"--width {settings.width} over --heads {settings.heads} gives no even head size; give a width that is a "

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,16 @@ from rich.console import Console
 
 import fisher_jax as fj
 from fisher_jax.cli.compression import Loss, bits_per_byte, difference, measure
-from fisher_jax.cli.corpora import Document, describe_sources, documents
-from fisher_jax.cli.folder import check_writable, disk_error, write_atomically
+from fisher_jax.cli.corpora import describe_sources
+from fisher_jax.cli.folder import check_writable, write_atomically
+from fisher_jax.cli.held_out import held_out
 from fisher_jax.cli.importance import readable
+from fisher_jax.cli.model_folder import save_model
 from fisher_jax.cli.orderings import orderings
-from fisher_jax.cli.packing import HOLD_OUT_EVERY
-from fisher_jax.cli.run_state import StateStore
+from fisher_jax.cli.task_state import check_model, read_task
 from fisher_jax.cli.trim_settings import TrimSettings
 from fisher_jax.errors import InputError
-from fisher_jax.models import LanguageModel, load, save
+from fisher_jax.models import LanguageModel, load
 from fisher_jax.models.origin import read_origin
 from fisher_jax.models.trimming import cut_model, kept_tokens, read_vocabulary
 
@@ -39,15 +39,16 @@ def run(settings: TrimSettings) -> int:
     """Cuts, writes, loads what was written and measures it; the exit code."""
     console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
     check_writable(settings.out)
-    tasks = None if settings.state is None else StateStore(settings.state)
+    task = None if settings.state is None else read_task(settings.state, settings.task)
     console.print(f"[bold]model[/bold]: {settings.model}")
     model = load(settings.model)
     console.print(f"  {describe(model)}")
-    scores = None if tasks is None else read_scores(tasks, settings, model)
+    if task is not None:
+        check_model(task, model)
     vocabulary = read_vocabulary(model.tokenizer)
-    order = most_important_first(model, scores, settings.by)
+    order = most_important_first(model, None if task is None else task.arrays, settings.by)
     kept = kept_tokens(vocabulary, order[order < vocabulary.size], settings.keep)
-    texts = held_out(settings, model)
+    texts = held_out(model, settings.text, settings.split_documents, settings.documents, settings.characters)
     trimmed = cut_model(model, kept)
     check_texts(model, trimmed, texts)
     console.print(
@@ -96,30 +97,6 @@ def folder_size(folder: Path) -> str:
     return f"{(folder / 'model.safetensors').stat().st_size / 2**20:,.0f} MiB of weights"
 
 
-def read_scores(store: StateStore, settings: TrimSettings, model: LanguageModel) -> dict[str, Any]:
-    """The state of the wanted task, measured on this very model."""
-    if not store.tasks:
-        raise InputError(f"{settings.state} holds no state; give the folder that `fisher-jax report` wrote.")
-    names = ", ".join(store.tasks)
-    if settings.task is None and len(store.tasks) > 1:
-        raise InputError(f"{settings.state} holds the tasks {names}; name one of them with --task.")
-    task = settings.task or next(iter(store.tasks))
-    if task not in store.tasks:
-        raise InputError(f"{settings.state} has no task {task!r}; it holds {names}.")
-    progress = store.tasks[task]
-    if progress.model != model.fingerprint:
-        raise InputError(
-            f"the state in {settings.state} was measured on {progress.model_name} ({progress.model}), and this model "
-            f"is {model.name} ({model.fingerprint}); give the state of this model."
-        )
-    if not progress.finished:
-        raise InputError(
-            f"the task {task!r} in {settings.state} is not finished ({progress.batches_done} of "
-            f"{progress.num_batches} batches); go on with it first: fisher-jax report --resume."
-        )
-    return store.restore()[task]
-
-
 def most_important_first(model: LanguageModel, scores: dict[str, Any] | None, by: str) -> np.ndarray:
     head = np.asarray(model.head(model.params), np.float32)
     none = np.zeros(len(head))
@@ -130,26 +107,6 @@ def most_important_first(model: LanguageModel, scores: dict[str, Any] | None, by
         none if scores is None else np.asarray(scores["counts"]),
     )
     return next(o for o in found if o.name == NAMES[by]).permutations[0][::-1]
-
-
-def held_out(settings: TrimSettings, model: LanguageModel) -> list[str]:
-    """Beginnings of documents that a report on this text holds out, spread evenly over them."""
-    texts = [d.text for d in tokenisable(documents(settings.text, split=settings.split_documents), model)]
-    if len(texts) < HOLD_OUT_EVERY:
-        raise InputError(
-            f"{describe_sources(settings.text)} has {len(texts)} documents, fewer than the {HOLD_OUT_EVERY} of which "
-            "one is held out; give more files to --text, or --split-documents blank-line."
-        )
-    held = texts[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
-    chosen = np.unique(np.linspace(0, len(held) - 1, min(settings.documents, len(held))).round().astype(int))
-    if len(chosen) < 2:
-        raise InputError("one held-out document gives no standard error; give more text")
-    return [held[i][: settings.characters] for i in chosen]
-
-
-def tokenisable(found: Iterable[Document], model: LanguageModel) -> Iterable[Document]:
-    """Those that packing counts: of two tokens or more."""
-    return (d for d in found if len(model.tokenizer.encode(d.text[:256])) >= 2)
 
 
 def check_texts(model: LanguageModel, trimmed: LanguageModel, texts: list[str]) -> None:
@@ -163,19 +120,7 @@ def check_texts(model: LanguageModel, trimmed: LanguageModel, texts: list[str]) 
 def write(settings: TrimSettings, model: LanguageModel, trimmed: LanguageModel, kept: np.ndarray) -> None:
     origin = read_origin(settings.model).renumbered(kept)
     params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), trimmed.params)
-    try:
-        save(
-            settings.out,
-            trimmed.config,
-            params,
-            trimmed.tokenizer,
-            settings=origin.settings,
-            tokenizer_settings=origin.tokenizer_settings,
-        )
-        if origin.generation:
-            write_atomically(settings.out / "generation_config.json", json.dumps(origin.generation, indent=2) + "\n")
-    except OSError as error:
-        raise disk_error(error, settings.out) from error
+    save_model(settings.out, trimmed.config, params, trimmed.tokenizer, origin)
 
 
 def largest_difference(model: LanguageModel, written: LanguageModel, kept: np.ndarray, texts: list[str]) -> float:

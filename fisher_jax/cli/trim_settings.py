@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from fisher_jax.cli.options import add_model_option, add_text_options, count
+from fisher_jax.cli.options import add_model_option, add_text_options, count, refuse_model_there
 from fisher_jax.errors import InputError
 
 __all__ = ["TrimSettings", "add_trim_options", "trim_settings_from"]
@@ -77,6 +77,5 @@ def trim_settings_from(options: argparse.Namespace) -> TrimSettings:
             f"--by {options.by} needs scores: run `fisher-jax report` on this model first and give its folder with "
             "--state, or choose --by magnitude."
         )
-    if (options.out / "config.json").exists() and not options.overwrite:
-        raise InputError(f"{options.out} holds a model; choose another --out, or --overwrite.")
+    refuse_model_there(options)
     return TrimSettings(**values)

@@ -1,0 +1,180 @@
+"""`fisher-jax merge` from start to end: several fine-tuned models in, one model folder out, and what it costs."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import fisher_jax as fj
+from fisher_jax.cli.compression import Loss, bits_per_byte, difference, measure
+from fisher_jax.cli.corpora import default_task
+from fisher_jax.cli.folder import check_writable, write_atomically
+from fisher_jax.cli.held_out import held_out
+from fisher_jax.cli.merge_settings import MergeSettings
+from fisher_jax.cli.merge_weights import read_weights
+from fisher_jax.cli.model_folder import save_model
+from fisher_jax.errors import InputError
+from fisher_jax.models import LanguageModel, load
+from fisher_jax.models.origin import read_origin
+
+__all__ = ["run"]
+
+TITLES = {"fisher": "Fisher information", "uniform": "equal weights", "magnitude": "magnitude"}
+
+
+def run(settings: MergeSettings) -> int:
+    """Merges, writes, loads what was written and measures it; the exit code."""
+    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    check_writable(settings.out)
+    loaded = [read(console, source) for source in settings.models]
+    base = None if settings.base is None else read(console, settings.base, " (base)")
+    for other in [*loaded[1:], *([] if base is None else [base])]:
+        check_same(loaded[0], other)
+    texts = {default_task(sources): texts_of(settings, loaded[0], sources) for sources in settings.text}
+    fishers = weights_of(settings, console, loaded, base)
+    merged = merge(settings, loaded, base, fishers)
+    params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), merged)
+    origin = read_origin(settings.models[0])
+    save_model(settings.out, loaded[0].config, params, loaded[0].tokenizer, origin)
+    console.print(f"[bold]written[/bold]: {settings.out}, in {settings.dtype}")
+    content = {
+        "models": {source: model.fingerprint for source, model in zip(settings.models, loaded, strict=True)},
+        **{name: getattr(settings, name) for name in ("states", "base", "by", "weights", "floor", "scale")},
+    }
+    if texts:
+        content["bits_per_byte"] = evaluate(settings, console, loaded, base, texts)
+    write_atomically(settings.out / "merge.json", json.dumps(content, indent=1) + "\n")
+    console.print(
+        f"It loads with fisher_jax.models.load({str(settings.out)!r}), with --model {settings.out} in every command, "
+        "and in Hugging Face transformers."
+    )
+    return 0
+
+
+def read(console: Console, source: str, what: str = "") -> LanguageModel:
+    console.print(f"[bold]model[/bold]{what}: {source}")
+    return load(source)
+
+
+def check_same(first: LanguageModel, other: LanguageModel) -> None:
+    """Raises InputError where two models differ in anything but their weights, and names the first difference."""
+    for field in dataclasses.fields(first.config):
+        one, two = (getattr(model.config, field.name) for model in (first, other))
+        if one != two:
+            raise InputError(
+                f"{first.name} and {other.name} have different architectures: {field.name} is {one} and {two}; only "
+                "models fine-tuned from one model can be merged."
+            )
+    tokens = [[m.tokenizer.backend.id_to_token(i) for i in range(m.tokenizer.vocab_size)] for m in (first, other)]
+    merges = [json.loads(m.tokenizer.to_json())["model"].get("merges", []) for m in (first, other)]
+    for what, (left, right) in {"token": tokens, "merge": merges}.items():
+        for i, (one, two) in enumerate(zip_longest(left, right)):
+            if one != two:
+                raise InputError(
+                    f"{first.name} and {other.name} have different tokenizers: {what} {i} is {one!r} and {two!r}; a "
+                    "row of the embedding would be the mean of two tokens."
+                )
+
+
+def weights_of(
+    settings: MergeSettings, console: Console, loaded: Sequence[LanguageModel], base: LanguageModel | None
+) -> list[Any]:
+    """A tree for each model: what its parameters weigh."""
+    console.print(f"[bold]weights[/bold]: {TITLES[settings.by]}")
+    if settings.by == "uniform":
+        return [equal(model.params) for model in loaded]
+    if settings.by == "magnitude":
+        start = jax.tree.map(jnp.zeros_like, loaded[0].params) if base is None else base.params
+        return [jax.tree.map(lambda x, y: jnp.abs(x - y), model.params, start) for model in loaded]
+    found = read_weights(settings.states, loaded)
+    for source, weights in zip(settings.states, found, strict=True):
+        console.print(f"  {source}: {weights.words}; each parameter weighs as the mean of its group")
+    return [weights.values for weights in found]
+
+
+def equal(params: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.ones((1,) * x.ndim), params)
+
+
+def merge(
+    settings: MergeSettings, loaded: Sequence[LanguageModel], base: LanguageModel | None, fishers: Sequence[Any]
+) -> Any:
+    """Merged parameters, in float32."""
+    params = [model.params for model in loaded]
+    scales = list(settings.weights) or None
+    if base is None:
+        return fj.merge_params(params, fishers, scales=scales, floor=settings.floor)
+    return fj.merge_task_vectors(
+        base.params, params, fishers, scale=settings.scale, scales=scales, floor=settings.floor
+    )
+
+
+def texts_of(settings: MergeSettings, model: LanguageModel, sources: Sequence[str]) -> list[str]:
+    return held_out(model, sources, settings.split_documents, settings.documents, settings.characters)
+
+
+def evaluate(
+    settings: MergeSettings,
+    console: Console,
+    loaded: Sequence[LanguageModel],
+    base: LanguageModel | None,
+    texts: dict[str, list[str]],
+) -> dict[str, dict[str, float]]:
+    """{model: {text: bits per byte}}, printed as a table with the differences that matter."""
+    number = sum(map(len, texts.values()))
+    console.print(f"[bold]loss[/bold]: {number} held-out documents of {' and '.join(texts)}")
+    written = load(settings.out, dtype=settings.dtype)
+    models = dict(zip(settings.models, loaded, strict=True))
+    if base is not None and settings.base is not None:
+        models[f"{settings.base} (base)"] = base
+    if settings.by != "uniform" or settings.weights or settings.base:
+        mean = fj.merge_params([x.params for x in loaded], [equal(x.params) for x in loaded])
+        models["plain mean (not written)"] = dataclasses.replace(loaded[0], params=mean)
+    models[f"merged: {settings.out}"] = written
+    losses = {name: {text: loss_of(model, found) for text, found in texts.items()} for name, model in models.items()}
+    told = {name: {text: bits_per_byte(loss) for text, loss in of.items()} for name, of in losses.items()}
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for i, name in enumerate(["bits per byte", *texts, *(["mean"] if len(texts) > 1 else [])]):
+        table.add_column(name, justify="right" if i else "left")
+    for name, of in told.items():
+        values = [*of.values(), *([float(np.mean(list(of.values())))] if len(of) > 1 else [])]
+        table.add_row(name, *(f"{x:.4f}" for x in values))
+    console.print(table)
+    *others, last = losses
+    for name in others:
+        changes = (change(losses[last][text], losses[name][text], text) for text in texts)
+        console.print(f"  merged less {name}: {', '.join(changes)}")
+    console.print("  (± 95% over documents)")
+    return told
+
+
+def change(after: Loss, before: Loss, text: str) -> str:
+    mean, error = difference(after, before)
+    return f"{mean:+.4f} ± {1.96 * error:.4f} on {text}"
+
+
+def loss_of(model: LanguageModel, texts: Sequence[str]) -> Loss:
+    """Of every text; a text longer than the model's positions is read in pieces, each from a beginning."""
+    cut = [list(pieces(model, text)) for text in texts]
+    loss = measure(model, [piece for of_one in cut for piece in of_one])
+    starts = np.cumsum([0, *(len(of_one) for of_one in cut)])[:-1]
+    return Loss(*(np.add.reduceat(x, starts) for x in loss))
+
+
+def pieces(model: LanguageModel, text: str) -> Iterator[str]:
+    """The text in pieces of at most as many tokens as the model has positions, less one for the beginning."""
+    limit = model.config.max_positions - 1
+    while text:
+        size = len(text)
+        while size > 1 and (tokens := len(model.tokenizer.encode(text[:size], special=False))) > limit:
+            size = max(size * limit // tokens, 1)
+        yield text[:size]
+        text = text[size:]

@@ -1,0 +1,47 @@
+"""Report folders whose states are made from chosen numbers: no model is run."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fisher_jax as fj
+from fisher_jax.cli.layers import on_parts, part_sizes
+from fisher_jax.cli.run_state import Progress, StateStore
+from fisher_jax.cli.settings import Settings
+
+SEQ_LEN = 32
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def state_of(values, unit):
+    """A Welford state of observations of ten tokens each, [observations, groups]."""
+    moments = fj.welford.observe(values, jnp.full(len(values), 10.0), unit=unit, units=jnp.arange(len(values)))
+    return fj.welford.add(fj.welford.init(moments), moments)
+
+
+def keep(out, task, model, rows, layers=None, *, counts=None, fingerprint=None, done=1, text=None, **more):
+    """One task of a report: the documents' values of every row, by kind, and of all totals of the layers."""
+    settings = Settings(seq_len=SEQ_LEN, parameters="head" if layers is None else "all").fixed()
+    settings |= {f"--{name.replace('_', '-')}": value for name, value in more.items()}
+    unit = settings["--unit"]
+    arrays = {kind: state_of(jnp.float32(values), unit) for kind, values in rows.items()}
+    arrays["counts"] = jnp.zeros(model.config.vocab_size, jnp.int32) if counts is None else jnp.asarray(counts)
+    if layers is not None:
+        arrays["layers"] = state_of(jnp.float32(layers), unit)
+    progress = Progress(
+        settings, fingerprint or model.fingerprint, text or f"digest of {task}", 1, done, model_name="tiny",
+        text_names=[task],
+    )  # fmt: skip
+    StateStore(Path(out)).save(task, arrays, progress)
+    return out
+
+
+def places(model):
+    """Where the numbers of every total of the layers stand in their vector, by field and path; and how many."""
+    sizes = part_sizes(model, Settings(seq_len=SEQ_LEN))
+    number = sum(x.size for field in sizes.values() for x in field.values())
+    found = on_parts(np.arange(number), sizes)
+    return {name: {path: x.astype(int) for path, x in field.items()} for name, field in found.items()}, number

@@ -87,12 +87,24 @@ def problem():
     return params, fj.Batch(inputs, targets, weights)
 
 
+def mean_of(fisher, *arguments):
+    """Observed and read in one program."""
+    return jax.jit(lambda *given: fj.welford.mean(fisher.observe(*given)))(*arguments)
+
+
 @functools.cache
 def by_entry(estimator, unit):
     params, batch = problem()
     with jax.enable_x64(True):
         fisher = fj.group_fisher(apply_fn, estimator=estimator, unit=unit)
-        return fj.welford.mean(jax.jit(fisher.observe)(params, batch, jax.random.key(0)))
+        return mean_of(fisher, params, batch, jax.random.key(0))
+
+
+@functools.cache
+def by_group(group):
+    params, batch = problem()
+    with jax.enable_x64(True):
+        return mean_of(fj.group_fisher(apply_fn, estimator="sequence", groups=group, example=batch), params, batch)
 
 
 def assert_close(found, wanted, rtol=1e-10):
@@ -105,33 +117,26 @@ def assert_close(found, wanted, rtol=1e-10):
 @pytest.mark.parametrize("group", ["row", "column", "tensor"])
 def test_groups_by_row_are_sums_of_the_entries_whatever_the_route(group):
     """Gram matrices at the head, the embedding and larger kernels; gradients of the smaller ones."""
-    params, batch = problem()
-    with jax.enable_x64(True):
-        fisher = fj.group_fisher(apply_fn, estimator="sequence", groups=group, example=batch)
-        found = fj.welford.mean(jax.jit(fisher.observe)(params, batch))
-        assert_close(found, summed(by_entry("sequence", None), WANTED[group]))
+    assert_close(by_group(group), summed(by_entry("sequence", None), WANTED[group]))
 
 
 def test_signs_by_row_share_their_draws_with_the_entries():
     params, batch = problem()
     with jax.enable_x64(True):
         fisher = fj.group_fisher(apply_fn, unit="sequence", groups=fj.groups.row, example=batch)
-        found = fj.welford.mean(jax.jit(fisher.observe)(params, batch, jax.random.key(0)))
-        assert_close(found, summed(by_entry("signs", "sequence"), WANTED["row"]))
+        found = mean_of(fisher, params, batch, jax.random.key(0))
+    assert_close(found, summed(by_entry("signs", "sequence"), WANTED["row"]))
 
 
 def test_group_sizes_and_averages():
     params, batch = problem()
     with jax.enable_x64(True):
         options = {"estimator": "sequence", "groups": fj.groups.row, "example": batch}
-        sums = fj.group_fisher(apply_fn, **options)
-        sizes = sums.group_sizes(params)
-        ones = jax.tree.map(np.ones_like, params)
-        assert_close(sizes, jax.tree.map(np.float32, summed(ones, WANTED["row"])))
-        averaged = fj.group_fisher(apply_fn, average=True, **options)
-        found = fj.welford.mean(averaged.observe(params, batch))
-        wanted = jax.tree.map(np.divide, fj.welford.mean(sums.observe(params, batch)), sizes)
-        assert_close(found, wanted)
+        sizes = fj.group_fisher(apply_fn, **options).group_sizes(params)
+        found = mean_of(fj.group_fisher(apply_fn, average=True, **options), params, batch)
+    ones = jax.tree.map(np.ones_like, params)
+    assert_close(sizes, jax.tree.map(np.float32, summed(ones, WANTED["row"])))
+    assert_close(found, jax.tree.map(np.divide, by_group("row"), sizes))
 
 
 def test_heads_of_every_part():
@@ -139,7 +144,7 @@ def test_heads_of_every_part():
     group = fj.groups.head(N)
     with jax.enable_x64(True):
         fisher = fj.group_fisher(apply_fn, estimator="sequence", groups=group, example=batch)
-        found = fj.welford.mean(jax.jit(fisher.observe)(params, batch))
+        found = mean_of(fisher, params, batch)
         entries = by_entry("sequence", None)
         for name in "qkv":
             np.testing.assert_allclose(
@@ -163,9 +168,9 @@ def test_heads_of_grouped_queries_with_flat_kernels_and_biases():
     params["attention"] = {"out": {"kernel": rng.standard_normal((12, 5)), "bias": rng.standard_normal(5)}}
     batch = fj.Batch(jnp.asarray(rng.standard_normal((2, 3, 5))), jnp.asarray(rng.integers(0, 5, (2, 3))))
     params = jax.tree.map(jnp.asarray, params)
-    entries = fj.welford.mean(fj.group_fisher(attention, estimator="sequence").observe(params, batch))
+    entries = mean_of(fj.group_fisher(attention, estimator="sequence"), params, batch)
     fisher = fj.group_fisher(attention, estimator="sequence", groups=fj.groups.head(4, 2), example=batch)
-    found = fj.welford.mean(fisher.observe(params, batch))
+    found = mean_of(fisher, params, batch)
     for name, heads in (("query", 4), ("key", 2), ("value", 2)):
         kernel = np.asarray(entries[name]["kernel"]).reshape(5, heads, 3).sum((0, 2))
         np.testing.assert_allclose(found[name]["kernel"], kernel, rtol=1e-5)
@@ -200,8 +205,8 @@ def test_fused_kernels_need_their_layout_said(layout):
         fj.group_fisher(model, groups=fj.groups.head(heads, kv), example=batch).init(params)
     group = fj.groups.head(heads, kv, fused_layout=layout)
     fisher = fj.group_fisher(model, estimator="sequence", groups=group, example=batch)
-    found = fj.welford.mean(fisher.observe(params, batch))["qkv"]
-    entries = fj.welford.mean(fj.group_fisher(model, estimator="sequence").observe(params, batch))["qkv"]
+    found = mean_of(fisher, params, batch)["qkv"]
+    entries = mean_of(fj.group_fisher(model, estimator="sequence"), params, batch)["qkv"]
     each = np.asarray(entries).sum(0).reshape(heads + 2 * kv, dim).sum(1)
     places = {
         "q k v": {"query": [0, 1, 2, 3], "key": [4, 5], "value": [6, 7]},

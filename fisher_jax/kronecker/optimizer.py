@@ -12,6 +12,7 @@ from jaxtyping import Array
 from fisher_jax import rejection
 from fisher_jax.batch import Batch
 from fisher_jax.kronecker.quadratic import best_step, local_model, loss, tree_dot
+from fisher_jax.kronecker.rows import check_rows, first_rows, window
 from fisher_jax.kronecker.transformation import KFACState, aligned, scale_by_kfac
 from fisher_jax.likelihoods import Likelihood, categorical
 
@@ -57,7 +58,9 @@ def kfac(
     min_damping: Any = None,
     min_momentum: Any = 0.5,
     max_momentum: Any = None,
+    rate_scale: Any = 1.0,
     model_rows: int | None = None,
+    factor_rows: int | None = None,
     refresh_ramp: int | None = 10,
     update_freq: int = 10,
     fisher: str = "sampled",
@@ -93,6 +96,9 @@ def kfac(
       the step is not taken: the update is zero, the last update is forgotten, and the damping grows by 4. It stays
       between ``min_damping`` and 1e4.
 
+    Give ``value=`` as well, the loss of this batch without weight decay, from ``jax.value_and_grad``: adaptive mode
+    then need not evaluate it anew where ``model_rows`` leaves some out.
+
     An update whose batch or gradients cannot be used is zero and leaves all but the counts of the state as it was.
 
     Args:
@@ -106,8 +112,13 @@ def kfac(
         min_momentum, max_momentum: what minimises the model of one batch undoes much of the last update, which fitted
             the noise of the batch before; updates then never average over batches. ``None``: no bound. A bound from
             above steadies small batches a little and holds back where the batch is the whole data.
+        rate_scale: a number or a schedule that ``a`` is multiplied by. What minimises the model of one batch steps as
+            far as its noise says, at the end too: below 1 and falling, with a momentum near 1, updates average over
+            batches (Robbins and Monro 1951).
         model_rows: the model's curvature is taken on the first so many rows of the batch (the first axis of its
             arrays), gradient and losses on all (section 8 of the paper takes a quarter). ``None``: on all.
+        factor_rows: factors are taken from so many rows of the batch, a window that moves on from update to
+            update (section 8 of the paper takes an eighth). ``None``: from all.
         refresh_ramp: early factors are soon out of date: after ``n`` updates they serve at most
             ``1 + n // refresh_ramp``, and ``update_freq`` from then on. ``None``: ``update_freq`` from the start.
         fisher: ``"sampled"`` here: the empirical Fisher vanishes with the loss, and steps grow.
@@ -129,12 +140,14 @@ def kfac(
     first_damping = damping if damping is not None else (0.1 if adaptive else 0.01)
     if min_damping is None:
         min_damping = jnp.minimum(1e-3, first_damping)
-    look_at = _Adaptation(adapt_every, min_damping, (min_momentum, max_momentum), model_rows)
+    check_rows(factor_rows, example)
+    look_at = _Adaptation(adapt_every, min_damping, (min_momentum, max_momentum), model_rows, rate_scale)
     inner = functools.partial(
-        scale_by_kfac, apply_fn, likelihood, example=example, update_freq=update_freq, fisher=fisher, policy=policy,
-        token_cap=token_cap, form=form, power=power, shared=shared, temperature=temperature, storage=storage,
-        diagonal=diagonal, eigenvalue_correction=eigenvalue_correction, statistics_freq=statistics_freq,
-        factor_decay=factor_decay, factor_rank=factor_rank, model_params=model_params,
+        scale_by_kfac, apply_fn, likelihood, example=window(example, factor_rows), update_freq=update_freq,
+        fisher=fisher, policy=policy, token_cap=token_cap, form=form, power=power, shared=shared,
+        temperature=temperature, storage=storage, diagonal=diagonal, eigenvalue_correction=eigenvalue_correction,
+        statistics_freq=statistics_freq, factor_decay=factor_decay, factor_rank=factor_rank,
+        model_params=model_params,
     )  # fmt: skip
 
     def init(params: Tree) -> KFACOptimizerState:
@@ -144,7 +157,7 @@ def kfac(
 
     def update(
         updates: Tree, state: KFACOptimizerState, params: Tree = None, *, batch: Batch | None = None,
-        model_params: Tree = None, **extra: Any,
+        model_params: Tree = None, value: Any = None, **extra: Any,
     ):  # fmt: skip
         if params is None:
             raise ValueError("kfac needs params: call update(grads, state, params, batch=batch, key=key)")
@@ -154,15 +167,18 @@ def kfac(
         decay = jnp.asarray(weight_decay, jnp.float32)
         if adaptive:
             updates = _combine(lambda g, p: g + decay * p, updates, params)
+        if factor_rows is not None and extra.get("taps") is not None:
+            raise ValueError("taps= hold all rows of the batch: leave out factor_rows=, or give batch= alone")
+        seen = None if batch is None else window(batch, factor_rows, state.factors.step)
         natural, factors = inner(damping=used + decay if adaptive else used).update(
-            updates, state.factors, params, batch=batch, model_params=model_params, **extra
+            updates, state.factors, params, batch=seen, model_params=model_params, **extra
         )
         if adaptive:
             if batch is None:
                 raise ValueError("kfac with learning_rate=None evaluates its model: pass batch=")
             whole = params if model_params is None else model_params
             new, bad = _adaptive(
-                apply_fn, likelihood, batch, whole, params, updates, natural, state, used, decay, look_at
+                apply_fn, likelihood, batch, whole, params, updates, natural, state, used, decay, look_at, value
             )
             counted = factors.rejected > state.factors.rejected
             factors = factors._replace(
@@ -198,6 +214,7 @@ class _Adaptation(NamedTuple):
     min_damping: Any
     momenta: tuple[Any, Any]
     rows: int | None
+    scale: Any
 
 
 def _fixed(grads, natural, params, state, rate, momentum, kl_clip, decay):
@@ -213,7 +230,7 @@ def _fixed(grads, natural, params, state, rate, momentum, kl_clip, decay):
     return step, state._replace(velocity=velocity, learning_rate=used[0], momentum=used[1])
 
 
-def _adaptive(apply_fn, likelihood, batch, whole, params, grads, natural, state, damping, decay, how):
+def _adaptive(apply_fn, likelihood, batch, whole, params, grads, natural, state, damping, decay, how, value):
     """The minimiser of the quadratic model along the natural gradient and the last update."""
     leaves, treedef = jax.tree.flatten(whole)
     part, _ = aligned(params, whole)
@@ -229,7 +246,7 @@ def _adaptive(apply_fn, likelihood, batch, whole, params, grads, natural, state,
     def listed(tree):
         return [x for x in aligned(tree, whole)[0] if _moves(x)]
 
-    seen = _first_rows(batch, how.rows)
+    seen = first_rows(batch, how.rows)
     directions = ([-x for x in listed(natural)], listed(state.velocity))
     model = local_model(
         lambda moved: apply_fn(whole_with(moved), seen.inputs), likelihood, seen, moving, listed(grads), directions,
@@ -237,13 +254,15 @@ def _adaptive(apply_fn, likelihood, batch, whole, params, grads, natural, state,
     )  # fmt: skip
     least, most = how.momenta
     least = None if least is None else least * jnp.minimum((state.factors.step + 1) / _EARLY, 1)
-    (rate, momentum), predicted = best_step(model, least, most)
+    scale = how.scale(state.factors.step) if callable(how.scale) else how.scale
+    (rate, momentum), predicted = best_step(model, least, most, scale)
     velocity = _combine(lambda x, v: momentum * v - rate * x, natural, state.velocity)
 
     def change():
         moved = [p + v.astype(p.dtype) for p, v in zip(moving, listed(velocity), strict=True)]
         norms = [decay / 2 * tree_dot(x, x) for x in (moved, moving)]
-        before = model.value if how.rows is None else loss(apply_fn, likelihood, whole, batch)
+        before = model.value if how.rows is None else value
+        before = loss(apply_fn, likelihood, whole, batch) if before is None else jnp.asarray(before, jnp.float32)
         return loss(apply_fn, likelihood, whole_with(moved), batch) + norms[0] - before - norms[1]
 
     every = jnp.where(state.factors.step < _EARLY, 1, how.every)
@@ -261,10 +280,6 @@ def _adaptive(apply_fn, likelihood, batch, whole, params, grads, natural, state,
     bad = rejection.reason_mask(non_finite=~(jnp.isfinite(model.value) & jnp.isfinite(rate) & jnp.isfinite(momentum)))
     new = state._replace(velocity=velocity, damping=moved_damping, learning_rate=rate, momentum=momentum, ratio=ratio)
     return (velocity, new), bad
-
-
-def _first_rows(batch: Batch, rows: int | None) -> Batch:
-    return batch if rows is None else jax.tree.map(lambda x: x[:rows], batch)
 
 
 def _moves(x: Any) -> bool:

@@ -80,10 +80,11 @@ def local_model(
     return LocalModel(value, jnp.array([tree_dot(grads, d) for d in directions]), curvature)
 
 
-def best_step(model: LocalModel, least: Any = None, most: Any = None) -> tuple[Array, Array]:
+def best_step(model: LocalModel, least: Any = None, most: Any = None, scale: Any = 1.0) -> tuple[Array, Array]:
     """Coefficients that minimise ``M`` where that of the previous direction is in ``[least, most]``, and ``M`` there.
 
-    Where the two directions are parallel up to rounding, or the previous one is zero, the first is taken alone.
+    Where the two directions are parallel up to rounding, or the previous one is zero, the first is taken alone. The
+    coefficient of the first is then multiplied by ``scale``.
     """
     (a, b), (_, d) = model.curvature
     p, q = model.slope
@@ -95,4 +96,5 @@ def best_step(model: LocalModel, least: Any = None, most: Any = None) -> tuple[A
     # M is convex: with the second coefficient at a bound the first one is the best of a parabola.
     on_bound = jnp.array([-(p + b * bounded) / jnp.where(a > 0, a, 1), bounded])
     found = jnp.where((d > 0) & (bounded != found[1]), on_bound, found)
+    found = found * jnp.stack([jnp.asarray(scale, found.dtype), jnp.ones((), found.dtype)])
     return found, model.slope @ found + found @ model.curvature @ found / 2

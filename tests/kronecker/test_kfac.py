@@ -170,6 +170,65 @@ def test_the_curvature_of_a_step_can_come_from_the_first_rows():
     assert abs(rates[0] - rates[1]) > 0.01 * rates[0]
 
 
+def test_the_rate_can_be_scaled_by_a_schedule():
+    batch, gradient, fisher = linear_setting(0)
+    w, damping = np.ones((3, 1)), 0.2
+    given = {"w": jnp.asarray(gradient(w), jnp.float32)}
+    tx = fj.kfac(
+        None, line, fj.gaussian, example=batch, fisher="ggn", damping=damping, rate_scale=lambda n: 0.5 / (1 + n / 2)
+    )
+    update, state = jax.jit(tx.update), tx.init({"w": jnp.ones((3, 1))})
+    for number, share in ((0, 0.5), (2, 0.25)):
+        state = state._replace(factors=state.factors._replace(step=jnp.asarray(number)))
+        updates, after = update(given, state, {"w": jnp.ones((3, 1))}, batch=batch)
+        step = np.asarray(updates["w"], np.float64)
+        # Along one direction a quadratic model falls by 1 - (1 - share)**2 of the most that it can.
+        curved = np.vdot(step, fisher @ step + damping * step)
+        np.testing.assert_allclose(-np.vdot(gradient(w), step) * share, curved, rtol=1e-4)
+        change = np.vdot(gradient(w), step) + np.vdot(step, fisher @ step) / 2
+        np.testing.assert_allclose(after.ratio, change / (np.vdot(gradient(w), step) + curved / 2), rtol=1e-3)
+
+
+def test_the_loss_that_is_given_is_not_evaluated_anew():
+    batch, gradient, _ = linear_setting(0)
+    params, given = {"w": jnp.ones((3, 1))}, {"w": jnp.asarray(gradient(np.ones((3, 1))), jnp.float32)}
+    tx = fj.kfac(None, line, fj.gaussian, example=batch, fisher="ggn", damping=0.2, model_rows=4)
+    update, state = jax.jit(tx.update), tx.init(params)
+    _, own = update(given, state, params, batch=batch)
+    value = float(jnp.sum((batch.inputs @ params["w"] - batch.targets) ** 2)) / 12 + 0.5 * np.log(2 * np.pi)
+    ratios = []
+    for shift in (0.0, 1.0):
+        updates, seen = update(given, state, params, batch=batch, value=jnp.float32(value + shift))
+        ratios.append(float(seen.ratio))
+    np.testing.assert_allclose(ratios[0], own.ratio, rtol=1e-4)
+    step = np.asarray(updates["w"], np.float64)
+    curved = np.sum((np.asarray(batch.inputs[:4], np.float64) @ step) ** 2) / 4 + 0.2 * np.sum(step**2)
+    predicted = np.vdot(gradient(np.ones((3, 1))), step) + curved / 2
+    np.testing.assert_allclose(ratios[1] - ratios[0], -1 / predicted, rtol=1e-3)
+
+
+def test_factors_can_come_from_a_window_of_rows_that_moves_on():
+    batch, gradient, _ = linear_setting(0)
+    x, w = np.asarray(batch.inputs, np.float64), np.ones((3, 1))
+    tx = fj.kfac(
+        None, line, fj.gaussian, example=batch, fisher="ggn", damping=0.2, update_freq=1, factor_rows=4,
+        min_momentum=0.0, max_momentum=0.0, adapt_every=100,
+    )  # fmt: skip
+    params = {"w": jnp.ones((3, 1))}
+    given = {"w": jnp.asarray(gradient(w), jnp.float32)}
+    update, state = jax.jit(tx.update), tx.init(params)
+    for first in (0, 3, 1):  # 6 times the golden section 0.618, twice, modulo 6
+        rows = [(first + i) % 6 for i in range(4)]
+        damping = float(state.damping)
+        updates, state = update(given, state, params, batch=batch)
+        natural = np.linalg.solve(x[rows].T @ x[rows] / 4 + damping * np.eye(3), gradient(w))
+        np.testing.assert_allclose(updates["w"], -float(state.learning_rate) * natural, rtol=1e-4)
+    with pytest.raises(ValueError, match="from 1 to the 6 rows"):
+        fj.kfac(None, line, fj.gaussian, example=batch, factor_rows=7)
+    with pytest.raises(ValueError, match="leave out factor_rows="):
+        tx.update(given, state, params, batch=batch, taps=[])
+
+
 @pytest.mark.parametrize("kept", [{}, {"statistics_freq": 2}])
 def test_factors_are_renewed_more_often_at_first(kept):
     batch, gradient, _ = linear_setting(0)

@@ -7,6 +7,7 @@ set. What K-FAC chooses is tried on a seed of its own as well. Both may average 
 
     uv run python experiments/natural_gradient_autoencoder.py                # all; writes results/
     uv run python experiments/natural_gradient_autoencoder.py --steps-only   # curves, which do not depend on load
+    uv run python experiments/natural_gradient_autoencoder.py --rivals-only  # the first half of the curves
     uv run python experiments/natural_gradient_autoencoder.py --kfac-only    # rivals are those in results/
     uv run python experiments/natural_gradient_autoencoder.py --timing-only  # seconds, for curves that are there
     uv run python experiments/natural_gradient_autoencoder.py --quick        # does it run? numbers mean nothing
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from natural_gradient_runs import (
+    FRESH_SEEDS,
     RESULTS,
     Task,
     Trainer,
@@ -48,10 +50,18 @@ WIDTHS = (64, 128, 64, 32, 8, 32, 64, 128, 64)
 LINEAR = (3, 7)  # the code and the output
 TRAIN = 1500
 RATES = (3e-3, 1e-2, 2e-2, 3e-2, 5e-2)
+
+
+def falling(step):
+    """Of the rate that the model of one batch finds, against the noise of batches: constant, then as 1 / step."""
+    return 0.7 / (1 + jnp.maximum(step - 125, 0) / 75)
+
+
 KFAC = {
-    256: dict(update_freq=5, factor_decay=0.5, model_rows=64, max_momentum=0.6),
-    TRAIN: dict(update_freq=2, factor_decay=0.8, model_rows=375),
-}
+    256: dict(update_freq=10, factor_decay=0.5, model_rows=64, min_momentum=0.8, max_momentum=0.8, rate_scale=falling,
+              min_damping=1e-3),
+    TRAIN: dict(update_freq=2, factor_decay=0.8, model_rows=375, factor_rows=512, min_damping=1e-3),
+}  # fmt: skip
 TRIES = [{"damping": d} for d in (0.01, 0.03, 0.1, 0.3, 1.0)]
 FIXED = dict(update_freq=5, factor_decay=0.5)
 FIXED_GRID = [
@@ -64,12 +74,12 @@ class Sizes(NamedTuple):
     """How much is run."""
 
     adamw_steps: int = 2000
-    kfac_steps: tuple[int, int] = (300, 120)
+    kfac_steps: tuple[int, int] = (300, 130)
     seeds: int = 5
     horizons: tuple[int, ...] = (1000, 2000, 4000)
     small_batches: tuple[int, ...] = (64, 128)
     rounds: int = 5
-    periods: tuple[int, ...] = (1, 10, 30, 100)
+    periods: tuple[int, ...] = (1, 5, 30, 100)
     dampings: tuple[float, ...] = (1e-2, 1e-1, 1.0, 10.0)  # three decades
 
 
@@ -111,33 +121,32 @@ def task_of(train):
     return Task(start, apply_fn, fj.bernoulli, lambda x: fj.Batch(x, x), train, lambda p: mean_loss(p, train))
 
 
-def compare(batch, sizes, task, test, rivals):
-    """AdamW, SGD and K-FAC at one batch size; ``rivals`` are there where they have been run before."""
-    seeds = range(1, 1 + sizes.seeds)
+def rivals(batch, sizes, task, on_test):
+    """AdamW and, with small batches, SGD; the loss of AdamW at the end is the target."""
     steps, whole = sizes.adamw_steps, batch == TRAIN
-    every = max(steps // 40, 1)
-
-    def on_test(params):
-        return float(mean_loss(params, test))
-
+    seeds, every = FRESH_SEEDS[: sizes.seeds], max(steps // 40, 1)
     rates = [{"rate": r} for r in RATES[: 4 if whole else 5]]
-    found = rivals or {"adamw": study(Trainer(task, adamw(steps), batch, steps, every), rates, seeds, on_test)}
-    target = found["target"] = found["adamw"]["final"]
-    print(f"batch {batch}: AdamW {target:.3f} {found['adamw']['grid']}", flush=True)
-    length = sizes.kfac_steps[whole]
-    make = kfac(task, batch, **KFAC[batch])
-    found["adaptive"] = study(Trainer(task, make, batch, length), TRIES, seeds, on_test)
-    toward(found["adaptive"], target)
-    print({k: v for k, v in found["adaptive"].items() if k != "curves"}, flush=True)
+    found = {"adamw": study(Trainer(task, adamw(steps), batch, steps, every), rates, seeds, on_test)}
+    found["target"] = found["adamw"]["final"]
+    print(f"batch {batch}: AdamW {found['target']:.3f} {found['adamw']['grid']}", flush=True)
     if not whole:
-        make = kfac(task, batch, length, **FIXED)
-        found["fixed"] = study(Trainer(task, make, batch, length), FIXED_GRID, seeds, on_test)
-        toward(found["fixed"], target)
-        print({k: v for k, v in found["fixed"].items() if k != "curves"}, flush=True)
-    if not whole and "sgd" not in found:
         descent = [{"rate": r} for r in (0.03, 0.1, 0.3, 1.0)]
         found["sgd"] = study(Trainer(task, sgd(steps), batch, steps, every), descent, seeds, on_test)
-        toward(found["sgd"], target)
+        toward(found["sgd"], found["target"])
+    return found
+
+
+def ours(batch, sizes, task, on_test, target):
+    """K-FAC: adaptive and, with small batches, with a fixed rate."""
+    seeds, whole = FRESH_SEEDS[: sizes.seeds], batch == TRAIN
+    length = sizes.kfac_steps[whole]
+    plans = {"adaptive": (kfac(task, batch, **KFAC[batch]), TRIES)}
+    if not whole:
+        plans["fixed"] = kfac(task, batch, length, **FIXED), FIXED_GRID
+    found = {}
+    for name, (make, grid) in plans.items():
+        found[name] = toward(study(Trainer(task, make, batch, length), grid, seeds, on_test), target)
+        print({k: v for k, v in found[name].items() if k != "curves"}, flush=True)
     return found
 
 
@@ -147,7 +156,7 @@ def adamw_horizons(sizes, task):
     for batch in sizes.small_batches:
         for steps in sizes.horizons:
             trainer = Trainer(task, adamw(steps), batch, steps, steps // 4)
-            found = study(trainer, [{"rate": r} for r in RATES[:3]], (1, 2, 3))
+            found = study(trainer, [{"rate": r} for r in RATES[:3]], FRESH_SEEDS[:3])
             rows.append({"batch": batch, "steps": steps, **found["chosen"], "loss": found["final"]})
             print(rows[-1], flush=True)
     return rows
@@ -162,11 +171,13 @@ def variants(sizes, task, target, save):
     plans |= {"factors of one batch, EK-FAC": {"factor_decay": None, "eigenvalue_correction": True}}
     free = {"min_momentum": None, "max_momentum": None}
     plans |= {"factored damping": {"form": "factored"}, "no bounds on momentum": free}
+    plans |= {"rate not scaled": {"rate_scale": 1.0}}
+    plans |= {"rate not scaled, momentum 0.5 to 0.6": {"rate_scale": 1.0, "min_momentum": 0.5, "max_momentum": 0.6}}
     plans |= {"no least damping": {"min_damping": 1e-8}, "curvature of the step on all rows": {"model_rows": None}}
     rows = []
 
     def add(name, trainer, **numbers):
-        curves = np.stack([trainer(seed, **numbers)[1] for seed in (1, 2, 3)])
+        curves = np.stack([trainer(seed, **numbers)[1] for seed in FRESH_SEEDS[:3]])
         last = np.median(curves[:, -1], 0)
         curves = curves[..., int(last[1] < last[0])]
         rows.append({"variant": name, "loss": float(min(last)), "steps": median_steps(curves, target, trainer.every)})
@@ -187,7 +198,7 @@ def timing(results, sizes, task):
     """Milliseconds of a step and seconds to compile, of everything that is compared."""
     for key, found in results["compared"].items():
         batch, names = int(key), [n for n in ("adamw", "adaptive", "fixed", "sgd") if n in found]
-        steps = min(100, sizes.adamw_steps)
+        steps = sizes.kfac_steps[batch == TRAIN]  # of a run: early steps of K-FAC cost more
         makes = {"adamw": adamw(steps), "sgd": sgd(steps), "adaptive": kfac(task, batch, **KFAC[batch]),
                  "fixed": kfac(task, batch, steps, **FIXED)}  # fmt: skip
         trainers = {n: Trainer(task, makes[n], batch, steps, watch=False) for n in names}
@@ -286,17 +297,27 @@ def picture(results, path):
     figure.savefig(path, dpi=150)
 
 
-def collect(sizes, task, test, save, before):
+def collect(sizes, task, test, save, before, rivals_only):
     """Everything that is counted in steps; rivals are those of the results ``before``, where there are any."""
     results = {"versions": versions(), "sizes": sizes._asdict(), "floor": entropy_floor(task.data), "compared": {},
-               "horizons": [], "variants": []}  # fmt: skip
+               "horizons": before["horizons"] if before else [], "variants": []}  # fmt: skip
+
+    def on_test(params):
+        return float(mean_loss(params, test))
+
     for batch in (256, TRAIN):
-        earlier = before["compared"][str(batch)] if before else {}
-        rivals = {k: earlier[k] for k in ("adamw", "sgd") if k in earlier}
-        results["compared"][str(batch)] = compare(batch, sizes, task, test, rivals)
+        earlier = before["compared"][str(batch)] if before else rivals(batch, sizes, task, on_test)
+        results["compared"][str(batch)] = {k: earlier[k] for k in ("adamw", "target", "sgd") if k in earlier}
         save(results)
-    results["horizons"] = before["horizons"] if before else adamw_horizons(sizes, task)
-    save(results)
+    if not before:
+        results["horizons"] = adamw_horizons(sizes, task)
+        save(results)
+    if rivals_only:
+        return results
+    for batch in (256, TRAIN):
+        found = results["compared"][str(batch)]
+        found |= ours(batch, sizes, task, on_test, found["target"])
+        save(results)
     variants(sizes, task, results["compared"]["256"]["target"], lambda rows: save(results | {"variants": rows}))
     return read("natural_gradient_autoencoder" + ("-quick" if sizes is QUICK else ""))
 
@@ -305,6 +326,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--steps-only", action="store_true", help="no timing")
+    parser.add_argument("--rivals-only", action="store_true", help="curves of AdamW and SGD, no timing")
     parser.add_argument("--kfac-only", action="store_true", help="rivals are those in results/")
     parser.add_argument("--timing-only", action="store_true", help="timing of what is in results/, merged into it")
     args = parser.parse_args(argv)
@@ -318,8 +340,8 @@ def main(argv=None):
         write(name, results, table(results))
 
     before = read(name) if args.timing_only or args.kfac_only else None
-    results = before if args.timing_only else collect(sizes, task, test, save, before)
-    if not args.steps_only:
+    results = before if args.timing_only else collect(sizes, task, test, save, before, args.rivals_only)
+    if not (args.steps_only or args.rivals_only):
         results = timing(results, sizes, task)
         save(results)
     print(table(results))

@@ -39,7 +39,7 @@ def counted(found: Compared, kind: str) -> str:
     tested = int(np.sum(shift.reason == ""))
     text = (
         f"By the {KIND_NAMES[kind]} {len(gained) + len(lost):,} of {tested:,} testable rows of the head differ at "
-        f"q < {rate:g}: {len(gained):,} matter more in {found.names[1]}"
+        f"q < {rate:g}: {len(gained):,} matter{'s' * (len(gained) == 1)} more in {found.names[1]}"
     )
     text += f" ({_few(found, gained)}), " if len(gained) else ", "
     text += f"{len(lost):,} less" + (f" ({_few(found, lost)})." if len(lost) else ".")

@@ -115,7 +115,7 @@ def _progress(
     settings: TrainSettings, store: TrainStore, text: Text, parameters: int, start: Start
 ) -> TrainProgress:  # fmt: skip
     fresh = TrainProgress(
-        settings={**settings.fixed(), "--init": start.model},
+        settings={"--init": start.model, **settings.fixed()},
         optimizer=settings.optimizer,
         text=text.digest(),
         held_out=text.packed.held_out.digest(),

@@ -1,6 +1,5 @@
 """Report folders whose states are made from chosen numbers: no model is run."""
 
-import functools
 from pathlib import Path
 
 import jax
@@ -13,12 +12,21 @@ from fisher_jax.cli.run_state import Progress, StateStore
 from fisher_jax.cli.settings import Settings
 
 SEQ_LEN = 32
+MOST = 20  # documents
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def state_of(values, unit):
-    """A Welford state of observations of ten tokens each, [observations, groups]."""
-    moments = fj.welford.observe(values, jnp.full(len(values), 10.0), unit=unit, units=jnp.arange(len(values)))
+def state_of(values):
+    """A Welford state of documents of ten tokens each, [documents, groups]; one program for any number of them."""
+    values = np.float32(values)
+    missing = MOST - len(values)
+    return _state(
+        np.pad(values, ((0, missing), (0, 0))), np.pad(np.full(len(values), 10.0, np.float32), (0, missing))
+    )
+
+
+@jax.jit
+def _state(values, weights):
+    moments = fj.welford.observe(values, weights, unit="document", units=jnp.arange(MOST))
     return fj.welford.add(fj.welford.init(moments), moments)
 
 
@@ -26,11 +34,10 @@ def keep(out, task, model, rows, layers=None, *, counts=None, fingerprint=None, 
     """One task of a report: the documents' values of every row, by kind, and of all totals of the layers."""
     settings = Settings(seq_len=SEQ_LEN, parameters="head" if layers is None else "all").fixed()
     settings |= {f"--{name.replace('_', '-')}": value for name, value in more.items()}
-    unit = settings["--unit"]
-    arrays = {kind: state_of(jnp.float32(values), unit) for kind, values in rows.items()}
+    arrays = {kind: state_of(values) for kind, values in rows.items()}
     arrays["counts"] = jnp.zeros(model.config.vocab_size, jnp.int32) if counts is None else jnp.asarray(counts)
     if layers is not None:
-        arrays["layers"] = state_of(jnp.float32(layers), unit)
+        arrays["layers"] = state_of(layers)
     progress = Progress(
         settings, fingerprint or model.fingerprint, text or f"digest of {task}", 1, done, model_name="tiny",
         text_names=[task],

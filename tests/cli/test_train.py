@@ -170,6 +170,33 @@ def test_the_last_loss_is_that_of_the_written_model_in_float64(finished, texts):
     assert int(last["tokens"]) == 6 * 4 * 16
 
 
+def test_a_run_goes_on_from_a_model(finished, texts, arguments, tmp_path, capsys, without_pages):
+    out = tmp_path / "out"
+    run = [
+        "train",
+        "--init",
+        str(finished / "model"),
+        "--out",
+        str(out),
+        "--text",
+        *texts[:9],
+        "--optimizer",
+        "adamw",
+    ]
+    run += ["--held-out-tokens", "300", "--seq-len", "16", "--batch-size", "4", "--steps", "2"]
+    assert main(run) == 0
+    before, after = (fj.checkpoint.metadata(folder / "state")["points"] for folder in (finished, out))
+    assert after[0][-1] == pytest.approx(before[-1][-1], rel=1e-6)  # the loss that the first run ended with
+    assert after[-1][-1] != after[0][-1]
+    first, further = load(finished / "model"), load(out / "model")
+    assert further.config == first.config
+    assert further.tokenizer.encode("aé") == first.tokenizer.encode("aé")
+    assert f"from the weights of model ({first.fingerprint})" in capsys.readouterr().out
+    assert f"had --init model ({first.fingerprint}), and this one has None" in _refused(arguments(out), capsys)
+    assert "leave --width 32 out" in _refused([*run, "--width", "32"], capsys)
+    assert "longer than the 16 positions" in _refused([*run, "--seq-len", "17"], capsys)
+
+
 def test_several_optimizers_in_one_picture(finished, tmp_path, arguments, capsys):
     out = tmp_path / "out"
     assert main(arguments(out, "--compare", "adamw", "sgd", "--against", str(finished))) == 0

@@ -11,11 +11,10 @@ import argparse
 import functools
 import json
 import pathlib
-import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import measure
 import optax
 
 import fisher_jax as fj
@@ -149,33 +148,27 @@ def deep(quick):
     return {name: (jax.jit(function), (params, batch)) for name, function in functions.items()}
 
 
-def measure(ways, rounds, base):
+def table_of(ways, rounds, base):
     """Median seconds and MiB of temporaries and results of every way, and the ratios to the first."""
     compiled = {name: function.lower(*args).compile() for name, (function, args) in ways.items()}
-    times = {name: [] for name in ways}
-    for index in range(rounds + 1):
-        for name, (_, args) in ways.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(compiled[name](*args))
-            if index:  # the first round warms up
-                times[name].append(time.perf_counter() - begin)
-    rows = []
-    for name, taken in times.items():
-        memory = compiled[name].memory_analysis()
-        mib = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
-        rows.append({"way": name, "seconds": float(np.median(taken)) if taken else None, "MiB": mib})
-    for row in rows:
-        first = next(r for r in rows if r["way"] == base)
-        row["ratio"] = row["seconds"] / first["seconds"] if taken else None
-        row["memory ratio"] = row["MiB"] / first["MiB"]
-    return rows
+    calls = {name: functools.partial(compiled[name], *args) for name, (_, args) in ways.items()}
+    seconds, mib = measure.medians(calls, rounds), {}
+    for name, program in compiled.items():
+        memory = program.memory_analysis()
+        mib[name] = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
+    return [
+        {
+            "way": name, "seconds": seconds[name], "MiB": mib[name], "ratio": seconds[name] / seconds[base],
+            "memory ratio": mib[name] / mib[base],
+        }
+        for name in ways
+    ]  # fmt: skip
 
 
 def show(title, rows):
     print(f"\n{title}\n{'':48}{'seconds':>10}{'ratio':>8}{'MiB':>10}{'ratio':>8}")
     for r in rows:
-        seconds = "" if r["seconds"] is None else f"{r['seconds']:10.4f}{r['ratio']:8.2f}"
-        print(f"{r['way']:48}{seconds:18}{r['MiB']:10.1f}{r['memory ratio']:8.2f}")
+        print(f"{r['way']:48}{r['seconds']:10.4f}{r['ratio']:8.2f}{r['MiB']:10.1f}{r['memory ratio']:8.2f}")
 
 
 def main():
@@ -190,13 +183,13 @@ def main():
     small, small_params = models.from_config(TINY).apply, models.init_params(TINY, jax.random.key(0), "float32")
     few = batch_of(2, 32, TINY.vocab_size)
     found = {
-        f"a decoder of {config.num_layers} layers, {rows} x {length} tokens": measure(
+        f"a decoder of {config.num_layers} layers, {rows} x {length} tokens": table_of(
             ways_of(apply_fn, params, batch_of(rows, length, config.vocab_size)), rounds, "value_and_grad"
         ),
-        "exact, a tiny decoder, 64 tokens": measure(
+        "exact, a tiny decoder, 64 tokens": table_of(
             exact_ways(small, small_params, few), rounds, "value_and_grad, few tokens"
         ),
-        "sixteen rematerialised scanned layers": measure(deep(args.quick), 2, "value_and_grad"),
+        "sixteen rematerialised scanned layers": table_of(deep(args.quick), 2, "value_and_grad"),
     }
     for title, table in found.items():
         show(title, table)

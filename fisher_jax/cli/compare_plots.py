@@ -31,12 +31,16 @@ def rows_figure(theme: Theme, found: RowShift, names: tuple[str, str], tokens: l
         same = tested & ~(found.shift.q < rate)
         axes.scatter(x[~tested], y[~tested], s=3, color=theme.muted, alpha=0.08, linewidths=0, rasterized=True)
         axes.scatter(x[same], y[same], s=4, color=theme.blue, alpha=0.25, linewidths=0, rasterized=True)
+        named = _outstanding(found, gained, lost)
         for rows, colour in ((gained, theme.vermillion), (lost, theme.green)):
             size, alpha = (12, 0.85) if len(rows) < 500 else (5, 0.5)
             axes.scatter(x[rows], y[rows], s=size, color=colour, alpha=alpha, linewidths=0, zorder=3)
+            rows = np.intersect1d(rows, named)  # seen in any cloud
+            axes.scatter(x[rows], y[rows], s=24, color=colour, edgecolors=theme.background, linewidths=0.8, zorder=3)
         _legend(theme, axes, names[1], len(gained), len(lost), int(same.sum()), int((~tested).sum()))
-        rows = _outstanding(found, gained, lost)
-        label_points(figure, axes, x[rows], y[rows], [drawable(tokens[r]) for r in rows])
+        label_points(figure, axes, x[named], y[named], [drawable(tokens[r]) for r in named])
+        for text in axes.texts:
+            text.set_path_effects([withStroke(linewidth=2.5, foreground=theme.background)])
         axes.set(
             xlabel=f"importance in {drawable(names[0])} ({UNIT})",
             ylabel=f"importance in {drawable(names[1])} ({UNIT})",
@@ -65,7 +69,7 @@ def _legend(theme: Theme, axes: Axes, name: str, gained: int, lost: int, same: i
     for i, (line, colour) in enumerate(lines):
         axes.text(
             0.03, 0.97 - 0.05 * i, line, color=colour, transform=axes.transAxes, va="top", fontsize=9,
-            fontweight="bold", zorder=5, path_effects=[withStroke(linewidth=3, foreground=theme.background)],
+            fontweight="bold", zorder=5,
         )  # fmt: skip
 
 

@@ -15,8 +15,10 @@ _GOLDEN = 2654435769
 
 def check_rows(rows: int | None, example: Batch) -> None:
     """Raise where a batch does not have so many rows."""
+    if rows is None:
+        return
     number = min(x.shape[0] for x in jax.tree.leaves(example))
-    if rows is not None and not 1 <= rows <= number:
+    if not 1 <= rows <= number:
         raise ValueError(f"factor_rows is from 1 to the {number} rows of the batch, found {rows}")
 
 

@@ -34,15 +34,18 @@ def problem(dtype="float64"):
     return params, rng.integers(0, 7, (B, S)), rng.integers(0, K, (B, S)), weights
 
 
-def jacobian(likelihood=fj.categorical):
-    """Per-token scores of every label, ``[T, label, ...]``: the slow way."""
+@functools.cache
+def jacobian():
+    """Per-token scores of every label, ``[T, label, ...]``, the slow way, and probabilities."""
     params, inputs, _, _ = problem()
 
     def log_probs(params):
-        return jax.nn.log_softmax(apply_fn(params, inputs)).reshape(-1, K)
+        log_p = jax.nn.log_softmax(apply_fn(params, inputs)).reshape(-1, K)
+        return log_p, log_p
 
-    del likelihood
-    return jax.jit(jax.jacrev(log_probs))(params), np.exp(log_probs(params))
+    with jax.enable_x64(True):
+        scores, log_p = jax.jit(jax.jacrev(log_probs, has_aux=True))(params)
+    return jax.tree.map(np.asarray, scores), np.exp(log_p)
 
 
 def weighted_mean(values, weights):
@@ -52,16 +55,11 @@ def weighted_mean(values, weights):
 @functools.cache
 def reference():
     """``{kind: tree}`` of exact per-token means."""
-    with jax.enable_x64(True):
-        scores, p = jacobian()
-        _, _, targets, weights = problem()
-        tokens = np.arange(B * S)
-        empirical = jax.tree.map(
-            lambda s: weighted_mean(np.asarray(s)[tokens, targets.ravel()] ** 2, weights), scores
-        )
-        true = jax.tree.map(
-            lambda s: weighted_mean(np.einsum("tk,tk...->t...", p, np.asarray(s) ** 2), weights), scores
-        )
+    scores, p = jacobian()
+    _, _, targets, weights = problem()
+    tokens = np.arange(B * S)
+    empirical = jax.tree.map(lambda s: weighted_mean(s[tokens, targets.ravel()] ** 2, weights), scores)
+    true = jax.tree.map(lambda s: weighted_mean(np.einsum("tk,tk...->t...", p, s**2), weights), scores)
     return {"empirical": empirical, "true": true}
 
 
@@ -86,10 +84,10 @@ def test_exact_equals_the_jacobian(kind, chunk_size):
         assert_close(fj.welford.mean(state), reference()[kind], 1e-12)
         assert fj.welford.count(state) == int((problem()[3] > 0).sum())
         found_error = np.asarray(fj.welford.standard_error(state)["head"])
-        scores, _ = jacobian()
+    scores, _ = jacobian()
     if kind == "empirical":
         weights, targets = problem()[3].ravel(), problem()[2].ravel()
-        f = np.asarray(scores["head"])[np.arange(B * S), targets] ** 2
+        f = scores["head"][np.arange(B * S), targets] ** 2
         mean, n = weighted_mean(f, problem()[3]), (weights > 0).sum()
         error = np.sqrt(n / (n - 1) * np.tensordot(weights**2, (f - mean) ** 2, 1)) / weights.sum()
         np.testing.assert_allclose(found_error, error, rtol=1e-10)
@@ -123,10 +121,9 @@ def test_tempered_labels_need_their_signs():
     """Drawn from softmax(z / 2), scored at temperature 1: the mean score is not zero, and signs remove it."""
     draws, temperature = 4000, 2.0
     params = problem("float32")[0]
-    with jax.enable_x64(True):
-        scores, p = jacobian()
-        q = p ** (1 / temperature) / (p ** (1 / temperature)).sum(1, keepdims=True)
-        exact = weighted_mean(np.einsum("tk,tkvd->tvd", q, np.asarray(scores["head"]) ** 2), problem()[3])
+    scores, p = jacobian()
+    q = p ** (1 / temperature) / (p ** (1 / temperature)).sum(1, keepdims=True)
+    exact = weighted_mean(np.einsum("tk,tkvd->tvd", q, scores["head"] ** 2), problem()[3])
     fisher = fj.group_fisher(apply_fn, estimator="sampled", temperature=temperature)
     keys = jax.random.split(jax.random.key(2), draws)
     found = jax.jit(
@@ -144,7 +141,7 @@ def test_sequence_squares_the_sum_of_a_sequence():
         fisher = fj.group_fisher(apply_fn, estimator="sequence", chunk_size=2)
         state = jax.jit(fisher.update)(fisher.init(params), params, batch_of())
         scores, _ = jacobian()
-        s = np.asarray(scores["mix"]["kernel"])[np.arange(B * S), targets.ravel()].reshape(B, S, D, D)
+        s = scores["mix"]["kernel"][np.arange(B * S), targets.ravel()].reshape(B, S, D, D)
         w = weights.sum(1)
         f = np.einsum("bs,bsij->bij", weights, s) ** 2 / w[:, None, None]
         np.testing.assert_allclose(
@@ -153,15 +150,22 @@ def test_sequence_squares_the_sum_of_a_sequence():
         assert fj.welford.count(state) == B
 
 
+@functools.cache
+def compiled(estimator):
+    fisher = fj.group_fisher(apply_fn, estimator=estimator)
+    return fisher, jax.jit(fisher.update)
+
+
 @pytest.mark.parametrize("estimator", ["exact", "sequence"])
 def test_batches_do_not_matter(estimator):
     params, inputs, targets, weights = problem("float32")
-    fisher = fj.group_fisher(apply_fn, estimator=estimator)
-    update = jax.jit(fisher.update)
-    whole = update(fisher.init(params), params, batch_of())
+    fisher, update = compiled(estimator)
+    key = jax.random.key(0)
+    whole = update(fisher.init(params), params, batch_of(), key)
     split = fisher.init(params)
     for row in range(B):
-        split = update(split, params, fj.Batch(*(jnp.asarray(x[row : row + 1]) for x in (inputs, targets, weights))))
+        one = fj.Batch(*(jnp.asarray(x[row : row + 1]) for x in (inputs, targets, weights)))
+        split = update(split, params, one, key)
     assert_close(fj.welford.mean(split), fj.welford.mean(whole), 1e-5)
     assert fj.welford.count(split) == fj.welford.count(whole)
     assert jax.tree.structure(split) == jax.tree.structure(whole)
@@ -170,8 +174,7 @@ def test_batches_do_not_matter(estimator):
 @pytest.mark.parametrize("estimator", ["exact", "signs", "sampled", "sequence"])
 def test_bad_and_empty_batches(estimator):
     params, inputs, targets, weights = problem("float32")
-    fisher = fj.group_fisher(apply_fn, estimator=estimator)
-    update, key = jax.jit(fisher.update), jax.random.key(0)
+    (fisher, update), key = compiled(estimator), jax.random.key(0)
     good = [jnp.asarray(x) for x in (inputs, targets, weights)]
     state = update(fisher.init(params), params, fj.Batch(*good), key)
 
@@ -206,7 +209,7 @@ def test_leaves_of_every_sort_are_defined():
         "empty": jnp.ones((0, 3)),
     }
     fisher = fj.group_fisher(lambda p, x: x @ p["w"] + p["table"][0], estimator="exact")
-    state = fisher.update(fisher.init(params), params, fj.Batch(jnp.ones((4, 2)), jnp.zeros(4, int)))
+    state = jax.jit(fisher.update)(fisher.init(params), params, fj.Batch(jnp.ones((4, 2)), jnp.zeros(4, int)))
     found = fj.welford.mean(state)
     assert found["table"] is None
     assert found["none"] is None
@@ -219,14 +222,20 @@ def test_groups_are_sums_of_squares():
     params = problem("float32")[0]
     example = jax.eval_shape(batch_of)
     entries = fj.group_fisher(apply_fn, estimator="exact")
-    per_entry = fj.welford.mean(entries.observe(params, batch_of()))
+    per_entry = fj.welford.mean(jax.jit(entries.observe)(params, batch_of()))
     tensors = fj.group_fisher(apply_fn, estimator="exact", groups=fj.groups.tensor, example=example)
-    assert_close(fj.welford.mean(tensors.observe(params, batch_of())), jax.tree.map(jnp.sum, per_entry), 1e-5)
+    found = fj.welford.mean(jax.jit(tensors.observe)(params, batch_of()))
+    assert_close(found, jax.tree.map(np.sum, per_entry), 1e-5)
     rows = fj.group_fisher(
         apply_fn, estimator="signs", groups=lambda path, shape: lambda squares: squares.sum(-1), example=example
     )
-    found = fj.welford.mean(rows.observe(params, batch_of(), jax.random.key(0)))
-    assert jax.tree.map(jnp.shape, found) == {"embed": (7,), "mix": {"kernel": (D,)}, "head": (K,), "bias": ()}
+    found = jax.eval_shape(lambda p: fj.welford.mean(rows.observe(p, batch_of(), jax.random.key(0))), params)
+    assert jax.tree.map(lambda x: x.shape, found) == {
+        "embed": (7,),
+        "mix": {"kernel": (D,)},
+        "head": (K,),
+        "bias": (),
+    }
 
 
 @pytest.mark.parametrize(

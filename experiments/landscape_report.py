@@ -23,7 +23,7 @@ def half_life(ages, shares, level=0.5):
         if shares[i] < level <= shares[i - 1]:
             part = (shares[i - 1] - level) / (shares[i - 1] - shares[i])
             return float(np.exp(x[i - 1] + part * (x[i] - x[i - 1])))
-    return np.inf if shares[0] >= level else float(ages[0])
+    return np.inf if shares[0] >= level else max(float(ages[0]), 0.5)
 
 
 def interval(values):
@@ -49,19 +49,25 @@ def lives(results, name, anchor, damping):
 
 def plus_minus(values, digits=2):
     centre, width = interval(values)
-    return f"{centre:.{digits}f} ± {width:.{digits}f}"
+    return f"{centre:.{digits}f}" + (f" ± {width:.{digits}f}" if np.isfinite(width) else "")
+
+
+def while_falling(run):
+    """Mean sharpness at the looks at which the loss has fallen to between 90% and 20% of its start."""
+    before = np.array([losses[-1] for losses in run["losses"]]) / run["losses"][0][0]
+    falling = (before < 0.9) & (before > 0.2)
+    return float(np.mean(np.array(run["sharpness"])[1:][falling])) if falling.any() else np.nan
 
 
 def edge_table(found):
     lines = ["", "### Gradient descent with a constant rate on a fixed batch", "",
-             "| rate | 2 / rate | sharpness at the start | highest | last quarter, mean | times rate / 2 "
-             "| loss at the end |",
+             "Sharpness: top eigenvalue of the Hessian; while the loss falls: from 90% to 20% of its start.", "",
+             "| rate | 2 / rate | at the start | while the loss falls | of 2 / rate | at the end | loss at the end |",
              "|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     for rate, runs in found["rates"].items():
-        sharp = np.array([r["sharpness"] for r in runs])
-        late = sharp[:, -max(sharp.shape[1] // 4, 1) :].mean(1)
-        cells = [rate, f"{2 / float(rate):.1f}", plus_minus(sharp[:, 0], 1), plus_minus(sharp.max(1), 1),
-                 plus_minus(late, 1), plus_minus(late * float(rate) / 2),
+        sharp, falling = np.array([r["sharpness"] for r in runs]), np.array([while_falling(r) for r in runs])
+        cells = [rate, f"{2 / float(rate):.1f}", plus_minus(sharp[:, 0], 1), plus_minus(falling, 1),
+                 plus_minus(falling * float(rate) / 2), plus_minus(sharp[:, -1], 1),
                  plus_minus([r["losses"][-1][-1] for r in runs], 3)]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -144,6 +150,10 @@ def picture(results, path):
     draw_staleness(axes[1, 2], results, "K-FAC")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
+        for side in (axis.xaxis, axis.yaxis):
+            if side.get_scale() == "log" and side.get_view_interval()[0] > 1e-3:
+                side.set_major_formatter("{x:g}")
+                side.set_minor_formatter("")
     figure.suptitle("Curvature of a small decoder along training: medians and ranges over seeds")
     figure.savefig(path, dpi=150)
 
@@ -204,12 +214,18 @@ def draw_ranks(axis, results):
 
 def draw_staleness(axis, results, name, damping=0.01):
     setting = results["sizes"]
-    ages = np.maximum(setting["ages"], 0.5)
+    ages, ends = np.maximum(setting["ages"], 0.5), []
     for anchor, color in zip(setting["anchors"], PHASES, strict=True):
         shares, *_ = lives(results, name, anchor, damping)
-        band(axis, ages, 100 * np.array(shares), color, f"from step {anchor}")
+        band(axis, ages, 100 * np.array(shares), color)
+        ends.append((float(np.clip(100 * np.median(shares, 0)[-1], -50, 110)), f"from step {anchor}", color))
+    place = -np.inf
+    for height, label, color in sorted(ends):
+        place = max(place + 9, height)
+        axis.annotate(label, (ages[-1], place), xytext=(4, 0), textcoords="offset points", color=color, fontsize=8,
+                      va="center", annotation_clip=False)  # fmt: skip
     axis.axhline(50, color="0.6", lw=1, ls="--")
     axis.axhline(0, color="0.6", lw=0.8)
     axis.set(title=f"old factors along {name}'s run, damping {damping:g}", xscale="log",
-             xlabel="age of the factors (steps; fresh ones of another batch at 0.5)", ylim=(-60, 115),
+             xlabel="age of the factors (steps; 0 drawn at 0.5)", ylim=(-60, 115),
              ylabel="gain over the gradient's that is kept (%)")  # fmt: skip

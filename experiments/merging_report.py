@@ -131,7 +131,7 @@ def picture(results, path):
         left.axhline(references[key], color="0.5", lw=1, ls="--")
         left.annotate(label, (0.5, references[key]), xytext=(0, 3), textcoords="offset points", color="0.35",
                       fontsize=8, ha="center")  # fmt: skip
-    left.set(xlabel="weight of the Wikipedia model (colours as on the right, uniform: grey)", 
+    left.set(xlabel="weight of the Wikipedia model (colours as on the right, uniform: grey)",
              ylabel=f"mean loss of both domains (nats per {results['unit']})")  # fmt: skip
     found = rows_of(results)
     names = sorted((n for n in found if n != REFERENCE), key=lambda n: -found[n]["even weights"]["gap"])

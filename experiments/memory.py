@@ -253,7 +253,7 @@ METHODS = {
     ),
     "blocks": Method(
         "Block spectra", lambda model: blocks(model),
-        lambda m: 4 * SCORES * (9 * m.config.num_layers + 1), "4 N tensors", False, "100 KB",
+        lambda m: 8 * SCORES * (9 * m.config.num_layers + 1), "8 N tensors", False, "100 KB",
     ),
 }  # fmt: skip
 

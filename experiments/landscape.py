@@ -260,11 +260,13 @@ def staleness(problem, setting, kept, seed, compiled):
     return out.tolist()
 
 
-def training(problem, setting, save):
-    found, compiled = {}, judge_of(problem)
-    runs = trajectories(problem, setting)
+def training(problem, setting, save, found):
+    """Everything of ``run``, by optimizer and seed; goes on from ``found``."""
+    compiled, runs = judge_of(problem), trajectories(problem, setting)
     for seed in setting.seeds:
         for name, run in runs.items():
+            if any(row["seed"] == seed for row in found.get(name, ())):
+                continue
             kept = run(seed)
             row = {"seed": seed, "staleness": staleness(problem, setting, kept, seed, compiled)}
             row["eigenvalues"] = eigenvalues(problem, setting, kept, seed)
@@ -282,6 +284,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=("edge", "run"))
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--resume", action="store_true", help="keep the seeds of run that are in results/")
     parser.add_argument("--table-only", action="store_true", help="table and picture of what is in results/")
     args = parser.parse_args(argv)
     setting, name = Setting(), "landscape-quick" if args.quick else "landscape"
@@ -302,7 +305,8 @@ def main(argv=None):
     if problem and args.part != "run":
         edge(problem, setting, functools.partial(save, "edge"))
     if problem and args.part != "edge":
-        training(problem, setting, functools.partial(save, "run"))
+        found = read(name).get("run", {}) if args.resume else {}
+        training(problem, setting, functools.partial(save, "run"), found)
     results = read(name)  # tuples as lists, as ever after
     write(name, results, table(results))
     print(table(results))

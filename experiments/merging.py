@@ -102,12 +102,15 @@ def with_change(pair):
     return pair._replace(fishers=pair.fishers | {"change": change})
 
 
-def collect(make, setting, save):
-    """Settings chosen on the tuning seed, and the losses of every other seed."""
-    settings = chosen_settings(with_change(make(TUNING_SEED)))
+def collect(make, setting, save, results=None):
+    """Settings chosen on the tuning seed, and the losses of every other seed; goes on from ``results``."""
+    if results is None:
+        results = {"versions": versions(), "chosen": chosen_settings(with_change(make(TUNING_SEED))), "seeds": {}}
+    settings = results["chosen"]
     print(settings, flush=True)
-    results = {"versions": versions(), "chosen": settings, "seeds": {}}
     for seed in setting.seeds:
+        if str(seed) in results["seeds"]:
+            continue
         results["seeds"][str(seed)] = judged(with_change(make(seed)), settings, setting.shares, setting.lengths)
         save(results)
     return results
@@ -117,6 +120,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("small", "head"))
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--resume", action="store_true", help="keep the seeds that are in results/")
     parser.add_argument("--table-only", action="store_true", help="table and picture of what is in results/")
     args = parser.parse_args(argv)
     name = f"merging_{args.part}" + ("-quick" if args.quick else "")
@@ -126,8 +130,9 @@ def main(argv=None):
             "a decoder on bytes" if args.part == "small" else "the head of SmolLM2-135M")}  # fmt: skip
         write(name, results, table(results))
 
+    before = read(name) if args.table_only or args.resume else None
     if args.table_only:
-        results = read(name)
+        results = before
         save(results)
     elif args.part == "small":
         setting = merging_small.Setting()
@@ -137,13 +142,13 @@ def main(argv=None):
                 seeds=(1, 2), dampings=(1e-3,),
             )  # fmt: skip
         model, texts = merging_small.small_model(), merging_small.read_texts(setting)
-        results = collect(lambda seed: Pair(*merging_small.pair(model, setting, texts, seed)), setting, save)
+        results = collect(lambda seed: Pair(*merging_small.pair(model, setting, texts, seed)), setting, save, before)
     else:
         setting = merging_head.Setting()
         if args.quick:
             setting = setting._replace(tokens=3_000, steps=2, seeds=(1, 2))
         data = merging_head.read_data(setting)
-        results = collect(lambda seed: Pair(*merging_head.pair(setting, data, seed)), setting, save)
+        results = collect(lambda seed: Pair(*merging_head.pair(setting, data, seed)), setting, save, before)
     print(table(results))
     picture(results, RESULTS / f"{name}.png")
 

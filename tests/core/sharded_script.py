@@ -120,18 +120,31 @@ def one_device(unit):
     return run
 
 
+def stream_of_values():
+    rng = np.random.default_rng(1)
+    return [{"a": rng.lognormal(0, 1, (4, 16)).astype(np.float32), "b": rng.lognormal(0, 1, 4).astype(np.float32)}
+            for _ in range(3)]  # fmt: skip
+
+
+def observer(unit):
+    weights = np.array([1.0, 0.5, 0.0, 2.0], np.float32)
+    return jax.jit(lambda v: fj.welford.observe(v, weights, unit=unit, units=UNITS[:4]))
+
+
+@functools.cache
+def statistics_on_one_device(unit):
+    moments = list(map(observer(unit), stream_of_values()))
+    add, state = jax.jit(fj.welford.add), fj.welford.init(moments[0])
+    for m in moments:
+        state = add(state, m)
+    return reads(state)
+
+
 def welford_keeps_sharding(mesh, unit):
     """A state whose leaves are sharded has the same types and sharding after every step, from `init` on."""
-    rng = np.random.default_rng(1)
-    values = [{"a": rng.lognormal(0, 1, (4, 16)).astype(np.float32), "b": rng.lognormal(0, 1, 4).astype(np.float32)}
-              for _ in range(3)]  # fmt: skip
-    weights = np.array([1.0, 0.5, 0.0, 2.0], np.float32)
-
-    def observe(v):
-        return fj.welford.observe(v, weights, unit=unit, units=UNITS[:4])
 
     def run(values):
-        observe_once, add = jax.jit(observe), jax.jit(fj.welford.add, donate_argnums=0)
+        observe_once, add = observer(unit), jax.jit(fj.welford.add, donate_argnums=0)
         moments = [observe_once(v) for v in values]
         average = fj.moving_average.init(moments[0], 0.9)
         states = [fj.welford.init(moments[0])]
@@ -148,10 +161,11 @@ def welford_keeps_sharding(mesh, unit):
         kinds += [describe(looped), describe(jax.jit(fj.welford.merge)(state, looped))]
         return state, all(k == kinds[0] for k in kinds), averages[0] == averages[1], traces[-1] - traces[0]
 
-    reference = reads(run(values)[0])
+    reference = statistics_on_one_device(unit)
     with jax.set_mesh(mesh):
         specs = {"a": P(None, "v"), "b": P()}
-        placed = [{k: jax.device_put(v[k], NamedSharding(mesh, specs[k])) for k in v} for v in values]
+        place = lambda v: {k: jax.device_put(v[k], NamedSharding(mesh, specs[k])) for k in v}  # noqa: E731
+        placed = [place(v) for v in stream_of_values()]
         state, stable, average_stable, traced_again = run(placed)
         statistics = reads(state)
     return {

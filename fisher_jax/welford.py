@@ -123,9 +123,9 @@ def plain(state: State, *, standard_errors: bool = True) -> State:
     Example:
         >>> import fisher_jax as fj, jax, jax.numpy as jnp
         >>> fisher = fj.group_fisher(lambda params, x: x @ params["kernel"])
-        >>> lean = lambda params: fj.welford.plain(fisher.init(params), standard_errors=False)
-        >>> fisher = fisher._replace(init=jax.jit(lean))  # jit: the other state never exists
-        >>> state = fisher.init({"kernel": jnp.zeros((2, 3))})
+        >>> init = lambda params: fj.welford.plain(fisher.init(params), standard_errors=False)
+        >>> lean = fisher._replace(init=jax.jit(init))  # jit: the other state never exists
+        >>> state = lean.init({"kernel": jnp.zeros((2, 3))})
         >>> state.mean["kernel"].shape, state.m2["kernel"].shape, state.square_m2
         ((1, 2, 3), (1, 2, 3), None)
     """

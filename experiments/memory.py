@@ -412,7 +412,7 @@ def table(stored):
         extra = beside_gradient(stored, name, "large", "planned") if "gradient" in stored else None
         held = ratios(stored, name, "held", "formula") if method.state and name != "gradient" else NONE
         if name.startswith("lanczos"):
-            held = ratios(stored, name, "peak", "formula") + " (peak)"
+            held = (lambda r: r and r + " (peak)")(ratios(stored, name, "peak", "formula"))
         cells = [
             method.label, method.formula, held, ratios(stored, name, "peak", "planned"),
             shown(found.get("state", found["formula"])) if found.get("formula") else NONE, method.reference or NONE,

@@ -424,8 +424,8 @@ def table(stored):
 
 
 DRAWN = {  # colour, and how far up the label is moved, in points
-    "welford": ("#D55E00", 4), "welford-lean": ("#E69F00", -3), "ema": ("#CC79A7", -2), "lanczos": ("#555555", 5),
-    "kfac": ("#0072B2", -5), "head": ("#56B4E9", 0), "welford-rows": ("#009E73", 0), "blocks": ("#000000", 0),
+    "welford": ("#D55E00", 7), "welford-lean": ("#E69F00", 6), "ema": ("#CC79A7", -7), "lanczos": ("#555555", -2),
+    "kfac": ("#0072B2", -2), "head": ("#56B4E9", 0), "welford-rows": ("#009E73", 0), "blocks": ("#000000", 0),
 }  # fmt: skip
 
 

@@ -60,17 +60,18 @@ class Setting(NamedTuple):
     rates: tuple[float, ...]
     dampings: tuple[float, ...]
     kfac: dict[str, Any]
+    fall: tuple[int, int]  # steps of K-FAC's rate: constant, then those in which it falls to half
     rounds: tuple[int, int] = (3, 20)  # and steps of each
 
 
 SETTINGS = {
     "bytes": Setting(
-        2, 32, 3_000_000, 64, 600, 400, 20, (1, 2, 3), (3e-3, 1e-2, 2e-2, 3e-2), (0.1,),
-        dict(update_freq=10, factor_decay=0.5, model_rows=8),
+        2, 32, 3_000_000, 64, 600, 300, 10, (1, 2, 3, 4, 5), (3e-3, 1e-2, 2e-2, 3e-2), (0.1,),
+        dict(update_freq=20, factor_decay=0.5), (120, 60),
     ),
     "head": Setting(
-        1, 4, 1_500_000, 32, 200, 150, 10, (1, 2), (3e-3, 1e-2, 3e-2), (0.1,),
-        dict(update_freq=10, token_cap=256),
+        1, 4, 1_500_000, 32, 200, 150, 10, (1, 2, 3), (3e-3, 1e-2, 3e-2), (0.01,),
+        dict(update_freq=10, token_cap=256), (50, 25),
     ),
 }  # fmt: skip
 
@@ -136,6 +137,13 @@ def rival(setting, task):
     return study(trainer, [{"rate": r} for r in setting.rates], setting.seeds)
 
 
+def natural(setting, task, **changes):
+    """K-FAC with a rate that falls against the noise of batches."""
+    constant, unit = setting.fall
+    options = {"rate_scale": lambda step: 1 / (1 + jnp.maximum(step - constant, 0) / unit)} | setting.kfac
+    return kfac(task, setting.batch, **options | changes)
+
+
 def collect(setting, task, save, before):
     """Everything that is counted in steps; AdamW is that of the results ``before``, where there are any."""
     results = {"versions": versions(), "batch": setting.batch}
@@ -143,9 +151,7 @@ def collect(setting, task, save, before):
     results["target"] = target = results["adamw"]["final"]
     print({k: v for k, v in results["adamw"].items() if k != "curves"}, flush=True)
     save(results)
-    trainer = Trainer(
-        task, kfac(task, setting.batch, **setting.kfac), setting.batch, setting.kfac_steps, setting.every
-    )
+    trainer = Trainer(task, natural(setting, task), setting.batch, setting.kfac_steps, setting.every)
     results["kfac"] = toward(study(trainer, [{"damping": d} for d in setting.dampings], setting.seeds), target)
     print({k: v for k, v in results["kfac"].items() if k != "curves"}, flush=True)
     save(results)
@@ -157,7 +163,7 @@ def timing(results, setting, task):
     rounds, steps = setting.rounds
     makes = {
         "adamw": adamw(steps, 0.95, 0.01),
-        "kfac": kfac(task, setting.batch, **setting.kfac | {"refresh_ramp": None}),
+        "kfac": natural(setting, task, refresh_ramp=None),
     }
     trainers = {n: Trainer(task, m, setting.batch, steps, steps, watch=False) for n, m in makes.items()}
     numbers = {n: results[n]["chosen"] for n in trainers}

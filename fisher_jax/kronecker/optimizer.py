@@ -116,7 +116,9 @@ def kfac(
             far as its noise says, at the end too: below 1 and falling, with a momentum near 1, updates average over
             batches (Robbins and Monro 1951).
         model_rows: the model's curvature is taken on the first so many rows of the batch (the first axis of its
-            arrays), gradient and losses on all (section 8 of the paper takes a quarter). ``None``: on all.
+            arrays), gradient and losses on all (section 8 of the paper takes a quarter). ``None``: on all. Few rows
+            say too little where they hold few tokens: 8 rows of 32 let a decoder of bytes take steps that raised its
+            loss by 0.6 nats, all 32 did not.
         factor_rows: factors are taken from so many rows of the batch, a window that moves on from update to
             update (section 8 of the paper takes an eighth). ``None``: from all.
         refresh_ramp: early factors are soon out of date: after ``n`` updates they serve at most

@@ -102,9 +102,8 @@ def describe(settings: TrainSettings) -> str:
     rate, decay, damping = hyperparameters(settings)
     words = [TITLES[settings.optimizer]]
     if rate is None:
-        words.append(
-            f"rate and momentum from the local quadratic model, the rate falling after 40% of the steps, damping from {damping:g} on"
-        )
+        words.append("rate and momentum from the local quadratic model, the rate falling after 40% of the steps")
+        words.append(f"damping from {damping:g} on")
     else:
         words.append(f"learning rate {rate:g} with warm-up and cosine")
         words += [f"damping {damping:g}"] if damping is not None else []

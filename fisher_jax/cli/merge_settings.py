@@ -4,7 +4,13 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from fisher_jax.cli.options import count, not_negative, refuse_model_there, values_for
+from fisher_jax.cli.options import (
+    add_length_options,
+    add_model_folder_options,
+    not_negative,
+    refuse_model_there,
+    values_for,
+)
 from fisher_jax.errors import InputError
 
 __all__ = ["MergeSettings", "add_merge_options", "merge_settings_from"]
@@ -87,11 +93,7 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
         help="with --base: by how much the merged change is multiplied (%(default)g)",
     )
     where = parser.add_argument_group("where to keep it")
-    where.add_argument("--out", metavar="DIR", type=Path, default=default.out, help="model folder to write (merged/)")
-    where.add_argument("--overwrite", action="store_true", help="replace a model that is there")
-    where.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="of the written weights (float32)"
-    )
+    add_model_folder_options(where, default.out, default.dtype)
     loss = parser.add_argument_group(
         "how to measure it",
         "bits per byte of every model, of the plain mean and of the merged model; every eighth document of a text is "
@@ -112,12 +114,7 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
         default=default.split_documents,
         help="blank-line: each paragraph of a file is a document of its own",
     )
-    loss.add_argument(
-        "--documents", metavar="N", type=count(2), default=default.documents, help="documents to read (32)"
-    )
-    loss.add_argument(
-        "--characters", metavar="N", type=count(16), default=default.characters, help="of each, at most (1,200)"
-    )
+    add_length_options(loss, default.documents, default.characters)
 
 
 def merge_settings_from(options: argparse.Namespace) -> MergeSettings:

@@ -9,6 +9,8 @@ from fisher_jax.errors import InputError
 
 __all__ = [
     "add_folder_options",
+    "add_length_options",
+    "add_model_folder_options",
     "add_model_option",
     "add_text_options",
     "count",
@@ -98,6 +100,25 @@ def add_folder_options(group: Any, out: Path, *, resume: str, overwrite: str) ->
     group.add_argument("--out", metavar="DIR", type=Path, default=out, help=f"folder to write ({out}/)")
     group.add_argument("--resume", action="store_true", help=resume)
     group.add_argument("--overwrite", action="store_true", help=overwrite)
+
+
+def add_model_folder_options(group: Any, out: Path, dtype: str) -> None:
+    """For commands that write a model."""
+    group.add_argument("--out", metavar="DIR", type=Path, default=out, help=f"model folder to write ({out}/)")
+    group.add_argument("--overwrite", action="store_true", help="replace a model that is there")
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default=dtype, help="of the written weights (float32)"
+    )
+
+
+def add_length_options(group: Any, documents: int, characters: int) -> None:
+    """How much text bits per byte are measured on."""
+    group.add_argument(
+        "--documents", metavar="N", type=count(2), default=documents, help=f"documents to read ({documents})"
+    )
+    group.add_argument(
+        "--characters", metavar="N", type=count(16), default=characters, help=f"of each, at most ({characters:,})"
+    )
 
 
 def refuse_resume_and_overwrite(options: argparse.Namespace) -> None:

@@ -4,7 +4,15 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from fisher_jax.cli.options import add_model_option, add_text_options, count, refuse_model_there
+from fisher_jax.cli.options import (
+    add_length_options,
+    add_model_folder_options,
+    add_model_option,
+    add_text_options,
+    count,
+    refuse_model_there,
+    values_for,
+)
 from fisher_jax.errors import InputError
 
 __all__ = ["TrimSettings", "add_trim_options", "trim_settings_from"]
@@ -50,32 +58,21 @@ def add_trim_options(parser: argparse.ArgumentParser) -> None:
         "weight magnitude (needs no state); default %(default)s",
     )
     add_model_option(what, default.model)
-    what.add_argument("--out", metavar="DIR", type=Path, default=default.out, help="model folder to write (trimmed/)")
-    what.add_argument("--overwrite", action="store_true", help="replace a model that is there")
-    what.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="of the written weights (float32)"
-    )
+    add_model_folder_options(what, default.out, default.dtype)
     how = parser.add_argument_group(
         "how to measure the loss before and after",
         "every eighth document of the text is used, which a report on the same text does not stream",
     )
     add_text_options(how, default.text, default.split_documents)
-    how.add_argument(
-        "--documents", metavar="N", type=count(2), default=default.documents, help="documents to read (32)"
-    )
-    how.add_argument(
-        "--characters", metavar="N", type=count(16), default=default.characters, help="of each, at most (1,200)"
-    )
+    add_length_options(how, default.documents, default.characters)
 
 
 def trim_settings_from(options: argparse.Namespace) -> TrimSettings:
     """Checked settings."""
-    values = {name: value for name, value in vars(options).items() if name in TrimSettings.__dataclass_fields__}
-    values["text"] = tuple(options.text)
     if options.state is None and options.by != "magnitude":
         raise InputError(
             f"--by {options.by} needs scores: run `fisher-jax report` on this model first and give its folder with "
             "--state, or choose --by magnitude."
         )
     refuse_model_there(options)
-    return TrimSettings(**values)
+    return TrimSettings(**values_for(TrimSettings, options))

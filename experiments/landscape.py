@@ -138,16 +138,15 @@ def trajectories(problem, setting):
     example = jax.eval_shape(fj.next_token_batch, rows)
     makes = {
         "AdamW": adamw(setting.steps, 0.95, 0.01)(setting.rate),
-        "K-FAC": fj.kfac(
-            None, problem.apply_fn, example=example, damping=0.1, update_freq=10, factor_decay=0.5, model_rows=8
-        ),
+        "K-FAC": fj.kfac(None, problem.apply_fn, example=example, update_freq=10, factor_decay=0.5),
     }
 
     def runner(tx):
         @jax.jit
         def step(params, state, rows, key):
-            grads = jax.grad(problem.loss)(params, rows)
-            updates, state = tx.update(grads, state, params, batch=fj.next_token_batch(rows), key=key)
+            value, grads = jax.value_and_grad(problem.loss)(params, rows)
+            batch = fj.next_token_batch(rows)
+            updates, state = tx.update(grads, state, params, batch=batch, key=key, value=value)
             return optax.apply_updates(params, updates), state
 
         def run(seed):

@@ -59,8 +59,9 @@ def falling(step):
 
 KFAC = {
     256: dict(update_freq=10, factor_decay=0.5, model_rows=64, min_momentum=0.8, max_momentum=0.8, rate_scale=falling,
-              min_damping=1e-3),
-    TRAIN: dict(update_freq=2, factor_decay=0.8, model_rows=375, factor_rows=512, min_damping=1e-3),
+              adapt_every=5),
+    TRAIN: dict(update_freq=2, factor_decay=0.8, model_rows=375, factor_rows=512, max_momentum=None, rate_scale=1.0,
+           adapt_every=5),
 }  # fmt: skip
 TRIES = [{"damping": d} for d in (0.01, 0.03, 0.1, 0.3, 1.0)]
 FIXED = dict(update_freq=5, factor_decay=0.5)

@@ -60,18 +60,17 @@ class Setting(NamedTuple):
     rates: tuple[float, ...]
     dampings: tuple[float, ...]
     kfac: dict[str, Any]
-    fall: tuple[int, int]  # steps of K-FAC's rate: constant, then those in which it falls to half
     rounds: tuple[int, int] = (3, 20)  # and steps of each
 
 
 SETTINGS = {
     "bytes": Setting(
         2, 32, 3_000_000, 64, 600, 300, 10, (1, 2, 3, 4, 5), (3e-3, 1e-2, 2e-2, 3e-2), (0.1,),
-        dict(update_freq=20, factor_decay=0.5), (120, 60),
+        dict(update_freq=20, factor_decay=0.5),
     ),
     "head": Setting(
         1, 4, 1_500_000, 32, 200, 150, 10, (1, 2, 3), (3e-3, 1e-2, 3e-2), (0.01,),
-        dict(update_freq=10, token_cap=256), (50, 25),
+        dict(update_freq=10, token_cap=256),
     ),
 }  # fmt: skip
 
@@ -138,10 +137,7 @@ def rival(setting, task):
 
 
 def natural(setting, task, **changes):
-    """K-FAC with a rate that falls against the noise of batches."""
-    constant, unit = setting.fall
-    options = {"rate_scale": lambda step: 1 / (1 + jnp.maximum(step - constant, 0) / unit)} | setting.kfac
-    return kfac(task, setting.batch, **options | changes)
+    return kfac(task, setting.batch, **setting.kfac | changes)
 
 
 def collect(setting, task, save, before):

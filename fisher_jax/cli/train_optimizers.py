@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import fisher_jax as fj
@@ -60,19 +59,13 @@ def schedule(settings: TrainSettings, rate: float) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(settings.steps, warmup + 1), _END * rate)
 
 
-def falling(steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Of the rate that the model of one batch finds: all for two fifths of the steps, then as one over steps."""
-    return lambda step: 1 / (1 + jnp.maximum(step - 0.4 * steps, 0) / max(0.2 * steps, 1))
-
-
 def build(settings: TrainSettings, apply_fn: Callable, example: fj.Batch) -> optax.GradientTransformationExtraArgs:
     """The transformation; `update` takes `batch` and `key` beside the parameters."""
     rate, decay, damping = hyperparameters(settings)
     if settings.optimizer.startswith("kfac"):
-        options = _KFAC[settings.optimizer] | ({"rate_scale": falling(settings.steps)} if rate is None else {})
         return fj.kfac(
             None if rate is None else schedule(settings, rate), apply_fn, example=_shapes(example), damping=damping,
-            weight_decay=decay, update_freq=settings.update_freq, **options,
+            weight_decay=decay, update_freq=settings.update_freq, **_KFAC[settings.optimizer],
         )  # fmt: skip
     assert rate is not None
     made = _OPTAX[settings.optimizer](schedule(settings, rate), decay)
@@ -102,7 +95,7 @@ def describe(settings: TrainSettings) -> str:
     rate, decay, damping = hyperparameters(settings)
     words = [TITLES[settings.optimizer]]
     if rate is None:
-        words.append("rate and momentum from the local quadratic model, the rate falling after 40% of the steps")
+        words.append("rate and momentum from the local quadratic model, the rate falling as noise outweighs progress")
         words.append(f"damping from {damping:g} on")
     else:
         words.append(f"learning rate {rate:g} with warm-up and cosine")

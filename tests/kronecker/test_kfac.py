@@ -75,6 +75,7 @@ def test_the_adaptive_step_minimises_the_exact_quadratic_model():
         adapt_every=1,
         min_momentum=None,
         max_momentum=None,
+        rate_scale=1.0,
     )
     update, state = jax.jit(tx.update), tx.init(params)
     previous = jax.tree.map(jnp.zeros_like, params)
@@ -123,7 +124,7 @@ def test_momentum_and_damping_stay_above_their_bounds():
     for least, most in ((None, None), (0.9, 1.0), (None, 0.1)):
         tx = fj.kfac(
             None, line, fj.gaussian, example=batch, fisher="ggn", damping=0.2, adapt_every=1, min_damping=0.19,
-            min_momentum=least, max_momentum=most,
+            min_momentum=least, max_momentum=most, rate_scale=1.0,
         )  # fmt: skip
         update, w = jax.jit(tx.update), np.ones((3, 1))
         state = tx.init({"w": jnp.ones((3, 1))})

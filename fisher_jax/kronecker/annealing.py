@@ -34,8 +34,8 @@ def renewed(state: RateScale, slope: Array, curvature: Array) -> RateScale:
     """Multiplied by ``exp(0.1 (0.4 - slope / curvature))``, at most 1.
 
     An update that went as far as the next batch wants leaves a slope of 0 there. Where updates have come to move
-    about a minimum, noise and pull in balance, the slope is half of the curvature: the loss does not change in the mean,
-    ``0 = g . u_next + u_next . C u_next / 2``, read one step later (Yaida 2019, fluctuation-dissipation
+    about a minimum, noise and pull in balance, the slope is half of the curvature: the loss does not change in the
+    mean, ``0 = g . u_next + u_next . C u_next / 2``, read one step later (Yaida 2019, fluctuation-dissipation
     relations). The scale falls when that balance is near, and rises again while there is progress.
     """
     slope = _AVERAGE * state.slope + (1 - _AVERAGE) * slope

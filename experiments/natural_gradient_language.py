@@ -1,7 +1,7 @@
 """Does K-FAC train small language models in fewer steps, and in less time, than a tuned AdamW?
 
 Two decoders on the Wikipedia articles that the group ``shipped`` installs: `bytes` reads bytes (width 64, two layers,
-batches of 32 rows of 64), `head` has SmolLM2's 49,152 tokens (width 64, one layer, batches of 4 rows of 64), nearly
+batches of 32 rows of 64), `head` has SmolLM2's 49,152 tokens (width 64, one layer, batches of 16 rows of 64), nearly
 all of its parameters and work in a head that is tied to the embedding. AdamW has a grid of learning rates, warm-up
 and cosine decay; its median over fresh seeds at the end is the loss to reach, on held-out articles. Steps go on while
 they help, so each optimizer has its own number of them. Both may average their parameters over steps.
@@ -69,8 +69,8 @@ SETTINGS = {
         dict(update_freq=20, factor_decay=0.5),
     ),
     "head": Setting(
-        1, 4, 1_500_000, 32, 200, 150, 10, (1, 2, 3), (3e-3, 1e-2, 3e-2), (0.01,),
-        dict(update_freq=10, token_cap=256),
+        1, 16, 1_500_000, 32, 200, 120, 10, (1, 2, 3), (3e-3, 1e-2, 3e-2), (0.1,),
+        dict(update_freq=10, token_cap=256, min_damping=0.01), (2, 10),
     ),
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from fisher_jax.errors import InputError
 
 __all__ = ["TrimSettings", "add_trim_options", "trim_settings_from"]
 
-ORDERS = ("empirical", "true", "saliency", "frequency", "magnitude")
+ORDERS = ("true", "empirical", "saliency", "frequency", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TrimSettings:
     model: str = "smollm2"
     state: Path | None = None
     task: str | None = None
-    by: str = "empirical"
+    by: str = "true"
     out: Path = Path("trimmed")
     overwrite: bool = False
     text: tuple[str, ...] = ("wikipedia",)
@@ -54,7 +54,7 @@ def add_trim_options(parser: argparse.ArgumentParser) -> None:
         "--by",
         choices=ORDERS,
         default=default.by,
-        help="order of importance: empirical or exact true Fisher of a token's row, saliency, corpus frequency, or "
+        help="order of importance: exact true or empirical Fisher of a token's row, saliency, corpus frequency, or "
         "weight magnitude (needs no state); default %(default)s",
     )
     add_model_option(what, default.model)

@@ -129,12 +129,20 @@ def table(results):
     return "\n".join(lines) + "\n"
 
 
-def band(axis, x, curves, color, label=None, **options):
+def band(axis, x, curves, color, **options):
+    """Median and range; the median's end."""
     curves = np.asarray(curves)
     axis.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.18, lw=0)
     axis.plot(x, np.median(curves, 0), color=color, lw=1.5, **options)
-    if label:
-        axis.annotate(label, (x[-1], np.median(curves, 0)[-1]), xytext=(4, 0), textcoords="offset points",
+    return np.median(curves, 0)[-1]
+
+
+def label_ends(axis, x, ends, gap):
+    """``(height, label, color)`` beside the ends of curves, at least ``gap`` apart: a difference, or a log ratio."""
+    log, place = axis.get_yscale() == "log", -np.inf
+    for height, label, color in sorted((np.log(h) if log else h, *rest) for h, *rest in ends):
+        place = max(place + gap, height)
+        axis.annotate(label, (x, np.exp(place) if log else place), xytext=(4, 0), textcoords="offset points",
                       color=color, fontsize=8, va="center", annotation_clip=False)  # fmt: skip
 
 
@@ -161,26 +169,29 @@ def picture(results, path):
 
 
 def draw_edge(axis, found):
+    ends = []
     for (rate, runs), color in zip(found["rates"].items(), ("#0072B2", "#D55E00", "#009E73"), strict=False):
         curves = np.array([r["sharpness"] for r in runs])
         x = np.arange(curves.shape[1]) * found["steps"]
-        band(axis, x, curves, color, f"rate {rate}")
+        ends.append((band(axis, x, curves, color), f"rate {rate}", color))
         axis.axhline(2 / float(rate), color=color, ls="--", lw=1)
         axis.annotate(f"2 / {rate}", (0, 2 / float(rate)), xytext=(2, 3), textcoords="offset points", color=color,
                       fontsize=8)  # fmt: skip
     axis.set(title="gradient descent, constant rate", xlabel="steps", ylabel="top eigenvalue of the Hessian (nats)",
              yscale="log")  # fmt: skip
+    label_ends(axis, x[-1], ends, 0.1)
 
 
 def draw_top(axis, results):
-    looks = np.maximum(results["sizes"]["looks"], 3)
+    looks, ends = np.maximum(results["sizes"]["looks"], 3), []
     for name, rows in results["run"].items():
         for kind, style in (("hessian", "-"), ("ggn", ":")):
             curves = [[look[kind][0] for look in r["eigenvalues"]] for r in rows]
             label = f"{name}, {'Hessian' if kind == 'hessian' else 'GGN'}"
-            band(axis, looks, curves, COLORS[name], label, ls=style, marker="o", ms=3)
+            ends.append((band(axis, looks, curves, COLORS[name], ls=style, marker="o", ms=3), label, COLORS[name]))
     axis.set(title="top eigenvalues in training", xlabel="steps (0 drawn at 3)", xscale="log", yscale="log",
              ylabel="eigenvalue (nats per token)")  # fmt: skip
+    label_ends(axis, looks[-1], ends, 0.2)
 
 
 def draw_densities(axis, results):
@@ -202,16 +213,11 @@ def draw_ranks(axis, results):
     ends = []
     for name, color in zip(names, colors, strict=False):
         curves = np.array([[look[name]["entropy_rank"] for look in r["blocks"]["looks"]] for r in rows])
-        band(axis, looks, curves, color)
-        ends.append((np.log(np.median(curves, 0)[-1]), short(name), color))
-    place = -np.inf
-    for height, name, color in sorted(ends):
-        place = max(place + 0.11, height)
-        axis.annotate(name, (looks[-1], np.exp(place)), xytext=(4, 0), textcoords="offset points", color=color,
-                      fontsize=8, va="center", annotation_clip=False)  # fmt: skip
+        ends.append((band(axis, looks, curves, color), short(name), color))
     scores = rows[0]["blocks"]["scores"]
     axis.set(title="effective rank of blocks of the Fisher matrix, AdamW", xlabel="steps (0 drawn at 3)",
              ylabel=f"effective rank, of {scores} scores", xscale="log", yscale="log")  # fmt: skip
+    label_ends(axis, looks[-1], ends, 0.2)
 
 
 def draw_staleness(axis, results, name, damping=0.01):
@@ -219,13 +225,9 @@ def draw_staleness(axis, results, name, damping=0.01):
     ages, ends = np.maximum(setting["ages"], 0.5), []
     for anchor, color in zip(setting["anchors"], PHASES, strict=True):
         shares, *_ = lives(results, name, anchor, damping)
-        band(axis, ages, 100 * np.array(shares), color)
-        ends.append((float(np.clip(100 * np.median(shares, 0)[-1], -50, 110)), f"from step {anchor}", color))
-    place = -np.inf
-    for height, label, color in sorted(ends):
-        place = max(place + 9, height)
-        axis.annotate(label, (ages[-1], place), xytext=(4, 0), textcoords="offset points", color=color, fontsize=8,
-                      va="center", annotation_clip=False)  # fmt: skip
+        end = band(axis, ages, 100 * np.array(shares), color)
+        ends.append((float(np.clip(end, -50, 110)), f"from step {anchor}", color))
+    label_ends(axis, ages[-1], ends, 9)
     axis.axhline(50, color="0.6", lw=1, ls="--")
     axis.axhline(0, color="0.6", lw=0.8)
     axis.set(title=f"old factors along {name}'s run, damping {damping:g}", xscale="log",

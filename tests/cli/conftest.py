@@ -6,9 +6,27 @@ import pytest
 from tiny import write_model, write_texts
 
 import fisher_jax as fj
+from fisher_jax.cli import accumulate
 from fisher_jax.cli.main import main
 
 OPTIONS = ["--seq-len", "32", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_program():
+    """Reports with the same step share its program; a run in a process of its own (`test_resume`) compiles anew."""
+    make, made = accumulate._make_step, {}
+
+    def make_once(model, settings):
+        sizes = ("--max-tokens", "--held-out-tokens", "--batch-size", "--seq-len")
+        key = (repr(model.config), *(item for item in settings.fixed().items() if item[0] not in sizes))
+        if key not in made:
+            made[key] = make(model, settings)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accumulate, "_make_step", make_once)
+        yield
 
 
 @pytest.fixture(scope="session")

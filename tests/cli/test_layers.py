@@ -27,22 +27,6 @@ FAMILIES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_program():
-    """Runs with the same settings share their compiled step; `test_resume` has runs that compile anew."""
-    make, made = accumulate._make_step, {}
-
-    def make_once(model, settings):
-        key = tuple(settings.fixed().items())
-        if key not in made:
-            made[key] = make(model, settings)
-        return made[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accumulate, "_make_step", make_once)
-        yield
-
-
 @pytest.fixture(scope="module")
 def report_of_all(tmp_path_factory, report_arguments):
     out = tmp_path_factory.mktemp("all") / "report"

@@ -69,7 +69,7 @@ SETTINGS = {
         dict(update_freq=20, factor_decay=0.5),
     ),
     "head": Setting(
-        1, 16, 1_500_000, 32, 200, 120, 10, (1, 2, 3), (3e-3, 1e-2, 3e-2), (0.1,),
+        1, 16, 1_500_000, 32, 200, 160, 10, (1, 2, 3), (3e-3, 1e-2, 3e-2), (0.1,),
         dict(update_freq=10, token_cap=256, min_damping=0.01), (2, 10),
     ),
 }  # fmt: skip

@@ -165,8 +165,11 @@ def median_steps(curves, target, every):
 
 
 def study(trainer, grid, seeds, others=None):
-    """Tuned on one seed, run on others: what was chosen, curves and, where asked for, another loss at the end."""
-    best, averaged, scores = tuned(trainer, grid)
+    """Tuned on one seed, run on others: what was chosen, curves and, where asked for, another loss at the end.
+
+    Where there is nothing to choose, nothing is tuned, and the average of parameters is what is read.
+    """
+    best, averaged, scores = tuned(trainer, grid) if len(grid) > 1 else (*grid, True, [])
     runs = [trainer(seed, **best) for seed in seeds]
     found = {
         "chosen": best, "averaged": averaged, "grid": scores, "every": trainer.every,

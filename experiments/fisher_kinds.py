@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
+from landscape_report import label_ends
 from natural_gradient_language import SETTINGS, rows_of, task_of
 from natural_gradient_runs import RESULTS, TUNING_SEED, Trainer, adamw, kfac, read, versions, write
 
@@ -187,18 +188,8 @@ def picture(results, path):
         left.fill_between(x, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0)
         left.plot(x, np.median(curves, 0), color=colour, lw=1.5)
         ends[name] = x[-1], float(np.median(curves[:, -1]))
-    top, bottom = max(y for _, y in ends.values()), min(y for _, y in ends.values())
-    ordered = sorted(ends, key=lambda n: -ends[n][1])
-    span = max(top - bottom, 0.25)
-    for i, name in enumerate(ordered):
-        x, y = ends[name]
-        label_y = top + 0.02 - i * span / max(len(ordered) - 1, 1)
-        left.annotate(
-            {BASE: "sampled"}.get(name, name), (x, y), (x * 1.05, label_y), color=colours[name], va="center",
-            arrowprops={"arrowstyle": "-", "color": colours[name], "lw": 0.6},
-        )  # fmt: skip
+    label_ends(left, x[-1], [(y, {BASE: "sampled"}.get(n, n), colours[n]) for n, (_, y) in ends.items()], 0.07)
     left.set(xlabel="steps", ylabel="held-out loss (nats per symbol)", title="median and range over seeds")
-    left.set_xlim(0, x * 1.28)
     names = [n for n in VARIANTS if n in rows and rows[n]["difference"] is not None][::-1]
     shown_colour = {"Fisher": "#0072B2", "eigenvalues": "#009E73", "refresh": "#D55E00", "damping": "#CC79A7",
                     "step": "#555555"}  # fmt: skip
@@ -207,7 +198,8 @@ def picture(results, path):
         right.errorbar(mean, i, xerr=half, fmt="o", ms=4, lw=1.5, color=shown_colour[VARIANTS[name].group])
     right.axvline(0, color="#888888", lw=0.8)
     right.set_yticks(range(len(names)), [LABELS.get(n, n) for n in names])
-    right.set(xlabel="last loss less that of the defaults (nats; 95% interval)", title="one choice changed at a time")
+    right.set(xlabel="last loss above the defaults' (nats, 95%)", title="one choice changed at a time")
+    right.locator_params(axis="x", nbins=6)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -94,11 +94,10 @@ def kfac(
       Jacobian-vector products; Martens and Grosse 2015, section 7), with ``weight_decay / 2 |params|**2`` in the
       loss, among ``min_momentum min(1, updates / 50) <= m <= max_momentum``; ``a`` is then multiplied by
       ``rate_scale``. Every ``adapt_every`` updates, and at each of the first 50, the loss after the step is
-      evaluated and the damping follows the Levenberg-Marquardt rule
-      (section 6.5): it is multiplied by ``0.9`` for each update since the last look where the loss fell by more than
-      3/4 of what the model predicts, and divided by as much below 1/4. Where it rose though the model predicts a fall
-      the step is not taken: the update is zero, the last update is forgotten, and the damping grows by 4. It stays
-      between ``min_damping`` and 1e4.
+      evaluated and the damping follows the Levenberg-Marquardt rule (section 6.5): it is multiplied by ``0.9`` for
+      each update since the last look where the loss fell by more than 3/4 of what the model predicts, and divided by
+      as much below 1/4. Where it rose though the model predicts a fall the step is not taken: the update is zero, the
+      last update is forgotten, and the damping grows by 4. It stays between ``min_damping`` and 1e4.
 
     Give ``value=`` as well, the loss of this batch without weight decay, from ``jax.value_and_grad``: adaptive mode
     then need not evaluate it anew where ``model_rows`` leaves some out.
@@ -117,7 +116,7 @@ def kfac(
             curvature came from 8 of 16 rows diverged with 5, on every one of eight seeds, and on none with 1.
         min_momentum, max_momentum: what minimises the model of one batch undoes much of the last update, which fitted
             the noise of the batch before; updates then never average over batches. ``None``: no bound. Where every
-            batch is the whole data, no bound from above is faster.
+            batch is the whole data, no bound from above and ``rate_scale=1.0`` are faster.
         rate_scale: what minimises the model of one batch steps as far as its noise says, at the end too. ``"auto"``:
             the share of that rate falls when updates have come to move about a minimum instead of toward it, as the
             slope along each update on the next batch shows (Yaida 2019), and rises again while there is progress. A

@@ -208,7 +208,7 @@ def picture(results, path):
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("held-out loss (nats per token)")
     figure.axes[0].legend(frameon=False)
-    figure.suptitle(f"{results['name']}: median and range over seeds; dashed: AdamW at the end")
+    figure.suptitle(f"{results['name']}: median and range over seeds\ndashed: AdamW at the end")
     figure.savefig(path, dpi=150)
 
 

@@ -113,7 +113,7 @@ def kfac(
             and nothing else; the rule alone lets damping fall until it does. ``None``: 1e-3, or the first damping
             where that is less.
         adapt_every: above 1 saves forward passes and risks a step that nobody looked at: a decoder of bytes whose
-            curvature came from 8 of 16 rows diverged with 5, on every one of eight seeds, and on none with 1.
+            curvature came from 8 of 16 rows diverged with 5, on every one of five seeds, and on none with 1.
         min_momentum, max_momentum: what minimises the model of one batch undoes much of the last update, which fitted
             the noise of the batch before; updates then never average over batches. ``None``: no bound. Where every
             batch is the whole data, no bound from above and ``rate_scale=1.0`` are faster.

@@ -240,3 +240,17 @@ def test_a_large_basis_is_saved_only_on_request(tmp_path, monkeypatch):
     assert command._save_every(SpectrumSettings(out=tmp_path), 20, 1_000_000) == 10
     assert command._save_every(SpectrumSettings(out=tmp_path, save_every=5), 20, 135_000_000) == 5
     assert needed == [160_000_000, 21_600_000_000]
+
+
+def test_it_stops_as_soon_as_all_have_converged(tmp_path, arguments, loaded, texts, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(out, "--parameters", "layers/.*_norm|final_norm|/q/", "--k", "2", "--basis", "60")) == 0
+    printed = capsys.readouterr().out
+    products = int(re.search(r"products: (\d+)", printed).group(1))
+    assert 2 < products < 30
+    assert re.search(rf"products \| {products} of at most 300", (out / "spectrum.md").read_text(encoding="utf-8"))
+    paths = ["layers/attention_norm/scale", "layers/mlp_norm/scale", "final_norm/scale", "layers/attention/q/kernel"]
+    wanted = np.linalg.eigvalsh(_Dense(loaded, texts[:5], paths).ggn())[::-1]
+    found, bounds = _numbers(out / "spectrum.csv", "eigenvalue"), _numbers(out / "spectrum.csv", "error_bound")
+    assert np.all(np.abs(found - wanted[:2]) <= bounds + 1e-5 * wanted[0])
+    assert np.all(bounds <= 0.01 * found)

@@ -16,7 +16,7 @@ from fisher_jax.cli.train_settings import add_train_options, train_settings_from
 from fisher_jax.cli.trim_settings import add_trim_options, trim_settings_from
 from fisher_jax.errors import InputError, RejectedBatchError
 
-__all__ = ["main"]
+__all__ = ["main", "parser", "settings_of"]
 
 _DESCRIPTION = """Which vocabulary tokens (rows of the head) of a language model matter on a text: importance with
 confidence intervals, and what pruning by it costs; with --parameters all also every layer and attention head. Writes
@@ -147,7 +147,8 @@ _COMMANDS = (
 )  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of every command."""
     parser = argparse.ArgumentParser(prog="fisher-jax", description="Fisher information of language models.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -164,11 +165,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _start(options: argparse.Namespace) -> int:
-    command: _Command = options.chosen
-    settings = command.settings_from(options)
+def settings_of(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
+    """The command and its checked settings, before anything heavy is imported.
+
+    Raises:
+        InputError: settings that do not go together, or cannot be used.
+        SystemExit: 2 for an option that is unknown or out of its range, 0 after help.
+    """
+    options = parser().parse_args(arguments)
+    return options.chosen.name, options.chosen.settings_from(options)
+
+
+def _start(arguments: Sequence[str] | None) -> int:
+    name, settings = settings_of(arguments)
     _say_start()
-    return importlib.import_module(f"fisher_jax.cli.{command.name}").run(settings)
+    return importlib.import_module(f"fisher_jax.cli.{name}").run(settings)
 
 
 def _say_start() -> None:
@@ -177,11 +188,10 @@ def _say_start() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 0 when done, 2 for input that cannot be used, 130 when interrupted after saving."""
-    options = _parser().parse_args(arguments)
     # Errors are told once, by us; orbax would print a traceback of each of its threads as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        return _start(options)
+        return _start(arguments)
     except (InputError, RejectedBatchError) as error:
         print(f"fisher-jax: {error}", file=sys.stderr)
         return 2

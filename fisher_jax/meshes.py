@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-__all__ = ["automatic", "replicated", "spread", "with_all_rows"]
+__all__ = ["Place", "automatic", "laid_out", "places", "replicated", "spread", "with_all_rows"]
 
 
 def automatic(function: Callable, *args: Any) -> Any:
@@ -17,6 +17,32 @@ def automatic(function: Callable, *args: Any) -> Any:
     if not explicit:
         return function(*args)
     return jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=PartitionSpec())(*args)
+
+
+Place = NamedSharding | None
+
+
+def places(arrays: list) -> tuple[Place, ...]:
+    """Where arrays lie on a mesh with automatic axes; ``None`` for traced arrays and such as are on no mesh.
+
+    On explicit axes the place is part of an array's type, and nobody has to remember it.
+    """
+
+    def place(x: Any) -> Place:
+        sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+        if not isinstance(sharding, NamedSharding) or AxisType.Explicit in sharding.mesh.axis_types:
+            return None
+        return NamedSharding(sharding.mesh, sharding.spec)
+
+    return tuple(map(place, arrays))
+
+
+def laid_out(arrays: list, where: tuple[Place, ...]) -> list:
+    """The same arrays in these places, inside of ``jit`` too."""
+    return [
+        x if place is None else jax.lax.with_sharding_constraint(x, place)
+        for x, place in zip(arrays, where, strict=True)
+    ]
 
 
 def with_all_rows(x: Array) -> Array:

@@ -17,6 +17,7 @@ from fisher_jax.batch import Batch
 from fisher_jax.kronecker.curvature import Factors
 from fisher_jax.kronecker.curvature_product import curvature_product
 from fisher_jax.likelihoods import Likelihood
+from fisher_jax.meshes import places
 from fisher_jax.selection import Chosen, select
 from fisher_jax.weighting import require_usable
 
@@ -297,7 +298,8 @@ def over_batches(make_matvec: Callable[[Batch], Partial], batches: Iterable[Batc
 def _operator(kind, apply_fn, likelihood, params, batch, parameters, microbatch_size, remat, keep) -> Partial:
     selection = select(params, parameters)
     params = jax.tree.map(jnp.asarray, params)
-    operator = products.Operator(kind, apply_fn, likelihood, selection, microbatch_size, remat)
+    where = places(jax.tree.leaves(selection.restrict(params)))
+    operator = products.Operator(kind, apply_fn, likelihood, selection, microbatch_size, remat, where)
     if microbatch_size is not None and keep:
         raise ValueError(
             "keep_linearization holds what a backward pass over the whole batch holds: no microbatch_size"

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.shard_alike import shard_alike
 from jaxtyping import Array
 
 from fisher_jax.batch import Batch
 from fisher_jax.likelihoods import Likelihood
+from fisher_jax.meshes import Place, laid_out
 from fisher_jax.selection import Selection
 from fisher_jax.weighting import Part, log_probs, weigh
 
@@ -22,7 +22,10 @@ Tree = Any
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """What is known before any number is. Static, and equal for equal choices: new parameters do not recompile."""
+    """What is known before any number is. Static, and equal for equal choices: new parameters do not recompile.
+
+    ``places`` are those of the moving parameters, and of every product.
+    """
 
     kind: str
     apply_fn: Callable
@@ -30,6 +33,7 @@ class Operator:
     selection: Selection
     microbatch_size: int | None
     remat: bool | Callable
+    places: tuple[Place, ...]
 
     @property
     def labels_matter(self) -> bool:
@@ -66,7 +70,7 @@ def product(operator: Operator, params: Tree, batch: Batch, v: Tree) -> Tree:
 
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)), moving)
         sums, _ = jax.lax.scan(step, zeros, chunks(part, operator.microbatch_size))
-    return _placed(_scaled(sums, total, usable), moving)
+    return _placed(operator, _scaled(sums, total, usable))
 
 
 @jax.jit
@@ -86,7 +90,7 @@ def kept_product(operator: Operator, moving: Tree, kept: tuple, v: Tree) -> Tree
     (point, push, weights), usable, total = kept
     tangent = _tangent(operator.selection, moving, v)
     sums = push(tangent) if operator.kind == "hessian" else _sandwich(operator, point, push, weights, moving, tangent)
-    return _placed(_scaled(_wide(sums), total, usable), moving)
+    return _placed(operator, _scaled(_wide(sums), total, usable))
 
 
 def _function(operator: Operator, params: Tree, part: Part) -> Callable[[Tree], Any]:
@@ -141,9 +145,10 @@ def _scaled(sums: Tree, total: Array, usable: Array) -> Tree:
     return jax.tree.map(lambda x: x * factor.astype(x.dtype), sums)
 
 
-def _placed(tree: Tree, like: Tree) -> Tree:
+def _placed(operator: Operator, tree: Tree) -> Tree:
     """Laid out over the devices as the parameters are."""
-    return jax.tree.map(lambda x, w: shard_alike(x, w)[0], tree, like)
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, laid_out(leaves, operator.places))
 
 
 def _wide(tree: Tree) -> Tree:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from fisher_jax.jaxprs import zeros
+from fisher_jax.jax_internals import zeros
 from fisher_jax.provenance import Use, View
 from fisher_jax.recorder import Recorder, zero
 from fisher_jax.tracing import evaluate
@@ -52,7 +52,7 @@ class Tap:
 class Program:
     """A traced loss, ready to run with perturbations."""
 
-    jaxpr: Any
+    traced: Any
     leaves: list
     arguments: list
     paths: list[str]
@@ -61,7 +61,7 @@ class Program:
 
     def run(self, leaves: list, arguments: list, recorder: Recorder) -> Array:
         views = [View.of(x, i) if self.followed[i] else x for i, x in enumerate(leaves)]
-        (value,) = evaluate(self.jaxpr.jaxpr, self.jaxpr.consts, [*views, *arguments], recorder)
+        (value,) = evaluate(self.traced, [*views, *arguments], recorder)
         return jnp.asarray(recorder.generic(value, None))
 
 
@@ -110,14 +110,14 @@ def trace(
         positional, named = jax.tree.unflatten(args_tree, values)
         return _real_scalar(loss_fn(jax.tree.unflatten(treedef, leaves), *positional, **named))
 
-    jaxpr = jax.make_jaxpr(loss)(leaves, arguments)
+    made = jax.make_jaxpr(loss)(leaves, arguments)
     followed = [bool(jnp.issubdtype(x.dtype, jnp.floating)) and follow(i) for i, x in enumerate(leaves)]
 
     def kept(leaf: int, use: Use, inputs: tuple, cotangent: Array) -> Tree:
         assert reduce is not None
         return reduce(Tap(paths[leaf], use.kind, leaf, use, inputs, cotangent))
 
-    program = Program(jaxpr, leaves, arguments, paths, followed, Recorder(kept if reduce else None))
+    program = Program(made, leaves, arguments, paths, followed, Recorder(kept if reduce else None))
     jax.eval_shape(lambda leaves, arguments: program.run(leaves, arguments, program.probe), leaves, arguments)
     return program
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from fisher_jax.jaxprs import abstract, bind, stacked
+from fisher_jax.jax_internals import abstract, bind, stacked
 
 __all__ = ["Known", "Segment", "Spec", "Step", "Use", "View", "alike", "plain", "signature"]
 

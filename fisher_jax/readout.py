@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jaxpr_core
 from jaxtyping import Array
 
 from fisher_jax.dense import operand_axes
+from fisher_jax.jax_internals import Body, is_literal, opened, run
 from fisher_jax.provenance import Segment, Step, Use, View
 from fisher_jax.recorder import Recorder, facts
 from fisher_jax.tracing import LAYOUT, evaluate
@@ -52,26 +52,25 @@ def readout(apply_fn: Callable, params: Tree, inputs: Any) -> Readout:
             View.of(x, i) if i < number and jnp.issubdtype(x.dtype, jnp.floating) else x for i, x in enumerate(arrays)
         ]
         recorder = Recorder(None)
-        outs = evaluate(traced.jaxpr, traced.consts, views, recorder)
+        outs = evaluate(traced, views, recorder)
         return [recorder.generic(x, None) for x in outs]
 
     # Traced once more without inner functions around parameters.
-    closed = jax.make_jaxpr(flat)(*jax.tree.leaves((params, inputs)))
-    if len(closed.jaxpr.outvars) != 1 or not hasattr(shape, "shape"):
+    body, constants = opened(jax.make_jaxpr(flat)(*jax.tree.leaves((params, inputs))))
+    if len(body.results) != 1 or not hasattr(shape, "shape"):
         raise ValueError(f"estimator='head' needs one array of outputs; {_WAY_OUT}")
-    walk = _Walk(closed.jaxpr, number)
-    product, index, bias, soft_cap = walk.to_product(closed.jaxpr.outvars[0])
+    walk = _Walk(body, number)
+    product, index, bias, soft_cap = walk.to_product(body.results[0])
     leaf, use = walk.use(product, index)
     if operand_axes(use)[0] or index == 0:
         raise ValueError(f"the product at the outputs is no plain hidden @ head; {_WAY_OUT}")
-    position = closed.jaxpr.eqns.index(product)
+    position = body.equations.index(product)
     wanted = [product.invars[0], product.invars[1], *([] if bias is None else [bias])]
-    before = closed.jaxpr.replace(eqns=closed.jaxpr.eqns[:position], outvars=wanted)
-    run = jaxpr_core.jaxpr_as_fun(jaxpr_core.ClosedJaxpr(before, closed.consts))
+    before = dataclasses.replace(body, equations=body.equations[:position], results=wanted)
     lead = shape.shape[:-1]
 
     def parts(params, inputs):
-        hidden, kernel, *rest = run(*jax.tree.leaves((params, inputs)))
+        hidden, kernel, *rest = run(before, [*constants, *jax.tree.leaves((params, inputs))])
         _, contracted, outputs = operand_axes(use)
         width = hidden.size // max(1, _size(lead))
         head = jnp.transpose(kernel, (*outputs, *contracted)).reshape(-1, width)
@@ -92,9 +91,9 @@ def _size(shape: tuple[int, ...]) -> int:
 class _Walk:
     """Backwards through the equations of a flat program."""
 
-    def __init__(self, jaxpr: Any, number: int):
-        self.makers = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
-        self.params = {var: i for i, var in enumerate(jaxpr.invars[:number])}
+    def __init__(self, body: Body, number: int):
+        self.makers = {var: eqn for eqn in body.equations for var in eqn.outvars}
+        self.params = {var: i for i, var in enumerate(body.arguments[:number])}
 
     def to_product(self, var: Any) -> tuple[Any, int, Any, float | None]:
         """The product, which operand is the parameter, the bias and the soft cap."""
@@ -122,12 +121,12 @@ class _Walk:
 
     def leaf(self, var: Any) -> int | None:
         """The parameter that a variable is, after layout operations."""
-        while not isinstance(var, jaxpr_core.Literal) and var not in self.params:
+        while not is_literal(var) and var not in self.params:
             eqn = self.makers.get(var)
             if eqn is None or eqn.primitive.name not in LAYOUT:
                 return None
             var = eqn.invars[0]
-        return None if isinstance(var, jaxpr_core.Literal) else self.params[var]
+        return None if is_literal(var) else self.params[var]
 
     def vector(self, var: Any, size: int) -> Any:
         """The bias as a parameter, before it was broadcast to every token."""
@@ -139,15 +138,11 @@ class _Walk:
 
     def capped(self, eqn: Any) -> tuple[float, Any]:
         """``c`` and ``z`` of ``c * tanh(z / c)``."""
-        numbers = [x for x in eqn.invars if isinstance(x, jaxpr_core.Literal)]
-        others = [x for x in eqn.invars if not isinstance(x, jaxpr_core.Literal)]
+        numbers = [x for x in eqn.invars if is_literal(x)]
+        others = [x for x in eqn.invars if not is_literal(x)]
         tanh = self.makers.get(others[0]) if len(numbers) == 1 else None
         inner = self.makers.get(tanh.invars[0]) if tanh is not None and tanh.primitive.name == "tanh" else None
-        if (
-            inner is not None
-            and inner.primitive.name in ("div", "mul")
-            and isinstance(inner.invars[1], jaxpr_core.Literal)
-        ):
+        if inner is not None and inner.primitive.name in ("div", "mul") and is_literal(inner.invars[1]):
             cap, factor = float(numbers[0].val), float(inner.invars[1].val)
             if abs((factor if inner.primitive.name == "div" else 1 / factor) / cap - 1) < 1e-6:
                 return cap, inner.invars[0]

@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jaxpr_core
 from jaxtyping import Array
 
-from fisher_jax.jaxprs import abstract, user_line, zeros
+from fisher_jax.jax_internals import Body, abstract, opened, run, user_line, zeros
 from fisher_jax.provenance import Spec, Use, View, plain, signature
 
 __all__ = ["Recorder", "facts", "zero"]
@@ -122,18 +121,18 @@ def _result(reduce: Callable, inputs: tuple, cotangent: jax.ShapeDtypeStruct) ->
 class _Reduction:
     """``reduce`` as a function of all that it reads: a backward pass cannot close over traced arrays."""
 
-    jaxpr: Any
+    body: Body
     structure: Any
 
     @classmethod
     def trace(cls, reduce: Callable, inputs: tuple, cotangent: Array) -> tuple["_Reduction", list]:
-        closed, result = jax.make_jaxpr(reduce, return_shape=True)(inputs, cotangent)
-        return cls(closed.jaxpr, jax.tree.structure(result)), closed.consts
+        traced, result = jax.make_jaxpr(reduce, return_shape=True)(inputs, cotangent)
+        body, constants = opened(traced)
+        return cls(body, jax.tree.structure(result)), constants
 
     def __call__(self, kept: tuple, cotangent: Array) -> Tree:
         inputs, constants = kept
-        outs = jaxpr_core.jaxpr_as_fun(jaxpr_core.ClosedJaxpr(self.jaxpr, constants))(*inputs, cotangent)
-        return jax.tree.unflatten(self.structure, outs)
+        return jax.tree.unflatten(self.structure, run(self.body, [*constants, *inputs, cotangent]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -13,10 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jaxpr_core
 from jaxtyping import Array
 
-from fisher_jax.jaxprs import bind
+from fisher_jax.jax_internals import (
+    Loop,
+    Remat,
+    bind,
+    called,
+    has_constants,
+    is_literal,
+    loop,
+    opened,
+    rematerialised,
+)
 from fisher_jax.provenance import Known, Step, View, alike, plain
 from fisher_jax.recorder import Recorder
 
@@ -36,32 +45,28 @@ _USES = {
 }  # fmt: skip
 
 
-def evaluate(jaxpr: Any, consts: list, args: list, recorder: Recorder) -> list:
-    """Evaluate a jaxpr; parameters among the arguments and results are `View`s."""
-    env: dict = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
+def evaluate(traced: Any, args: list, recorder: Recorder) -> list:
+    """Evaluate a traced function; parameters among the arguments and results are `View`s."""
+    body, constants = opened(traced)
+    env: dict = dict(zip(body.inputs, [*constants, *args], strict=True))
 
     def read(atom):
-        return atom.val if isinstance(atom, jaxpr_core.Literal) else env[atom]
+        return atom.val if is_literal(atom) else env[atom]
 
-    for eqn in jaxpr.eqns:
+    for eqn in body.equations:
         values = [read(atom) for atom in eqn.invars]
         if any(isinstance(v, View) for v in values):
             outs = _meet(eqn, values, recorder)
         else:
             outs = bind(eqn, list(map(plain, values)))
-        if all(isinstance(v, View | Known) or _is_literal(v) for v in values) and not _has_constants(eqn):
+        if all(isinstance(v, View | Known) or _is_number(v) for v in values) and not has_constants(eqn):
             params = any(isinstance(v, View) or (isinstance(v, Known) and v.params) for v in values)
             outs = [x if isinstance(x, View | Known) else Known(x, params) for x in outs]
         env |= zip(eqn.outvars, outs, strict=True)
-    return [read(atom) for atom in jaxpr.outvars]
+    return [read(atom) for atom in body.results]
 
 
-def _has_constants(eqn: Any) -> bool:
-    """Whether a function inside the equation holds arrays of its own, which may be data."""
-    return "branches" in eqn.params or any(getattr(p, "consts", ()) for p in eqn.params.values())
-
-
-def _is_literal(x: Any) -> bool:
+def _is_number(x: Any) -> bool:
     """A number that stands in the program itself."""
     return not isinstance(x, View | Known | jax.Array) and np.ndim(x) == 0
 
@@ -71,13 +76,12 @@ def _meet(eqn: Any, values: list, recorder: Recorder) -> list:
     name = eqn.primitive.name
     views = [i for i, v in enumerate(values) if isinstance(v, View)]
     first = values[views[0]]
-    if name == "jit":
-        closed = eqn.params["jaxpr"]
-        return evaluate(closed.jaxpr, closed.consts, values, recorder)
-    if name in ("remat2", "checkpoint"):
-        return _remat(eqn, values, recorder)
-    if name == "scan":
-        return _scan(eqn, values, recorder)
+    if (inner := called(eqn)) is not None:
+        return evaluate(inner, values, recorder)
+    if (remat := rematerialised(eqn)) is not None:
+        return _remat(eqn, remat, values, recorder)
+    if (scan := loop(eqn)) is not None:
+        return _scan(eqn, scan, values, recorder)
     if name == "stop_gradient":
         return bind(eqn, [first.value])
     if name == "name":
@@ -108,7 +112,7 @@ def _factor(name: str, values: list) -> float | None:
     """``f`` where the equation is ``f * parameter + constant`` with numbers of the program; otherwise ``None``."""
     if name == "neg":
         return -1.0
-    if name not in ("add", "sub", "mul", "div") or sum(map(_is_literal, values)) != 1:
+    if name not in ("add", "sub", "mul", "div") or sum(map(_is_number, values)) != 1:
         return None
     first = isinstance(values[0], View)
     number = float(values[1 if first else 0])
@@ -133,7 +137,7 @@ def _fits(eqn: Any, index: int, values: list) -> bool:
         return index == 0 and _takes_rows(eqn)
     if name == "conv_general_dilated":
         return index == 1
-    return name == "dot_general" or not any(isinstance(v, Known) or _is_literal(v) for v in others)
+    return name == "dot_general" or not any(isinstance(v, Known) or _is_number(v) for v in others)
 
 
 def _takes_rows(eqn: Any) -> bool:
@@ -159,14 +163,13 @@ def _use(eqn: Any, index: int, values: list, recorder: Recorder) -> Array:
     return recorder.use(view, _USES[name], eqn, index, output, apply, inputs)
 
 
-def _remat(eqn: Any, values: list, recorder: Recorder) -> list:
+def _remat(eqn: Any, remat: Remat, values: list, recorder: Recorder) -> list:
     """Keep a rematerialised part rematerialised; its perturbations become arguments."""
-    jaxpr, policy, prevent_cse = (eqn.params[name] for name in ("jaxpr", "policy", "prevent_cse"))
     shell = [dataclasses.replace(v, value=None) if isinstance(v, View | Known) else None for v in values]
 
     def body(inner, arrays):
         args = [a if s is None else dataclasses.replace(s, value=a) for s, a in zip(shell, arrays, strict=True)]
-        outs = [inner.generic(v, eqn) for v in evaluate(jaxpr, [], args, inner)]
+        outs = [inner.generic(v, eqn) for v in evaluate(remat.traced, args, inner)]
         return outs, inner.inputs
 
     arrays = list(map(plain, values))
@@ -178,16 +181,15 @@ def _remat(eqn: Any, values: list, recorder: Recorder) -> list:
         return outs
     probe = next(recorder.nested)
     perturbations = [next(recorder.perturbations) for _ in probe.specs]
-    run = jax.checkpoint(lambda p, a: body(probe.replay(p), a), policy=policy, prevent_cse=prevent_cse)
+    run = jax.checkpoint(lambda p, a: body(probe.replay(p), a), policy=remat.policy, prevent_cse=remat.prevent_cse)
     outs, inputs = run(perturbations, arrays)
     recorder.inputs += inputs
     return outs
 
 
-def _scan(eqn: Any, values: list, recorder: Recorder) -> list:
+def _scan(eqn: Any, scan: Loop, values: list, recorder: Recorder) -> list:
     """A loop: perturbations and inputs of its body are stacked over the iterations."""
-    closed, p = eqn.params["jaxpr"], eqn.params
-    num_consts, num_carry = p["num_consts"], p["num_carry"]
+    num_consts, num_carry = scan.num_consts, scan.num_carry
     head = num_consts + num_carry
     consts, xs = values[:num_consts], values[head:]
     carry = [recorder.generic(v, eqn) for v in values[num_consts:head]]
@@ -201,7 +203,7 @@ def _scan(eqn: Any, values: list, recorder: Recorder) -> list:
         inner = Recorder(recorder.reduce) if probe is None else probe.replay(perturbations)
         probes.append(inner)
         args = [*inside(consts, map(plain, consts), "shared"), *carry, *inside(xs, slices, "stacked")]
-        outs = [inner.generic(v, eqn) for v in evaluate(closed.jaxpr, closed.consts, args, inner)]
+        outs = [inner.generic(v, eqn) for v in evaluate(scan.traced, args, inner)]
         return outs[:num_carry], (outs[num_carry:], inner.inputs)
 
     probe = None if recorder.probing else next(recorder.nested)
@@ -210,12 +212,12 @@ def _scan(eqn: Any, values: list, recorder: Recorder) -> list:
         body,
         carry,
         (perturbations, list(map(plain, xs))),
-        length=p["length"],
-        reverse=p["reverse"],
-        unroll=p["unroll"],
+        length=scan.length,
+        reverse=scan.reverse,
+        unroll=scan.unroll,
     )
     if recorder.probing:
         recorder.nested.append(probes[-1])
-        recorder.specs += [spec.stacked(p["length"]) for spec in probes[-1].specs]
+        recorder.specs += [spec.stacked(scan.length) for spec in probes[-1].specs]
     recorder.inputs += inputs
     return [*carry, *ys]

@@ -21,7 +21,7 @@ from fisher_jax.diagonal.problem import (
     unit_ids,
     zeros_like,
 )
-from fisher_jax.jaxprs import unstacked
+from fisher_jax.jax_internals import unstacked
 from fisher_jax.moments import Moments
 
 __all__ = ["by_row"]

@@ -12,7 +12,7 @@ from fisher_jax import moments as moments_room
 from fisher_jax.batch import Batch
 from fisher_jax.diagonal import gram
 from fisher_jax.diagonal.problem import Problem, is_free, square, unit_ids, weights_of, zeros_like
-from fisher_jax.jaxprs import abstract
+from fisher_jax.jax_internals import abstract
 from fisher_jax.moments import Moments
 from fisher_jax.orientation import Grouping
 from fisher_jax.program import Tap

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from fisher_jax import rejection
 from fisher_jax.batch import Batch
-from fisher_jax.jaxprs import zeros
+from fisher_jax.jax_internals import zeros
 from fisher_jax.likelihoods import Likelihood
 from fisher_jax.orientation import Grouping
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jaxpr_core
 
+from fisher_jax.jax_internals import inside, is_literal, loop, opened
 from fisher_jax.tracing import LAYOUT
 
 __all__ = ["Structure", "structure"]
@@ -55,42 +55,42 @@ class Structure:
 def structure(apply_fn: Callable, params: Any, inputs: Any) -> Structure:
     """Walk the jaxpr of ``apply_fn(params, inputs)``."""
     leaves, treedef = jax.tree.flatten(params)
-    closed = jax.make_jaxpr(lambda leaves, inputs: apply_fn(jax.tree.unflatten(treedef, leaves), inputs))(
+    traced = jax.make_jaxpr(lambda leaves, inputs: apply_fn(jax.tree.unflatten(treedef, leaves), inputs))(
         leaves, inputs
     )
     tags: list[_Tag | None] = [
         _Tag("param", i) if jnp.issubdtype(x.dtype, jnp.floating) else None for i, x in enumerate(leaves)
     ]
-    tags += [None] * (len(closed.jaxpr.invars) - len(tags))
+    tags += [None] * len(jax.tree.leaves(inputs))
     found = Structure()
-    (out,) = _walk(closed.jaxpr, tags, found)
+    (out,) = _walk(traced, tags, found)
     if out is not None and out.kind in ("dense", "after"):
         found.head, found.head_is_last = out.leaf, out.kind == "dense"
     return found
 
 
-def _walk(jaxpr: Any, tags: list[_Tag | None], found: Structure) -> list[_Tag | None]:
-    env = {var: tag for var, tag in zip(jaxpr.invars, tags, strict=True) if tag is not None}
+def _walk(traced: Any, tags: list[_Tag | None], found: Structure) -> list[_Tag | None]:
+    body, _ = opened(traced)
+    env = {var: tag for var, tag in zip(body.arguments, tags, strict=True) if tag is not None}
 
     def read(atom):
-        return None if isinstance(atom, jaxpr_core.Literal) else env.get(atom)
+        return None if is_literal(atom) else env.get(atom)
 
-    for eqn in jaxpr.eqns:
+    for eqn in body.equations:
         given = [read(atom) for atom in eqn.invars]
         if any(tag is not None for tag in given):
             env |= {v: t for v, t in zip(eqn.outvars, _equation(eqn, given, found), strict=True) if t is not None}
-    return [read(atom) for atom in jaxpr.outvars]
+    return [read(atom) for atom in body.results]
 
 
 def _equation(eqn: Any, given: list[_Tag | None], found: Structure) -> list[_Tag | None]:
     name = eqn.primitive.name
     nothing: list[_Tag | None] = [None] * len(eqn.outvars)
-    inner = _inner(eqn)
-    if name == "scan":
+    if (scan := loop(eqn)) is not None:
         # Inside a loop there are biases, but no head.
-        _walk(eqn.params["jaxpr"].jaxpr, [t if t and t.kind == "param" else None for t in given], found)
+        _walk(scan.traced, [t if t and t.kind == "param" else None for t in given], found)
         return nothing
-    if inner is not None and len(inner.invars) == len(given):
+    if (inner := inside(eqn)) is not None:
         return _walk(inner, given, found)
     if len(eqn.outvars) != 1:
         return nothing
@@ -128,12 +128,3 @@ def _elementwise(eqn: Any, given: list[_Tag | None], found: Structure) -> _Tag |
         found.biases[output.leaf] = biases[0].leaf
         return output
     return None if output.kind == "channels" else _Tag("after", output.leaf)
-
-
-def _inner(eqn: Any) -> Any:
-    """The jaxpr of a call."""
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if key in eqn.params:
-            inner = eqn.params[key]
-            return getattr(inner, "jaxpr", inner)
-    return None

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from fisher_jax import rejection
 from fisher_jax.batch import Batch
-from fisher_jax.jaxprs import zeros
+from fisher_jax.jax_internals import zeros
 from fisher_jax.kronecker import partial_trees
 from fisher_jax.kronecker.averaging import widened
 from fisher_jax.kronecker.blocks import Rules, choice

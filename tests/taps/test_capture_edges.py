@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fisher_jax as fj
-from fisher_jax import jaxprs
+from fisher_jax import jax_internals
 
 
 def close(found, wanted):
@@ -265,7 +265,7 @@ def test_jax_still_tells_what_is_asked_of_it():
                   "scan": ["jaxpr", "num_consts", "num_carry", "length", "reverse", "unroll"],
                   }.get(name, [])  # fmt: skip
         assert set(wanted) <= set(eqn.params), f"parameters of {name} are {sorted(eqn.params)} now"
-        assert len(jaxprs.bind(eqn, [w] if len(eqn.invars) == 1 else [0.0, w])) == len(eqn.outvars)
+        assert len(jax_internals.bind(eqn, [w] if len(eqn.invars) == 1 else [0.0, w])) == len(eqn.outvars)
     (eqn,) = jax.make_jaxpr(lambda w: w @ w)(w).eqns
-    assert jaxprs.user_line(eqn).startswith("test_capture_edges.py:"), "source lines are kept elsewhere now"
-    assert jaxprs.abstract(w).shape == (3, 3), "types of arrays are told otherwise now"
+    assert jax_internals.user_line(eqn).startswith("test_capture_edges.py:"), "source lines are kept elsewhere now"
+    assert jax_internals.abstract(w).shape == (3, 3), "types of arrays are told otherwise now"

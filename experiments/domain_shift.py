@@ -26,7 +26,7 @@ import numpy as np
 import fisher_jax as fj
 from fisher_jax import models
 from fisher_jax.cli import corpora
-from fisher_jax.cli.importance import readable
+from fisher_jax.cli.printable import readable
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 LEVEL = 0.05

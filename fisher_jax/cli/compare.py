@@ -12,9 +12,9 @@ from fisher_jax.cli.compare_settings import CompareSettings
 from fisher_jax.cli.compare_shift import layer_shift, row_shift
 from fisher_jax.cli.compare_tables import Compared, layers_csv, rows_csv
 from fisher_jax.cli.folder import check_writable, disk_error
-from fisher_jax.cli.importance import readable
 from fisher_jax.cli.layers import columns
 from fisher_jax.cli.pages import write_pages
+from fisher_jax.cli.printable import readable
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.task_state import Task, check_model, read_task, split_place, tasks_of
 from fisher_jax.errors import InputError

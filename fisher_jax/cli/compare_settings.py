@@ -4,7 +4,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from fisher_jax.cli.options import add_model_option, fraction, values_for
+from fisher_jax.cli.options import add_model_option, values_for
+from fisher_jax.cli.values import folder, fraction, place
 from fisher_jax.errors import InputError
 
 __all__ = ["KINDS", "CompareSettings", "add_compare_options", "compare_settings_from"]
@@ -35,6 +36,7 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
         "reports",
         metavar="REPORT",
         nargs="+",
+        type=place,
         help="A and B: folders that `fisher-jax report` wrote, or FOLDER:TASK where a folder holds several tasks; "
         "one folder alone: its two tasks",
     )
@@ -54,7 +56,7 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
         help="share of false discoveries that is accepted among the discoveries (%(default)s)",
     )
     where = parser.add_argument_group("where to keep it")
-    where.add_argument("--out", metavar="DIR", type=Path, default=default.out, help="folder to write (compare/)")
+    where.add_argument("--out", metavar="DIR", type=folder, default=default.out, help="folder to write (compare/)")
 
 
 def compare_settings_from(options: argparse.Namespace) -> CompareSettings:

@@ -4,17 +4,19 @@ import bz2
 import gzip
 import importlib.metadata
 import importlib.util
-import re
-import sys
+import os
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from fisher_jax.cli.text_files import MOST_BYTES, check_text_file, first_characters, has_text, paragraphs, pieces
+from fisher_jax.cli.values import as_task_name, place
 from fisher_jax.cli.wikitext import strip_markup
 from fisher_jax.errors import InputError
 
-__all__ = ["CORPORA", "Document", "default_task", "describe_sources", "documents"]
+__all__ = ["CORPORA", "Document", "default_task", "describe_sources", "documents", "text_source"]
 
 _ABSTRACT_PARTS = "MedlineCitation/Article/Abstract/AbstractText"
 
@@ -34,22 +36,27 @@ class Corpus(NamedTuple):
     read: Callable[[], Iterator[Document]]
 
 
-def documents(sources: Sequence[str], *, split: str = "none") -> Iterator[Document]:
+def documents(sources: Sequence[str], *, split: str = "none", longest: int | None = None) -> Iterator[Document]:
     """The documents of every source in turn; a source is a corpus name, a file or `-` for standard input.
 
-    `split="blank-line"` makes each paragraph of a file a document of its own; otherwise a file is one document.
-    Documents without any letter or digit are left out.
+    `split="blank-line"` makes each paragraph of a file a document of its own; otherwise a file is one document, which
+    is read no further than ``longest`` characters. Documents without any letter or digit are left out.
 
     Raises:
-        InputError: a source is missing, empty, unreadable or not UTF-8, or its package is not installed.
+        InputError: a source is missing, empty, unreadable or not UTF-8, or its package is not installed; or there is
+            more text than memory should hold.
     """
+    size = 0
     if list(sources).count("-") > 1:
         raise InputError("standard input (-) can be read only once; give it once.")
     for source in sources:
         found = False
-        for document in CORPORA[source].read() if source in CORPORA else _file_documents(source, split):
-            if any(character.isalnum() for character in document.text):
+        for document in CORPORA[source].read() if source in CORPORA else _file_documents(source, split, longest):
+            if has_text(document.text):
                 found = True
+                size += len(document.text)
+                if size > MOST_BYTES:
+                    raise InputError(f"--text has more than {MOST_BYTES / 2**30:g} GiB in all; give fewer files.")
                 yield document
         if not found:
             raise InputError(f"{_display_name(source)} holds no text; give a file with prose in it.")
@@ -58,7 +65,8 @@ def documents(sources: Sequence[str], *, split: str = "none") -> Iterator[Docume
 def default_task(sources: Sequence[str]) -> str:
     """A short name for what these sources measure: corpus names, or the stems of the files."""
     stems = [source if source in CORPORA else "stdin" if source == "-" else Path(source).stem for source in sources]
-    return "+".join(stems[:3]) + (f"+{len(stems) - 3}-more" if len(stems) > 3 else "")
+    name = "+".join(stems[:3]) + (f"+{len(stems) - 3}-more" if len(stems) > 3 else "")
+    return as_task_name(name)
 
 
 def describe_sources(sources: Sequence[str]) -> str:
@@ -73,37 +81,25 @@ def _display_name(source: str) -> str:
     return "standard input" if source == "-" else source
 
 
-def _file_documents(source: str, split: str) -> Iterator[Document]:
+def text_source(text: str) -> str:
+    """A value of --text: the name of a corpus, `-`, or a file that looks like a text."""
+    if text not in CORPORA and text != "-":
+        try:
+            check_text_file(place(text))
+        except InputError as error:
+            missing = f" The corpora that can be named are {', '.join(CORPORA)}." if not os.path.exists(text) else ""
+            raise ArgumentTypeError(f"{error}{missing}".removesuffix(".").replace(". The", "; the")) from None
+    return text
+
+
+def _file_documents(source: str, split: str, longest: int | None) -> Iterator[Document]:
     name = _display_name(source)
-    raw = sys.stdin.buffer.read() if source == "-" else _read_bytes(Path(source))
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name} is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}; convert it to UTF-8 "
-            "first, for example with iconv."
-        ) from None
-    if "\x00" in text:
-        raise InputError(f"{name} holds a zero byte at {text.index(chr(0))}, so it is not plain text.")
-    text = text.replace("\r\n", "\n")
+    text = pieces(source, name)
     if split == "none":
-        yield Document(name, text)
+        yield Document(name, first_characters(text, longest))
         return
-    for number, part in enumerate(re.split(r"\n[ \t]*\n\s*", text), start=1):
-        yield Document(f"{name} #{number}", part.strip("\n"))
-
-
-def _read_bytes(path: Path) -> bytes:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name the text files in it.")
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(
-            f"there is no text file {path}; the corpora that can be named are {', '.join(CORPORA)}."
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    for number, part in enumerate(paragraphs(text, longest), start=1):
+        yield Document(f"{name} #{number}", part)
 
 
 def _wikipedia() -> Iterator[Document]:

@@ -11,6 +11,8 @@ from fisher_jax.models import LanguageModel
 
 __all__ = ["held_out"]
 
+_TRIED = 256  # characters that tell whether a document has two tokens
+
 
 def held_out(model: LanguageModel, sources: Sequence[str], split: str, number: int, characters: int) -> list[str]:
     """Beginnings of documents that a report on these sources holds out, spread evenly over them.
@@ -18,7 +20,7 @@ def held_out(model: LanguageModel, sources: Sequence[str], split: str, number: i
     Raises:
         InputError: a source that cannot be read, or too few documents.
     """
-    texts = [d.text for d in tokenisable(documents(sources, split=split), model)]
+    texts = [d.text for d in tokenisable(documents(sources, split=split, longest=max(characters, _TRIED)), model)]
     if len(texts) < HOLD_OUT_EVERY:
         raise InputError(
             f"{describe_sources(sources)} has {len(texts)} documents, fewer than the {HOLD_OUT_EVERY} of which one "
@@ -33,4 +35,4 @@ def held_out(model: LanguageModel, sources: Sequence[str], split: str, number: i
 
 def tokenisable(found: Iterable[Document], model: LanguageModel) -> Iterable[Document]:
     """Those that packing counts: of two tokens or more."""
-    return (d for d in found if len(model.tokenizer.encode(d.text[:256])) >= 2)
+    return (d for d in found if len(model.tokenizer.encode(d.text[:_TRIED])) >= 2)

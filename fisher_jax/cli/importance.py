@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Comparison", "Importance", "compare", "importance", "importance_csv", "outliers", "readable"]
+__all__ = ["Comparison", "Importance", "compare", "importance", "importance_csv", "outliers"]
 
 
 class Importance(NamedTuple):
@@ -56,18 +56,6 @@ def importance(arrays: dict[str, Any], kind: str, level: float) -> Importance:
         float(fj.welford.count(state)),
         float(fj.welford.weight(state)),
     )
-
-
-def readable(token: str) -> str:
-    """A token on one line with its spaces visible: " Paris" is "␣Paris", a newline "\\n"."""
-    shown = token.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
-    shown = shown.replace(" ", "␣")
-    return "".join(c if c.isprintable() else _escape(c) for c in shown) or "∅"
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
 
 
 def importance_csv(result: Importance, tokens: list[str]) -> str:

@@ -6,10 +6,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from fisher_jax.cli.compare_settings import add_compare_options, compare_settings_from
 from fisher_jax.cli.merge_settings import add_merge_options, merge_settings_from
+from fisher_jax.cli.printable import printable, shortened
 from fisher_jax.cli.settings import add_report_options, settings_from
 from fisher_jax.cli.spectrum_settings import add_spectrum_options, spectrum_settings_from
 from fisher_jax.cli.train_settings import add_train_options, train_settings_from
@@ -17,6 +18,8 @@ from fisher_jax.cli.trim_settings import add_trim_options, trim_settings_from
 from fisher_jax.errors import InputError, RejectedBatchError
 
 __all__ = ["main", "parser", "settings_of"]
+
+_LONGEST = 800  # characters of a sentence; a name may be of any length
 
 _DESCRIPTION = """Which vocabulary tokens (rows of the head) of a language model matter on a text: importance with
 confidence intervals, and what pruning by it costs; with --parameters all also every layer and attention head. Writes
@@ -147,9 +150,16 @@ _COMMANDS = (
 )  # fmt: skip
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses options as all other input is refused, with one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; {self.prog} --help lists the options.")
+
+
 def parser() -> argparse.ArgumentParser:
     """The options of every command."""
-    parser = argparse.ArgumentParser(prog="fisher-jax", description="Fisher information of language models.")
+    parser = _Parser(prog="fisher-jax", description="Fisher information of language models.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
@@ -169,10 +179,15 @@ def settings_of(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
     """The command and its checked settings, before anything heavy is imported.
 
     Raises:
-        InputError: settings that do not go together, or cannot be used.
-        SystemExit: 2 for an option that is unknown or out of its range, 0 after help.
+        InputError: an option that is unknown or out of its range, or settings that do not go together.
+        SystemExit: 0, after help.
     """
-    options = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    for argument in given:
+        name, _, value = argument.partition("=")
+        if name.startswith("--") and value == "--":  # argparse would take it for the end of the options
+            raise InputError(f"{name} has no value; give one after the equals sign.")
+    options = parser().parse_args(given)
     return options.chosen.name, options.chosen.settings_from(options)
 
 
@@ -193,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _start(arguments)
     except (InputError, RejectedBatchError) as error:
-        print(f"fisher-jax: {error}", file=sys.stderr)
+        print(f"fisher-jax: {printable(shortened(str(error), _LONGEST))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fisher-jax: interrupted before anything was measured; nothing was written", file=sys.stderr)

@@ -4,13 +4,14 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from fisher_jax.cli.corpora import text_source
 from fisher_jax.cli.options import (
     add_length_options,
     add_model_folder_options,
-    not_negative,
     refuse_model_there,
     values_for,
 )
+from fisher_jax.cli.values import finite, model_source, not_negative, place
 from fisher_jax.errors import InputError
 
 __all__ = ["MergeSettings", "add_merge_options", "merge_settings_from"]
@@ -45,6 +46,7 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--models",
         metavar="M",
+        type=model_source,
         nargs="+",
         required=True,
         help="Hugging Face folders or GGUF files of one architecture and tokenizer, fine-tuned from one model",
@@ -52,6 +54,7 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--states",
         metavar="S",
+        type=place,
         nargs="+",
         default=[],
         help="for each model, in the same order: a folder of `fisher-jax report --parameters all` on that model "
@@ -60,6 +63,7 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--base",
         metavar="M",
+        type=model_source,
         help="the model that all were fine-tuned from: what each learnt beyond it is merged and added to it",
     )
     how = parser.add_argument_group("how to merge")
@@ -88,7 +92,7 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--scale",
         metavar="X",
-        type=float,
+        type=finite,
         default=default.scale,
         help="with --base: by how much the merged change is multiplied (%(default)g)",
     )
@@ -102,6 +106,7 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
     loss.add_argument(
         "--text",
         metavar="FILE",
+        type=text_source,
         nargs="+",
         action="append",
         default=[],
@@ -136,6 +141,7 @@ def merge_settings_from(options: argparse.Namespace) -> MergeSettings:
         raise InputError("all --weights are 0, so that no model would count; give one above 0.")
     if options.scale != 1 and options.base is None:
         raise InputError("--scale multiplies what was learnt beyond a base; give that model with --base.")
-    refuse_model_there(options)
+    base = [] if options.base is None else [options.base]
+    refuse_model_there(options, [*options.models, *base, *options.states])
     values = values_for(MergeSettings, options) | {"text": tuple(map(tuple, options.text))}
     return MergeSettings(**values)

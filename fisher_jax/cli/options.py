@@ -1,10 +1,12 @@
 """Options that several commands share, and the values they take; no heavy import, so that help is instant."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fisher_jax.cli.corpora import text_source
+from fisher_jax.cli.values import count, folder, model_source
 from fisher_jax.errors import InputError
 
 __all__ = [
@@ -13,66 +15,17 @@ __all__ = [
     "add_model_folder_options",
     "add_model_option",
     "add_text_options",
-    "count",
-    "fraction",
-    "not_negative",
-    "positive",
     "refuse_model_there",
     "refuse_resume_and_overwrite",
-    "seconds",
     "values_for",
 ]
-
-
-def count(minimum: int) -> Callable[[str], int]:
-    """Whole numbers from ``minimum`` on, also written 80_000 or 80,000."""
-
-    def count(text: str) -> int:
-        value = int(text.replace("_", "").replace(",", ""))
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {value}")
-        return value
-
-    return count
-
-
-def seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, not {text}")
-    return value
-
-
-def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
-    return value
-
-
-def not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
-    return value
-
-
-def fraction(instance: float) -> Callable[[str], float]:
-    """Numbers strictly between 0 and 1, such as ``instance``."""
-
-    def fraction(text: str) -> float:
-        value = float(text)
-        if not 0 < value < 1:
-            raise argparse.ArgumentTypeError(f"must lie between 0 and 1, for example {instance:g}, not {text}")
-        return value
-
-    return fraction
 
 
 def add_model_option(group: Any, default: str) -> None:
     group.add_argument(
         "--model",
         metavar="M",
+        type=model_source,
         default=default,
         help="the shipped SmolLM2-135M (default), a GGUF file, a Hugging Face folder (config.json, *.safetensors, "
         "tokenizer.json), or a hub name; Llama family or GPT-2",
@@ -84,6 +37,7 @@ def add_text_options(group: Any, text: tuple[str, ...], split: str) -> None:
         "--text",
         metavar="FILE",
         nargs="+",
+        type=text_source,
         default=list(text),
         help="UTF-8 text files, one document each; - for standard input; or a shipped corpus: wikipedia (default), "
         "news, pubmed",
@@ -97,14 +51,14 @@ def add_text_options(group: Any, text: tuple[str, ...], split: str) -> None:
 
 
 def add_folder_options(group: Any, out: Path, *, resume: str, overwrite: str) -> None:
-    group.add_argument("--out", metavar="DIR", type=Path, default=out, help=f"folder to write ({out}/)")
+    group.add_argument("--out", metavar="DIR", type=folder, default=out, help=f"folder to write ({out}/)")
     group.add_argument("--resume", action="store_true", help=resume)
     group.add_argument("--overwrite", action="store_true", help=overwrite)
 
 
 def add_model_folder_options(group: Any, out: Path, dtype: str) -> None:
     """For commands that write a model."""
-    group.add_argument("--out", metavar="DIR", type=Path, default=out, help=f"model folder to write ({out}/)")
+    group.add_argument("--out", metavar="DIR", type=folder, default=out, help=f"model folder to write ({out}/)")
     group.add_argument("--overwrite", action="store_true", help="replace a model that is there")
     group.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default=dtype, help="of the written weights (float32)"
@@ -126,7 +80,12 @@ def refuse_resume_and_overwrite(options: argparse.Namespace) -> None:
         raise InputError("--resume goes on with a run and --overwrite drops it; give one of them.")
 
 
-def refuse_model_there(options: argparse.Namespace) -> None:
+def refuse_model_there(options: argparse.Namespace, sources: Sequence[str | Path]) -> None:
+    """What is read is never written over, and a model that is there only if asked to."""
+    out = options.out.resolve()
+    for source in map(Path, sources):
+        if source.is_dir() and out.is_relative_to(source.resolve()):
+            raise InputError(f"--out {options.out} lies in {source}, which is read; choose another --out.")
     if (options.out / "config.json").exists() and not options.overwrite:
         raise InputError(f"{options.out} holds a model; choose another --out, or --overwrite.")
 

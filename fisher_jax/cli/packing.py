@@ -9,7 +9,7 @@ import numpy as np
 from fisher_jax.cli.corpora import Document
 from fisher_jax.errors import InputError
 
-__all__ = ["Packed", "Rows", "pack"]
+__all__ = ["Packed", "Rows", "longest_document", "pack"]
 
 # Every HOLD_OUT_EVERY-th document is kept for the pruning curves; with fewer documents, the end of each one.
 HOLD_OUT_EVERY = 8
@@ -92,7 +92,7 @@ def pack(
     Raises:
         InputError: fewer tokens than one sequence, or a token id outside the vocabulary.
     """
-    limit = max(max_targets, held_out_targets, seq_len) * _MAX_CHARACTERS_PER_TOKEN
+    limit = longest_document(max_targets, held_out_targets, seq_len)
     tokenised = []
     for name, text in documents:
         tokens = np.asarray(encode(text[:limit]), np.int64)
@@ -117,6 +117,11 @@ def pack(
         whole,
         _describe(stream, held_out, len(tokenised), corpus_targets, whole, seq_len),
     )
+
+
+def longest_document(*tokens: int) -> int:
+    """Characters of a document that are read where the longest of these is needed of it."""
+    return max(tokens) * _MAX_CHARACTERS_PER_TOKEN
 
 
 def _check_tokens(tokens: np.ndarray, vocab_size: int, name: str) -> None:

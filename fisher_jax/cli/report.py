@@ -13,11 +13,12 @@ from fisher_jax.cli.clock import Clock
 from fisher_jax.cli.corpora import describe_sources, documents
 from fisher_jax.cli.findings import Findings, lead, title
 from fisher_jax.cli.folder import check_writable, disk_error
-from fisher_jax.cli.importance import compare, importance, importance_csv, readable
+from fisher_jax.cli.importance import compare, importance, importance_csv
 from fisher_jax.cli.layers import columns, layers_csv, read_layers
 from fisher_jax.cli.orderings import orderings
-from fisher_jax.cli.packing import Packed, Rows, pack
+from fisher_jax.cli.packing import Packed, Rows, longest_document, pack
 from fisher_jax.cli.pages import write_pages
+from fisher_jax.cli.printable import readable
 from fisher_jax.cli.progress import StreamProgress
 from fisher_jax.cli.pruning import PruningResult, prune
 from fisher_jax.cli.run_state import Progress, StateStore
@@ -103,8 +104,9 @@ def _check_fits(settings: Settings, model: LanguageModel) -> None:
 
 
 def _pack(settings: Settings, model: LanguageModel) -> Packed:
+    longest = longest_document(settings.max_tokens, settings.held_out_tokens, settings.seq_len)
     return pack(
-        documents(settings.text, split=settings.split_documents),
+        documents(settings.text, split=settings.split_documents, longest=longest),
         model.tokenizer.encode,
         seq_len=settings.seq_len,
         max_targets=settings.max_tokens,

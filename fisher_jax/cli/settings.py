@@ -8,12 +8,10 @@ from fisher_jax.cli.options import (
     add_folder_options,
     add_model_option,
     add_text_options,
-    count,
-    fraction,
     refuse_resume_and_overwrite,
-    seconds,
     values_for,
 )
+from fisher_jax.cli.values import LONGEST_ROW, count, fraction, seconds, seed, task_name
 from fisher_jax.errors import InputError
 
 __all__ = ["Settings", "add_report_options", "settings_from"]
@@ -86,7 +84,9 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
         help=f"tokens of other documents kept for the pruning curves; 0 for no such curves (default "
         f"{default.held_out_tokens:,})",
     )
-    what.add_argument("--task", metavar="NAME", help="name of this measurement (default: that of the text)")
+    what.add_argument(
+        "--task", metavar="NAME", type=task_name, help="name of this measurement (default: that of the text)"
+    )
     what.add_argument(
         "--parameters",
         choices=("head", "all"),
@@ -116,10 +116,12 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--level", metavar="P", type=fraction(0.95), default=default.level, help="of the intervals (0.95)"
     )
-    how.add_argument("--seq-len", metavar="N", type=count(2), default=default.seq_len, help="tokens per row (256)")
+    how.add_argument(
+        "--seq-len", metavar="N", type=count(2, LONGEST_ROW), default=default.seq_len, help="tokens per row (256)"
+    )
     how.add_argument("--batch-size", metavar="N", type=count(1), default=default.batch_size, help="rows per step (8)")
     how.add_argument("--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="of the model (float32)")
-    how.add_argument("--seed", metavar="N", type=count(0), default=0, help="random orders, ties and signs (0)")
+    how.add_argument("--seed", metavar="N", type=seed, default=0, help="random orders, ties and signs (0)")
     where = parser.add_argument_group("where to keep it")
     add_folder_options(
         where, default.out, resume="go on with an interrupted run", overwrite="drop an earlier run of this task"
@@ -146,6 +148,4 @@ def settings_from(options: argparse.Namespace) -> Settings:
             "batches apart; give one of these to --unit, or --parameters head."
         )
     values["task"] = options.task or default_task(values["text"])
-    if "/" in values["task"] or not values["task"].strip():
-        raise InputError(f"--task {values['task']!r} is not a name; use letters and digits.")
     return Settings(**values)

@@ -17,7 +17,7 @@ from fisher_jax.cli.clock import Clock
 from fisher_jax.cli.corpora import describe_sources, documents
 from fisher_jax.cli.earlier_run import refuse_difference, refuse_misuse
 from fisher_jax.cli.folder import check_writable, disk_error, write_atomically
-from fisher_jax.cli.packing import Rows, pack
+from fisher_jax.cli.packing import Rows, longest_document, pack
 from fisher_jax.cli.pages import write_pages
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.spectrum_measure import (
@@ -129,8 +129,9 @@ def _sizes(model: LanguageModel, chosen: dict[str, bool]) -> dict[str, int]:
 
 
 def _rows(settings: SpectrumSettings, model: LanguageModel) -> Rows:
+    longest = longest_document(settings.tokens, settings.length)
     return pack(
-        documents(settings.text, split=settings.split_documents),
+        documents(settings.text, split=settings.split_documents, longest=longest),
         model.tokenizer.encode,
         seq_len=settings.length,
         max_targets=settings.tokens,

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import fisher_jax as fj
 from fisher_jax.cli.packing import Rows
+from fisher_jax.cli.patterns import matching
 from fisher_jax.cli.spectrum_progress import ProductProgress
 from fisher_jax.cli.spectrum_settings import SpectrumSettings
 from fisher_jax.errors import InputError
@@ -73,7 +74,8 @@ def choose(model: LanguageModel, pattern: str | None) -> dict[str, bool]:
         InputError: the pattern is found in no name.
     """
     names = list(flatten(model.params))
-    chosen = {name: pattern is None or re.search(pattern, name) is not None for name in names}
+    found = [True] * len(names) if pattern is None else matching(pattern, names)
+    chosen = dict(zip(names, found, strict=True))
     if not any(chosen.values()):
         shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
         raise InputError(f"--parameters {pattern!r} matches no parameter of {model.name}; there are {shown}.")

@@ -1,7 +1,6 @@
 """The options of `fisher-jax spectrum`, with no heavy import so that help is instant."""
 
 import argparse
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from fisher_jax.cli.options import (
     add_folder_options,
     add_model_option,
     add_text_options,
-    count,
-    fraction,
     refuse_resume_and_overwrite,
     values_for,
 )
+from fisher_jax.cli.patterns import pattern
+from fisher_jax.cli.values import LONGEST_ROW, count, fraction, seed
 from fisher_jax.errors import InputError
 
 __all__ = ["SpectrumSettings", "add_spectrum_options", "spectrum_settings_from"]
@@ -83,11 +82,16 @@ def add_spectrum_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--parameters",
         metavar="PATTERN",
+        type=pattern,
         help="a regular expression searched in names such as layers/attention/q/kernel or final_norm/scale; the "
         "others are frozen (default: all)",
     )
     what.add_argument(
-        "--k", metavar="N", type=count(1), default=default.k, help="eigenvalues of each end (default %(default)s)"
+        "--k",
+        metavar="N",
+        type=count(1, 10_000),
+        default=default.k,
+        help="eigenvalues of each end (default %(default)s)",
     )
     what.add_argument("--density", action="store_true", help="also the density of all eigenvalues, by random probes")
     what.add_argument(
@@ -100,7 +104,7 @@ def add_spectrum_options(parser: argparse.ArgumentParser) -> None:
         help=f"next tokens that the mean is over, at most (default {default.tokens:,})",
     )  # fmt: skip
     what.add_argument(
-        "--length", "--seq-len", metavar="L", type=count(2), default=default.length,
+        "--length", "--seq-len", metavar="L", type=count(2, LONGEST_ROW), default=default.length,
         help="tokens per row (default %(default)s)",
     )  # fmt: skip
     _add_how(parser.add_argument_group("how to measure it"), default)
@@ -121,11 +125,11 @@ def _add_how(how: Any, default: SpectrumSettings) -> None:
         help="wanted bound of each eigenvalue's error, relative to it (default %(default)s)",
     )  # fmt: skip
     how.add_argument(
-        "--max-products", metavar="N", type=count(1), default=default.max_products,
+        "--max-products", metavar="N", type=count(1, 1_000_000), default=default.max_products,
         help="Lanczos steps, at most; it stops as soon as all eigenvalues have converged (default %(default)s)",
     )  # fmt: skip
     how.add_argument(
-        "--basis", metavar="N", type=count(3),
+        "--basis", metavar="N", type=count(3, 100_000),
         help="vectors in memory, each as large as the chosen parameters; Lanczos restarts when they are full "
         "(default: what 10 GiB hold, between 20 and 40 for k of 10)",
     )  # fmt: skip
@@ -135,31 +139,31 @@ def _add_how(how: Any, default: SpectrumSettings) -> None:
     )  # fmt: skip
     how.add_argument("--remat", action="store_true", help="recompute activations in backward passes: less memory")
     how.add_argument(
-        "--probes", metavar="N", type=count(2), default=default.probes, help="random vectors of the density (4)"
+        "--probes",
+        metavar="N",
+        type=count(2, 10_000),
+        default=default.probes,
+        help="random vectors of the density (4)",
     )
     how.add_argument(
-        "--density-steps", metavar="N", type=count(2), default=default.density_steps, help="products per probe (20)"
+        "--density-steps",
+        metavar="N",
+        type=count(2, 10_000),
+        default=default.density_steps,
+        help="products per probe (20)",
     )
     how.add_argument(
         "--block-tokens", metavar="N", type=count(1), default=default.block_tokens,
         help="tokens whose scores the block spectra are of, spread over the text: one backward pass each (32)",
     )  # fmt: skip
     how.add_argument("--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="of the model (float32)")
-    how.add_argument("--seed", metavar="N", type=count(0), default=0, help="start vector, probes, drawn labels (0)")
+    how.add_argument("--seed", metavar="N", type=seed, default=0, help="start vector, probes, drawn labels (0)")
 
 
 def spectrum_settings_from(options: argparse.Namespace) -> SpectrumSettings:
     """Checked settings."""
     refuse_resume_and_overwrite(options)
     settings = SpectrumSettings(**values_for(SpectrumSettings, options))
-    if settings.parameters is not None:
-        try:
-            re.compile(settings.parameters)
-        except re.error as error:
-            raise InputError(
-                f"--parameters {settings.parameters!r} is not a regular expression ({error}); names are like "
-                "layers/attention/q/kernel."
-            ) from None
     ends = " of both ends" if settings.which == "both" else ""
     if settings.max_products < settings.wanted:
         raise InputError(

@@ -8,12 +8,19 @@ from typing import Any
 from fisher_jax.cli.options import (
     add_folder_options,
     add_text_options,
+    refuse_resume_and_overwrite,
+    values_for,
+)
+from fisher_jax.cli.values import (
+    LONGEST_ROW,
+    LONGEST_RUN,
     count,
+    folder,
+    model_source,
     not_negative,
     positive,
-    refuse_resume_and_overwrite,
     seconds,
-    values_for,
+    seed,
 )
 from fisher_jax.errors import InputError
 
@@ -99,37 +106,43 @@ def _add_how(how: Any, default: TrainSettings) -> None:
         help="several optimizers one after the other, from the same weights on the same batches, in one picture",
     )  # fmt: skip
     how.add_argument(
-        "--against", metavar="DIR", nargs="+", type=Path, default=[],
+        "--against", metavar="DIR", nargs="+", type=folder, default=[],
         help="also draw the curves of earlier runs, from their folders",
     )  # fmt: skip
-    how.add_argument("--steps", metavar="N", type=count(1), default=default.steps, help="updates (400)")
+    how.add_argument("--steps", metavar="N", type=count(1, LONGEST_RUN), default=default.steps, help="updates (400)")
     how.add_argument(
         "--learning-rate", metavar="X", type=positive, help="highest rate (default: one for each optimizer)"
     )
     how.add_argument("--weight-decay", metavar="X", type=not_negative, help="default: one for each optimizer")
     how.add_argument("--damping", metavar="X", type=positive, help="of kfac, the first one where it adapts")
     how.add_argument(
-        "--update-freq", metavar="N", type=count(1), default=default.update_freq,
+        "--update-freq", metavar="N", type=count(1, LONGEST_RUN), default=default.update_freq,
         help="steps that share the factors of kfac (10)",
     )  # fmt: skip
     how.add_argument(
         "--batch-size", metavar="N", type=count(1), help="rows per step (32; 8 with --init, or another tokenizer)"
     )
-    how.add_argument("--seq-len", metavar="N", type=count(1), default=default.seq_len, help="tokens per row (64)")
-    how.add_argument("--seed", metavar="N", type=count(0), default=0, help="first weights, order, drawn labels (0)")
+    how.add_argument(
+        "--seq-len", metavar="N", type=count(1, LONGEST_ROW), default=default.seq_len, help="tokens per row (64)"
+    )
+    how.add_argument("--seed", metavar="N", type=seed, default=0, help="first weights, order, drawn labels (0)")
 
 
 def _add_what(what: Any, default: TrainSettings) -> None:
     what.add_argument(
-        "--init", metavar="M",
+        "--init", metavar="M", type=model_source,
         help="go on from the weights of a model instead of random ones: smollm2, a GGUF file or a Hugging Face "
         "folder, such as DIR/model of an earlier run; sizes and tokenizer are its own",
     )  # fmt: skip
-    what.add_argument("--width", metavar="N", type=count(1), default=default.width, help="of a token's vector (64)")
-    what.add_argument("--layers", metavar="N", type=count(1), default=default.layers, help="of the decoder (2)")
-    what.add_argument("--heads", metavar="N", type=count(1), default=default.heads, help="of attention (4)")
     what.add_argument(
-        "--tokenizer", metavar="T", default=default.tokenizer,
+        "--width", metavar="N", type=count(1, 65_536), default=default.width, help="of a token's vector (64)"
+    )
+    what.add_argument(
+        "--layers", metavar="N", type=count(1, 10_000), default=default.layers, help="of the decoder (2)"
+    )
+    what.add_argument("--heads", metavar="N", type=count(1, 65_536), default=default.heads, help="of attention (4)")
+    what.add_argument(
+        "--tokenizer", metavar="T", type=model_source, default=default.tokenizer,
         help="bytes (default), smollm2 (49,152 tokens), or the tokenizer of a GGUF file or Hugging Face folder",
     )  # fmt: skip
     what.add_argument(
@@ -141,7 +154,7 @@ def _add_what(what: Any, default: TrainSettings) -> None:
         help=f"tokens of other documents that the loss is measured on (default {default.held_out_tokens:,})",
     )  # fmt: skip
     what.add_argument(
-        "--eval-every", metavar="N", type=count(1), default=default.eval_every, help="steps between (10)"
+        "--eval-every", metavar="N", type=count(1, LONGEST_RUN), default=default.eval_every, help="steps between (10)"
     )
 
 

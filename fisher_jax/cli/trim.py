@@ -14,9 +14,9 @@ from fisher_jax.cli.compression import Loss, bits_per_byte, difference, measure
 from fisher_jax.cli.corpora import describe_sources
 from fisher_jax.cli.folder import check_writable, write_atomically
 from fisher_jax.cli.held_out import held_out
-from fisher_jax.cli.importance import readable
 from fisher_jax.cli.model_folder import save_model
 from fisher_jax.cli.orderings import orderings
+from fisher_jax.cli.printable import readable
 from fisher_jax.cli.task_state import check_model, read_task
 from fisher_jax.cli.trim_settings import TrimSettings
 from fisher_jax.errors import InputError

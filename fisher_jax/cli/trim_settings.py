@@ -9,10 +9,10 @@ from fisher_jax.cli.options import (
     add_model_folder_options,
     add_model_option,
     add_text_options,
-    count,
     refuse_model_there,
     values_for,
 )
+from fisher_jax.cli.values import count, folder, task_name
 from fisher_jax.errors import InputError
 
 __all__ = ["TrimSettings", "add_trim_options", "trim_settings_from"]
@@ -46,10 +46,12 @@ def add_trim_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--state",
         metavar="DIR",
-        type=Path,
+        type=folder,
         help="folder that `fisher-jax report` wrote for this model: its scores say which tokens matter",
     )
-    what.add_argument("--task", metavar="NAME", help="which task of that folder (default: the only one)")
+    what.add_argument(
+        "--task", metavar="NAME", type=task_name, help="which task of that folder (default: the only one)"
+    )
     what.add_argument(
         "--by",
         choices=ORDERS,
@@ -74,5 +76,5 @@ def trim_settings_from(options: argparse.Namespace) -> TrimSettings:
             f"--by {options.by} needs scores: run `fisher-jax report` on this model first and give its folder with "
             "--state, or choose --by magnitude."
         )
-    refuse_model_there(options)
+    refuse_model_there(options, [options.model, *([options.state] if options.state else [])])
     return TrimSettings(**values_for(TrimSettings, options))

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from fisher_jax.cli import plots, pruning_plots, style
-from fisher_jax.cli.importance import Importance, compare, importance_csv, outliers, readable
+from fisher_jax.cli.importance import Importance, compare, importance_csv, outliers
 from fisher_jax.cli.orderings import orderings
+from fisher_jax.cli.printable import readable
 from fisher_jax.cli.pruning import prune
 
 AWKWARD = [

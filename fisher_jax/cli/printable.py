@@ -1,0 +1,35 @@
+"""Names and tokens as one line of printable characters: what others wrote never reaches a terminal or a page raw."""
+
+import json
+
+__all__ = ["printable", "quoted", "readable", "shortened"]
+
+
+def printable(text: str) -> str:
+    """One line: line breaks, escape sequences, marks of direction, undecodable bytes and the like become `\\x1b`."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def readable(token: str) -> str:
+    """A token on one line with its spaces visible: " Paris" is "␣Paris", a newline "\\n"."""
+    return printable(token.replace("\\", "\\\\").replace(" ", "␣")) or "∅"
+
+
+def quoted(text: str) -> str:
+    """The text as a JSON string of printable characters, from which `json.loads` gives it back."""
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in json.dumps(text, ensure_ascii=False))
+
+
+def shortened(text: str, longest: int = 120) -> str:
+    """The beginning and the end of what is too long for a sentence."""
+    return text if len(text) <= longest else f"{text[: longest * 2 // 3]}…{text[-(longest // 3) :]}"
+
+
+def _escape(character: str) -> str:
+    if character in _NAMED:
+        return _NAMED[character]
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+
+
+_NAMED = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}

@@ -14,7 +14,7 @@ from fisher_jax.cli.packing import Rows
 from fisher_jax.cli.progress import StreamProgress
 from fisher_jax.cli.run_state import Progress, StateStore
 from fisher_jax.cli.settings import Settings
-from fisher_jax.cli.stopping import InterruptedRunError, stop_requests
+from fisher_jax.cli.stopping import stop_requests
 from fisher_jax.errors import RejectedBatchError
 from fisher_jax.models import LanguageModel
 
@@ -41,7 +41,7 @@ def accumulate(
 
     Raises:
         RejectedBatchError: a batch had a non-finite loss; what is saved is the state before it.
-        InterruptedRunError: Ctrl-C or a termination signal, after saving.
+        KeyboardInterrupt: Ctrl-C or a termination signal, after saving.
     """
     step = _make_step(model, settings)
     if state is None:
@@ -63,8 +63,8 @@ def accumulate(
             if stopping or due or progress.finished:
                 store.save(settings.task, state, progress)
                 saved_at = time.monotonic()
-            if stopping and not progress.finished:
-                raise InterruptedRunError
+            if stopping:
+                raise KeyboardInterrupt
     return state
 
 

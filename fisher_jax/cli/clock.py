@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from fisher_jax.cli.stopping import stop_if_requested
+
 __all__ = ["Clock"]
 
 
@@ -19,9 +21,11 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str, sentence: str) -> Iterator[None]:
+        stop_if_requested()
         self.console.print(f"[bold]{name}[/bold]: {sentence}", highlight=False, markup=True)
         started = time.monotonic()
         yield
+        stop_if_requested()
         self.seconds[name] = time.monotonic() - started
 
     @property

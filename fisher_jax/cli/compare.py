@@ -11,11 +11,11 @@ from fisher_jax.cli.clock import Clock
 from fisher_jax.cli.compare_settings import CompareSettings
 from fisher_jax.cli.compare_shift import layer_shift, row_shift
 from fisher_jax.cli.compare_tables import Compared, layers_csv, rows_csv
-from fisher_jax.cli.folder import check_writable, disk_error
 from fisher_jax.cli.layers import columns
 from fisher_jax.cli.pages import write_pages
 from fisher_jax.cli.printable import readable
 from fisher_jax.cli.progress import duration
+from fisher_jax.cli.run_folder import run_folder
 from fisher_jax.cli.task_state import Task, check_model, read_task, split_place, tasks_of
 from fisher_jax.errors import InputError
 from fisher_jax.models import load
@@ -30,7 +30,15 @@ def run(settings: CompareSettings) -> int:
     """Compares, writes the page and prints a summary; the exit code."""
     console = Console(file=sys.stdout, soft_wrap=True)
     clock = Clock(console)
-    check_writable(settings.out)
+    with run_folder(settings.out, interrupted=lambda: "interrupted; give the same command again."):
+        found = compared(settings, clock)
+        with clock.stage("page", "pictures and tables"):
+            write(found)
+    summary(console, found, clock.total)
+    return 0
+
+
+def compared(settings: CompareSettings, clock: Clock) -> Compared:
     with clock.stage("states", " and ".join(settings.reports)):
         a, b = read_both(settings)
         check_alike(a, b)
@@ -45,7 +53,7 @@ def run(settings: CompareSettings) -> int:
     if not missing:
         with clock.stage("layers", "every tensor, attention head and layer"):
             layers = layer_shift(a, b, model)
-    found = Compared(
+    return Compared(
         settings=settings,
         model_name=model.name,
         vocabulary=[readable(model.tokenizer.token_text(i)) for i in range(model.config.vocab_size)],
@@ -57,15 +65,6 @@ def run(settings: CompareSettings) -> int:
         layers_missing=missing or "",
         seconds=clock.seconds,
     )
-    try:
-        with clock.stage("page", "pictures and tables"):
-            write(found)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise disk_error(error, settings.out) from error
-    summary(console, found, clock.total)
-    return 0
 
 
 def read_both(settings: CompareSettings) -> tuple[Task, Task]:

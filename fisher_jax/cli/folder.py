@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from fisher_jax.cli.temporary import temporary_beside
 from fisher_jax.errors import InputError
 
 __all__ = ["check_writable", "disk_error", "write_atomically"]
@@ -41,9 +42,11 @@ def check_writable(folder: Path, *, bytes_needed: int = 0) -> None:
 
 
 def disk_error(error: OSError, folder: Path) -> InputError:
-    """The sentence for a failed write."""
+    """The sentence for a failed write, or for another file that could not be used."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InputError(f"the disk of {folder} is full; free some space or choose another --out.")
+    if isinstance(error.filename, str) and not Path(error.filename).is_relative_to(folder):
+        return InputError(f"{error.filename} cannot be used: {error.strerror or error}.")
     return InputError(f"{folder} cannot be written: {error.strerror or error}; choose another --out.")
 
 
@@ -51,13 +54,13 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
     """Writes beside `path` and renames, so that readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = contents.encode() if isinstance(contents, str) else contents
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as stream:
-        try:
+    temporary = temporary_beside(path)
+    try:
+        with open(temporary, "xb") as stream:
             stream.write(raw)
             stream.flush()
             os.fsync(stream.fileno())
-            os.chmod(stream.name, 0o644)
-            os.replace(stream.name, path)
-        except BaseException:
-            os.unlink(stream.name)
-            raise
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,11 +17,12 @@ from rich.table import Table
 import fisher_jax as fj
 from fisher_jax.cli.compression import Loss, bits_per_byte, difference, measure
 from fisher_jax.cli.corpora import default_task
-from fisher_jax.cli.folder import check_writable, write_atomically
+from fisher_jax.cli.folder import write_atomically
 from fisher_jax.cli.held_out import held_out
 from fisher_jax.cli.merge_settings import MergeSettings
 from fisher_jax.cli.merge_weights import read_weights
-from fisher_jax.cli.model_folder import save_model
+from fisher_jax.cli.model_folder import model_folder, save_model
+from fisher_jax.cli.run_folder import run_folder
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
 from fisher_jax.models.origin import read_origin
@@ -33,7 +35,19 @@ TITLES = {"fisher": "Fisher information", "uniform": "equal weights", "magnitude
 def run(settings: MergeSettings) -> int:
     """Merges, writes, loads what was written and measures it; the exit code."""
     console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
-    check_writable(settings.out)
+    with (
+        run_folder(settings.out, interrupted=lambda: "interrupted; no model was written."),
+        model_folder(settings.out) as incoming,
+    ):
+        merge_and_measure(settings, console, incoming)
+    console.print(
+        f"[bold]written[/bold]: {settings.out}. It loads with fisher_jax.models.load({str(settings.out)!r}), with "
+        f"--model {settings.out} in every command, and in Hugging Face transformers."
+    )
+    return 0
+
+
+def merge_and_measure(settings: MergeSettings, console: Console, incoming: Path) -> None:
     loaded = [read(console, source) for source in settings.models]
     base = None if settings.base is None else read(console, settings.base, " (base)")
     for other in [*loaded[1:], *([] if base is None else [base])]:
@@ -43,20 +57,15 @@ def run(settings: MergeSettings) -> int:
     merged = merge(settings, loaded, base, fishers)
     params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), merged)
     origin = read_origin(settings.models[0])
-    save_model(settings.out, loaded[0].config, params, loaded[0].tokenizer, origin)
-    console.print(f"[bold]written[/bold]: {settings.out}, in {settings.dtype}")
+    save_model(incoming, loaded[0].config, params, loaded[0].tokenizer, origin)
+    console.print(f"[bold]merged[/bold]: in {settings.dtype}")
     content = {
         "models": {source: model.fingerprint for source, model in zip(settings.models, loaded, strict=True)},
         **{name: getattr(settings, name) for name in ("states", "base", "by", "weights", "floor", "scale")},
     }
     if texts:
-        content["bits_per_byte"] = evaluate(settings, console, loaded, base, texts)
-    write_atomically(settings.out / "merge.json", json.dumps(content, indent=1) + "\n")
-    console.print(
-        f"It loads with fisher_jax.models.load({str(settings.out)!r}), with --model {settings.out} in every command, "
-        "and in Hugging Face transformers."
-    )
-    return 0
+        content["bits_per_byte"] = evaluate(settings, console, incoming, loaded, base, texts)
+    write_atomically(incoming / "merge.json", json.dumps(content, indent=1) + "\n")
 
 
 def read(console: Console, source: str, what: str = "") -> LanguageModel:
@@ -124,6 +133,7 @@ def texts_of(settings: MergeSettings, model: LanguageModel, sources: Sequence[st
 def evaluate(
     settings: MergeSettings,
     console: Console,
+    folder: Path,
     loaded: Sequence[LanguageModel],
     base: LanguageModel | None,
     texts: dict[str, list[str]],
@@ -131,7 +141,7 @@ def evaluate(
     """{model: {text: bits per byte}}, printed as a table with the differences that matter."""
     number = sum(map(len, texts.values()))
     console.print(f"[bold]loss[/bold]: {number} held-out documents of {' and '.join(texts)}")
-    written = load(settings.out, dtype=settings.dtype)
+    written = load(folder, dtype=settings.dtype)
     models = dict(zip(settings.models, loaded, strict=True))
     if base is not None and settings.base is not None:
         models[f"{settings.base} (base)"] = base

@@ -1,14 +1,53 @@
 """A model that a command made from another one, as a Hugging Face folder with what the other one's files say."""
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fisher_jax.cli.folder import disk_error, write_atomically
+from fisher_jax.cli.temporary import temporary_beside
 from fisher_jax.models import DecoderConfig, Tokenizer, save
 from fisher_jax.models.origin import Origin
 
-__all__ = ["save_model"]
+__all__ = ["model_folder", "save_model"]
+
+_CONFIG = "config.json"  # without it no folder is taken for a model
+_OF_AN_EARLIER_MODEL = (
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "tokenizer*.json",
+    "special_tokens_map.json", "generation_config.json", "chat_template.*", "trim.json", "merge.json",
+)  # fmt: skip
+
+
+@contextmanager
+def model_folder(out: Path) -> Iterator[Path]:
+    """An empty folder for the files of a model, which get to `out` when all of them are there.
+
+    An error or an interruption leaves `out` as it was. A process killed while the files move leaves a folder without
+    ``config.json``, which is not a model.
+    """
+    incoming = temporary_beside(out / _CONFIG)
+    incoming.mkdir(parents=True)
+    try:
+        yield incoming
+        for path in incoming.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        _move(incoming, out)
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
+
+
+def _move(incoming: Path, out: Path) -> None:
+    (out / _CONFIG).unlink(missing_ok=True)
+    for pattern in _OF_AN_EARLIER_MODEL:
+        for path in out.glob(pattern):
+            path.unlink()
+    for path in sorted(incoming.iterdir(), key=lambda path: path.name == _CONFIG):  # last
+        os.replace(path, out / path.name)
 
 
 def save_model(folder: Path, config: DecoderConfig, params: Any, tokenizer: Tokenizer, origin: Origin) -> None:

@@ -12,7 +12,7 @@ from fisher_jax.cli.accumulate import accumulate, hidden_and_targets
 from fisher_jax.cli.clock import Clock
 from fisher_jax.cli.corpora import describe_sources, documents
 from fisher_jax.cli.findings import Findings, lead, title
-from fisher_jax.cli.folder import check_writable, disk_error
+from fisher_jax.cli.folder import check_writable
 from fisher_jax.cli.importance import compare, importance, importance_csv
 from fisher_jax.cli.layers import columns, layers_csv, read_layers
 from fisher_jax.cli.orderings import orderings
@@ -21,10 +21,10 @@ from fisher_jax.cli.pages import write_pages
 from fisher_jax.cli.printable import readable
 from fisher_jax.cli.progress import StreamProgress
 from fisher_jax.cli.pruning import PruningResult, prune
+from fisher_jax.cli.run_folder import run_folder
 from fisher_jax.cli.run_state import Progress, StateStore
 from fisher_jax.cli.sections import blocks
 from fisher_jax.cli.settings import Settings
-from fisher_jax.cli.stopping import InterruptedRunError
 from fisher_jax.cli.summary import summary
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
@@ -42,9 +42,16 @@ def run(settings: Settings) -> int:
     """Measures, writes the report and prints a summary; the exit code."""
     console = Console(file=sys.stdout, soft_wrap=True)
     clock = Clock(console)
-    check_writable(settings.out)
-    store = StateStore(settings.out)
-    store.check_before_loading(settings)
+    store: StateStore | None = None
+    with run_folder(settings.out, interrupted=lambda: _after_interrupt(store, settings)):
+        store = StateStore(settings.out)
+        store.check_before_loading(settings)
+        found = _measure_and_write(settings, console, clock, store)
+    summary(console, found, clock.total)
+    return 0
+
+
+def _measure_and_write(settings: Settings, console: Console, clock: Clock, store: StateStore) -> Findings:
     with clock.stage("model", settings.model):
         model = load(settings.model, dtype=settings.dtype)
         console.print(f"  {model.name}: vocabulary {model.config.vocab_size:,}, width {model.config.width:,}")
@@ -62,35 +69,23 @@ def run(settings: Settings) -> int:
         text_names=list(settings.text),
     )
     progress, state = store.start_or_resume(settings, fresh)
-    try:
-        arrays = _stream(console, clock, settings, model, packed.stream, store, progress, state)
-        found = _findings(clock, settings, model, packed, store, progress, arrays)
-        with clock.stage("report", "pictures and tables"):
-            _write(settings.out, found)
-    except InterruptedRunError:
-        console.print(
-            f"stopped after batch {progress.batches_done} of {progress.num_batches}; the state is saved in "
-            f"{store.path}. Give the same command with --resume to go on."
-        )
-        return 130
-    except KeyboardInterrupt:
-        console.print(_after_interrupt(store, settings))
-        return 130
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise disk_error(error, settings.out) from error
-    summary(console, found, clock.total)
-    return 0
+    arrays = _stream(console, clock, settings, model, packed.stream, store, progress, state)
+    found = _findings(clock, settings, model, packed, store, progress, arrays)
+    with clock.stage("report", "pictures and tables"):
+        _write(settings.out, found)
+    return found
 
 
-def _after_interrupt(store: StateStore, settings: Settings) -> str:
-    saved = store.tasks.get(settings.task)
-    if saved is None:
+def _after_interrupt(store: StateStore | None, settings: Settings) -> str:
+    saved = None if store is None else store.tasks.get(settings.task)
+    if store is None or saved is None:
         return "interrupted before the first checkpoint; nothing was saved."
     if saved.finished:
         return "interrupted after measuring; give the same command again to write the report."
-    return f"interrupted; {saved.batches_done} of {saved.num_batches} batches are saved, --resume goes on with them."
+    return (
+        f"stopped after batch {saved.batches_done} of {saved.num_batches}; the state is saved in {store.path}. Give "
+        "the same command with --resume to go on."
+    )
 
 
 def _check_fits(settings: Settings, model: LanguageModel) -> None:

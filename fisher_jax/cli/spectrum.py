@@ -16,10 +16,11 @@ from fisher_jax.cli import spectrum_sections as sections
 from fisher_jax.cli.clock import Clock
 from fisher_jax.cli.corpora import describe_sources, documents
 from fisher_jax.cli.earlier_run import refuse_difference, refuse_misuse
-from fisher_jax.cli.folder import check_writable, disk_error, write_atomically
+from fisher_jax.cli.folder import check_writable, write_atomically
 from fisher_jax.cli.packing import Rows, longest_document, pack
 from fisher_jax.cli.pages import write_pages
 from fisher_jax.cli.progress import duration
+from fisher_jax.cli.run_folder import run_folder
 from fisher_jax.cli.spectrum_measure import (
     Measured,
     basis_size,
@@ -33,6 +34,7 @@ from fisher_jax.cli.spectrum_measure import (
 )
 from fisher_jax.cli.spectrum_sections import SpectrumFindings
 from fisher_jax.cli.spectrum_settings import SpectrumSettings
+from fisher_jax.cli.temporary import temporary_beside
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
 from fisher_jax.models.layout import flatten, unflatten
@@ -69,44 +71,45 @@ class _Run:
             write_atomically(self._facts, json.dumps(facts, indent=1))
 
     def drop(self) -> None:
+        """In one step, so that a run killed here has all of it or nothing."""
         if self.folder.exists():
-            shutil.rmtree(self.folder)
+            aside = temporary_beside(self.folder)
+            self.folder.rename(aside)
+            shutil.rmtree(aside)
+
+    def after_interrupt(self) -> str:
+        if self.state.exists():
+            return "interrupted; the same command with --resume goes on from the last save."
+        self.drop()
+        return "interrupted before anything was saved; --save-every saves along the way."
 
 
 def run(settings: SpectrumSettings) -> int:
     """Measures, writes the pages and prints the table; the exit code."""
     console, errors = Console(file=sys.stdout, soft_wrap=True), Console(stderr=True, soft_wrap=True)
     clock = Clock(console)
-    check_writable(settings.out)
     kept = _Run(settings)
-    kept.check_before_loading()
+    with run_folder(settings.out, interrupted=kept.after_interrupt):
+        kept.check_before_loading()
+        found = _measure_and_write(settings, console, errors, clock, kept)
+        kept.drop()
+    _summary(console, found, clock.total)
+    return 0
+
+
+def _measure_and_write(
+    settings: SpectrumSettings, console: Console, errors: Console, clock: Clock, kept: _Run
+) -> SpectrumFindings:  # fmt: skip
     with clock.stage("model", settings.model):
         model = load(settings.model, dtype=settings.dtype)
         chosen = _chosen(settings, model, console)
     with clock.stage("text", describe_sources(settings.text)):
         rows = _rows(settings, model)
         console.print(f"  {rows.num_targets:,} tokens of {len(rows.names):,} documents in {len(rows.lengths)} rows")
-    try:
-        found = _measure(settings, console, errors, clock, kept, model, rows, chosen)
-        with clock.stage("pages", "pictures and tables"):
-            _write(settings.out, found)
-        kept.drop()
-    except KeyboardInterrupt:
-        saved = kept.state.exists()
-        console.print(
-            "interrupted; the same command with --resume goes on from the last save."
-            if saved
-            else "interrupted before anything was saved; --save-every saves along the way."
-        )
-        if not saved:
-            kept.drop()
-        return 130
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise disk_error(error, settings.out) from error
-    _summary(console, found, clock.total)
-    return 0
+    found = _measure(settings, console, errors, clock, kept, model, rows, chosen)
+    with clock.stage("pages", "pictures and tables"):
+        _write(settings.out, found)
+    return found
 
 
 def _chosen(settings: SpectrumSettings, model: LanguageModel, console: Console) -> dict[str, bool]:

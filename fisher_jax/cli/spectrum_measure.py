@@ -18,6 +18,7 @@ from fisher_jax.cli.packing import Rows
 from fisher_jax.cli.patterns import matching
 from fisher_jax.cli.spectrum_progress import ProductProgress
 from fisher_jax.cli.spectrum_settings import SpectrumSettings
+from fisher_jax.cli.stopping import stop_requests
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel
 from fisher_jax.models.layout import flatten, unflatten
@@ -113,14 +114,29 @@ def eigenvalues_of(
     folder: Path,
     save_every: int,
 ) -> Measured:
-    """The ends of the spectrum, saved in ``folder`` along the way where that is wanted."""
-    with ProductProgress(console, settings.max_products) as display:
-        apply = display.counting(matvec)
+    """The ends of the spectrum, saved in ``folder`` along the way and when a signal ends the run, if that is wanted.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or a termination signal, after saving.
+    """
+    with ProductProgress(console, settings.max_products) as display, stop_requests() as stop_requested:
+        count, stopping = display.counting(matvec), False
+
+        def due(steps: int) -> bool:
+            nonlocal stopping
+            stopping = stop_requested()
+            return stopping or steps % save_every == 0
+
+        def apply(v: Tree) -> Tree:
+            if stopping:
+                raise KeyboardInterrupt
+            return count(v)
+
         found = fj.lanczos(
             apply, like, num_steps=settings.max_products, num_eigenvalues=settings.k,
             which=settings.which, key=jax.random.key(settings.seed), max_basis=basis_size(settings, dimension),
-            tol=settings.tol, jit=False, resume=settings.resume,
-            save=folder if save_every else None, save_every=save_every or 1,
+            tol=settings.tol, jit=False, resume=settings.resume, save=folder if save_every else None,
+            save_every=due,
         )  # fmt: skip
         if len(display.seconds) < 2:  # resumed at the end: the one product has compiled, and another is timed
             apply(jax.tree.map(jnp.zeros_like, like))

@@ -11,10 +11,10 @@ from rich.text import Text as Styled
 from fisher_jax.cli import train_sections as sections
 from fisher_jax.cli.clock import Clock
 from fisher_jax.cli.corpora import describe_sources
-from fisher_jax.cli.folder import check_writable, disk_error
+from fisher_jax.cli.folder import check_writable
 from fisher_jax.cli.pages import write_pages
 from fisher_jax.cli.progress import duration
-from fisher_jax.cli.stopping import InterruptedRunError
+from fisher_jax.cli.run_folder import run_folder
 from fisher_jax.cli.train_data import Text, read_text
 from fisher_jax.cli.train_model import Start, start_of, write_model
 from fisher_jax.cli.train_optimizers import TITLES, describe
@@ -36,9 +36,17 @@ def run(settings: TrainSettings) -> int:
     """Trains, writes the pages and prints the table; the exit code."""
     console = Console(file=sys.stdout, soft_wrap=True)
     clock = Clock(console)
-    check_writable(settings.out)
-    runs = settings.runs()
-    stores = _stores(settings, runs)
+    stores: list[TrainStore] = []
+    with run_folder(settings.out, interrupted=lambda: _after_interrupt(stores)):
+        stores += _stores(settings, settings.runs())
+        found = _train_and_write(settings, console, clock, stores)
+    _summary(console, found, clock.total)
+    return 0
+
+
+def _train_and_write(
+    settings: TrainSettings, console: Console, clock: Clock, stores: list[TrainStore]
+) -> TrainFindings:  # fmt: skip
     earlier = [found for folder in settings.against for found in read_earlier(folder)]
     start = _start(settings, console, clock)
     with clock.stage("text", describe_sources(settings.text)):
@@ -48,28 +56,21 @@ def run(settings: TrainSettings) -> int:
     _check_comparable(earlier, text)
     ours = [
         (each, store, _progress(each, store, text, parameters, start))
-        for each, store in zip(runs, stores, strict=True)
+        for each, store in zip(settings.runs(), stores, strict=True)
     ]
-    at: TrainStore | None = None
-    try:
-        for each, at, progress in ours:
-            _train_one(each, console, clock, start, text, at, progress)
-        with clock.stage("pages", "pictures and tables"):
-            found = TrainFindings(settings, start, text, _curves(ours, earlier), clock.seconds)
-            _write(found)
-    except InterruptedRunError:
-        assert at is not None
-        console.print(f"stopped; the state is saved in {at.path}. Give the same command with --resume to go on.")
-        return 130
-    except KeyboardInterrupt:
-        console.print("interrupted; what was saved before is kept, and --resume goes on from it.")
-        return 130
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise disk_error(error, settings.out) from error
-    _summary(console, found, clock.total)
-    return 0
+    for each, store, progress in ours:
+        _train_one(each, console, clock, start, text, store, progress)
+    with clock.stage("pages", "pictures and tables"):
+        found = TrainFindings(settings, start, text, _curves(ours, earlier), clock.seconds)
+        _write(found)
+    return found
+
+
+def _after_interrupt(stores: list[TrainStore]) -> str:
+    saved = [store.path for store in stores if store.path.exists()]
+    if not saved:
+        return "interrupted before the first checkpoint; nothing was saved."
+    return f"stopped; the state is saved in {saved[-1]}. Give the same command with --resume to go on."
 
 
 def _start(settings: TrainSettings, console: Console, clock: Clock) -> Start:

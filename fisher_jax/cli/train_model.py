@@ -1,14 +1,13 @@
 """The model of a training run: a small Llama of random weights, or any model that `load` reads, to go on with."""
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from fisher_jax import models
-from fisher_jax.cli.model_folder import save_model
+from fisher_jax.cli.model_folder import model_folder, save_model
 from fisher_jax.cli.train_data import tokenizer_for
 from fisher_jax.cli.train_settings import TrainSettings
 from fisher_jax.errors import InputError
@@ -80,8 +79,5 @@ def first_params(config: DecoderConfig, seed: int) -> Any:
 
 def write_model(folder: Path, start: Start, params: Any) -> None:
     """A Hugging Face folder, complete before an earlier one goes."""
-    incoming = folder.with_name(f".{folder.name}-incoming")
-    shutil.rmtree(incoming, ignore_errors=True)
-    save_model(incoming, start.config, params, start.tokenizer, start.origin)
-    shutil.rmtree(folder, ignore_errors=True)
-    incoming.replace(folder)
+    with model_folder(folder) as incoming:
+        save_model(incoming, start.config, params, start.tokenizer, start.origin)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import fisher_jax as fj
 from fisher_jax.cli.progress import duration
-from fisher_jax.cli.stopping import InterruptedRunError, stop_requests
+from fisher_jax.cli.stopping import stop_requests
 from fisher_jax.cli.train_data import Text
 from fisher_jax.cli.train_model import Start
 from fisher_jax.cli.train_optimizers import build
@@ -41,7 +41,7 @@ def train(
 
     Raises:
         RejectedBatchError: the loss or the parameters are not finite; what is saved is a state before it.
-        InterruptedRunError: Ctrl-C or a termination signal, after saving.
+        KeyboardInterrupt: Ctrl-C or a termination signal, after saving.
     """
     apply_fn = from_config(start.config).apply
     tokens, mask = text.batch(settings, 0)
@@ -89,8 +89,8 @@ def _loop(settings, console, text, store, progress, state, step, held_out_loss) 
             if stopping or due or progress.finished:
                 store.save(state, progress)
                 saved_at = time.monotonic()
-            if stopping and not progress.finished:
-                raise InterruptedRunError
+            if stopping:
+                raise KeyboardInterrupt
     return state["params"]
 
 

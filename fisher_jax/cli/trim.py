@@ -1,5 +1,6 @@
 """`fisher-jax trim` from start to end: a smaller model on disk, and what that costs."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ from rich.console import Console
 import fisher_jax as fj
 from fisher_jax.cli.compression import Loss, bits_per_byte, difference, measure
 from fisher_jax.cli.corpora import describe_sources
-from fisher_jax.cli.folder import check_writable, write_atomically
+from fisher_jax.cli.folder import write_atomically
 from fisher_jax.cli.held_out import held_out
-from fisher_jax.cli.model_folder import save_model
+from fisher_jax.cli.model_folder import model_folder, save_model
 from fisher_jax.cli.orderings import orderings
 from fisher_jax.cli.printable import readable
+from fisher_jax.cli.run_folder import run_folder
 from fisher_jax.cli.task_state import check_model, read_task
 from fisher_jax.cli.trim_settings import TrimSettings
 from fisher_jax.errors import InputError
@@ -38,7 +40,19 @@ NAMES = {
 def run(settings: TrimSettings) -> int:
     """Cuts, writes, loads what was written and measures it; the exit code."""
     console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
-    check_writable(settings.out)
+    with (
+        run_folder(settings.out, interrupted=lambda: "interrupted; no model was written."),
+        model_folder(settings.out) as incoming,
+    ):
+        trim(settings, console, incoming)
+    console.print(
+        f"[bold]written[/bold]: {settings.out}. It loads with fisher_jax.models.load({str(settings.out)!r}), with "
+        f"--model {settings.out} in every command, and in Hugging Face transformers."
+    )
+    return 0
+
+
+def trim(settings: TrimSettings, console: Console, incoming: Path) -> None:
     task = None if settings.state is None else read_task(settings.state, settings.task)
     console.print(f"[bold]model[/bold]: {settings.model}")
     model = load(settings.model)
@@ -55,9 +69,9 @@ def run(settings: TrimSettings) -> int:
         f"[bold]cut[/bold]: {len(kept):,} of {vocabulary.size:,} tokens stay, by {NAMES[settings.by]}; among them "
         f"{len(vocabulary.required):,} single bytes and special tokens, so every text that could be encoded still can"
     )
-    write(settings, model, trimmed, kept)
-    written = load(settings.out, dtype=settings.dtype)
-    console.print(f"[bold]written[/bold]: {settings.out}, {describe(written)}, {folder_size(settings.out)}")
+    write(settings, incoming, model, trimmed, kept)
+    written = dataclasses.replace(load(incoming, dtype=settings.dtype), name=settings.out.resolve().name)
+    console.print(f"  {describe(written)}, {folder_size(incoming)}")
     largest = largest_difference(model, written, kept, texts)
     console.print(
         f"  on {settings.dtype} weights read back: logits of the kept tokens differ by at most {largest:.1e} from "
@@ -76,12 +90,7 @@ def run(settings: TrimSettings) -> int:
         "model": model.fingerprint,
         "kept_token_ids": kept.tolist(),
     }
-    write_atomically(settings.out / "trim.json", json.dumps(content) + "\n")
-    console.print(
-        f"It loads with fisher_jax.models.load({str(settings.out)!r}), with --model {settings.out} in every command, "
-        "and in Hugging Face transformers."
-    )
-    return 0
+    write_atomically(incoming / "trim.json", json.dumps(content) + "\n")
 
 
 def describe(model: LanguageModel) -> str:
@@ -117,10 +126,12 @@ def check_texts(model: LanguageModel, trimmed: LanguageModel, texts: list[str]) 
             raise InputError("the smaller tokenizer does not give back a held-out text; please report this")
 
 
-def write(settings: TrimSettings, model: LanguageModel, trimmed: LanguageModel, kept: np.ndarray) -> None:
+def write(
+    settings: TrimSettings, folder: Path, model: LanguageModel, trimmed: LanguageModel, kept: np.ndarray
+) -> None:  # fmt: skip
     origin = read_origin(settings.model).renumbered(kept)
     params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), trimmed.params)
-    save_model(settings.out, trimmed.config, params, trimmed.tokenizer, origin)
+    save_model(folder, trimmed.config, params, trimmed.tokenizer, origin)
 
 
 def largest_difference(model: LanguageModel, written: LanguageModel, kept: np.ndarray, texts: list[str]) -> float:

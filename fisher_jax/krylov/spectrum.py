@@ -39,7 +39,7 @@ def lanczos(
     basis_dtype: Any = None,
     jit: bool = True,
     save: Any = None,
-    save_every: int = 10,
+    save_every: int | Callable[[int], bool] = 10,
     resume: bool = False,
 ) -> Spectrum:
     """Eigenvalues at the ends of the spectrum of a symmetric operator, with bounds that include rounding.
@@ -87,6 +87,7 @@ def lanczos(
             ``4e-3 beta``, which the verification sees. ``None``: that of the leaves, at least float32.
         jit: ``False`` for a ``matvec`` that cannot be traced, such as a sum over a data iterator.
         save: a folder for ``fj.checkpoint``, written every ``save_every`` steps.
+        save_every: a number, or a function that is asked after each step, with how many there are, whether to save.
         resume: go on from ``save``; the result has the bits of an uninterrupted run.
 
     Returns:
@@ -112,6 +113,7 @@ def lanczos(
     rules = process.rules_for(layout, matvec_dtype, basis_dtype)
     plan = Plan(num_eigenvalues, which, tol, verify)
     apply = product(matvec, layout, jit)
+    due = save_every if callable(save_every) else lambda steps: steps % save_every == 0
     facts = {
         "kind": "lanczos", "which": which, "num_eigenvalues": num_eigenvalues, "max_basis": rows, "tol": tol,
         "basis": str(basis_dtype and jnp.dtype(basis_dtype)), "on_host": host, "matvec_dtype": rules.matvec_dtype,
@@ -131,7 +133,7 @@ def lanczos(
         elif check_every is not None and _due(state, plan, check_every) and _all_converged(state, plan):
             break
         state = process.step(state, apply, rules)
-        if save is not None and state.steps % save_every == 0:
+        if save is not None and due(state.steps):
             checkpoint.save(save, _saved(state), metadata=facts)
     return summarise(state, plan, rules, apply, eigenvectors)
 

@@ -77,7 +77,9 @@ def test_every_odd_value_in_the_facts_of_a_report_is_refused_or_means_what_it_sa
     for path, value, facts in _mutated(saved):
         tried += 1
         out = tmp_path / "out"
-        fj.checkpoint.save(_folder(out), {"first": 0}, metadata=facts if isinstance(facts, dict) else {"tasks": facts})
+        fj.checkpoint.save(
+            _folder(out), {"first": 0}, metadata=facts if isinstance(facts, dict) else {"tasks": facts}
+        )
         try:
             tasks = StateStore(out).tasks
         except InputError:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from fisher_jax.cli.stopping import stop_if_requested
+from fisher_jax.cli.terminal import headed
 
 __all__ = ["Clock"]
 
@@ -22,7 +23,7 @@ class Clock:
     @contextmanager
     def stage(self, name: str, sentence: str) -> Iterator[None]:
         stop_if_requested()
-        self.console.print(f"[bold]{name}[/bold]: {sentence}", highlight=False, markup=True)
+        self.console.print(headed(name, sentence))
         started = time.monotonic()
         yield
         stop_if_requested()

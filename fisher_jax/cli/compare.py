@@ -1,7 +1,5 @@
 """`fisher-jax compare` from start to end: two tasks of reports in, a page with what changed out."""
 
-import sys
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,10 +11,11 @@ from fisher_jax.cli.compare_shift import layer_shift, row_shift
 from fisher_jax.cli.compare_tables import Compared, layers_csv, rows_csv
 from fisher_jax.cli.layers import columns
 from fisher_jax.cli.pages import write_pages
-from fisher_jax.cli.printable import readable
+from fisher_jax.cli.printable import printable
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.run_folder import run_folder
 from fisher_jax.cli.task_state import Task, check_model, read_task, split_place, tasks_of
+from fisher_jax.cli.terminal import Terminal
 from fisher_jax.errors import InputError
 from fisher_jax.models import load
 
@@ -28,7 +27,7 @@ _SHARED = ("--unit", "--seq-len", "--dtype")
 
 def run(settings: CompareSettings) -> int:
     """Compares, writes the page and prints a summary; the exit code."""
-    console = Console(file=sys.stdout, soft_wrap=True)
+    console = Terminal()
     clock = Clock(console)
     with run_folder(settings.out, interrupted=lambda: "interrupted; give the same command again."):
         found = compared(settings, clock)
@@ -56,7 +55,7 @@ def compared(settings: CompareSettings, clock: Clock) -> Compared:
     return Compared(
         settings=settings,
         model_name=model.name,
-        vocabulary=[readable(model.tokenizer.token_text(i)) for i in range(model.config.vocab_size)],
+        tokens=[model.tokenizer.token_text(i) for i in range(model.config.vocab_size)],
         tasks=(a, b),
         names=names,
         rows=rows,
@@ -151,6 +150,6 @@ def summary(console: Console, found: Compared, seconds: float) -> None:
         console.print()
     lines = [*sections.notes(found), sections.lead(found), f"took {duration(seconds)}"]
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
     path = (found.settings.out / "compare.html").resolve()
-    console.print(Text.assemble("page: ", (str(path), "bold")), soft_wrap=True)
+    console.print(Text.assemble("page: ", (printable(str(path)), "bold")))

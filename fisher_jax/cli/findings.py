@@ -1,12 +1,14 @@
 """Everything one run found out, and its answer in a few sentences."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from fisher_jax.cli.importance import Comparison, Importance
 from fisher_jax.cli.layers import MODEL, Layers
 from fisher_jax.cli.packing import Packed
+from fisher_jax.cli.printable import readable
 from fisher_jax.cli.pruning import Curve, PruningResult
 from fisher_jax.cli.settings import Settings
 
@@ -20,7 +22,7 @@ class Findings:
     settings: Settings
     model_name: str
     tied: bool
-    vocabulary: list[str]  # readable tokens by id
+    tokens: list[str]  # by id, as they are in the text
     packed: Packed
     main: Importance
     other: Importance
@@ -33,6 +35,11 @@ class Findings:
     layer_comparisons: list[tuple[str, Layers]] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     rate: float = 0.0  # streamed tokens per second
+
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        """Readable tokens by id."""
+        return [readable(token) for token in self.tokens]
 
 
 def title(found: Findings) -> str:

@@ -4,6 +4,7 @@ import base64
 from html import escape
 
 from fisher_jax.cli.blocks import Block, Heading, Paragraph, Picture, Table
+from fisher_jax.cli.printable import printable
 
 __all__ = ["render"]
 
@@ -44,13 +45,13 @@ def render(title: str, lead: str, blocks: list[Block]) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{escape(title)}</title>
+<title>{_escape(title)}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
 <main>
-<h1>{escape(title)}</h1>
-<p class="lead">{escape(lead)}</p>
+<h1>{_escape(title)}</h1>
+<p class="lead">{_escape(lead)}</p>
 {body}
 </main>
 </body>
@@ -58,12 +59,17 @@ def render(title: str, lead: str, blocks: list[Block]) -> str:
 """
 
 
+def _escape(text: str) -> str:
+    """One line of plain text."""
+    return escape(printable(text))
+
+
 def _block(block: Block) -> str:
     match block:
         case Heading(text):
-            return f"<h2>{escape(text)}</h2>"
+            return f"<h2>{_escape(text)}</h2>"
         case Paragraph(text):
-            return f"<p>{escape(text)}</p>"
+            return f"<p>{_escape(text)}</p>"
         case Picture():
             return _picture(block)
         case Table():
@@ -74,17 +80,17 @@ def _picture(picture: Picture) -> str:
     light, dark = ("data:image/png;base64," + base64.b64encode(raw).decode() for raw in (picture.light, picture.dark))
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img alt="{escape(picture.alt)}" src="{light}"></picture></figure>'
+        f'<img alt="{_escape(picture.alt)}" src="{light}"></picture></figure>'
     )
 
 
 def _table(table: Table) -> str:
     def cells(tag: str, row: list[str]) -> str:
         return "".join(
-            f"<{tag}{' class=left' if i < table.left else ''}>{escape(text)}</{tag}>" for i, text in enumerate(row)
+            f"<{tag}{' class=left' if i < table.left else ''}>{_escape(text)}</{tag}>" for i, text in enumerate(row)
         )
 
-    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
+    caption = f"<caption>{_escape(table.caption)}</caption>" if table.caption else ""
     head = f"<thead><tr>{cells('th', table.header)}</tr></thead>" if table.header else ""
     rows = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
     return f'<div class="scroll"><table>{caption}{head}\n<tbody>\n{rows}\n</tbody></table></div>'

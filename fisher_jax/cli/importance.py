@@ -1,10 +1,10 @@
 """The numbers a report is about: importance of every vocabulary row with its interval, and tasks compared."""
 
-import csv
-import io
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from fisher_jax.cli.csv_text import csv_text
 
 __all__ = ["Comparison", "Importance", "compare", "importance", "importance_csv", "outliers"]
 
@@ -59,14 +59,14 @@ def importance(arrays: dict[str, Any], kind: str, level: float) -> Importance:
 
 
 def importance_csv(result: Importance, tokens: list[str]) -> str:
-    """One line per vocabulary row, most important first."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["token_id", "token", "count", "mean", "standard_error", "lower", "upper"])
-    for row in result.order.tolist():
-        numbers = (result.mean[row], result.error[row], result.lower[row], result.upper[row])
-        writer.writerow([row, tokens[row], int(result.counts[row]), *(f"{number:.9g}" for number in numbers)])
-    return stream.getvalue()
+    """One line per vocabulary row, most important first; tokens as they are in the text, as JSON strings."""
+    header = ["token_id", "token", "count", "mean", "standard_error", "lower", "upper"]
+    columns = (result.mean, result.error, result.lower, result.upper)
+    rows = (
+        [row, tokens[row], int(result.counts[row]), *(f"{column[row]:.9g}" for column in columns)]
+        for row in result.order.tolist()
+    )
+    return csv_text(header, rows)
 
 
 def outliers(result: Importance, *, minimum_count: int = 5) -> np.ndarray:

@@ -1,7 +1,5 @@
 """Every layer: squared scores of all parameters from one backward pass, summed over the parts of the model."""
 
-import csv
-import io
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fisher_jax as fj
+from fisher_jax.cli.csv_text import csv_text
 from fisher_jax.cli.settings import Settings
 from fisher_jax.estimator import FisherEstimator
 from fisher_jax.models import DecoderConfig, LanguageModel
@@ -148,14 +147,12 @@ def layers_csv(found: Layers) -> str:
 
     `statistic` is the sum over the `parameters` of the tensor (or of its part) of squared scores per token.
     """
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["path", "layer", "part", "head", "statistic", "lower", "upper", "parameters"])
+    rows: list[list[object]] = []
     chosen = [*found.tensors.items(), *found.heads.items(), *((node, found.parts[node]) for node in several(found)),
               *found.wholes.items()]  # fmt: skip
     for path, values in chosen:
         for index in np.ndindex(values.mean.shape):
             layer, head = (*index, "", "")[:2]
             numbers = (f"{x[index]:.9g}" for x in values[:3])
-            writer.writerow([path, layer, part_name(path), head, *numbers, int(values.parameters[index])])
-    return stream.getvalue()
+            rows.append([path, layer, part_name(path), head, *numbers, int(values.parameters[index])])
+    return csv_text(["path", "layer", "part", "head", "statistic", "lower", "upper", "parameters"], rows)

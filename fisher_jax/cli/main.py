@@ -31,7 +31,7 @@ def _run(arguments: Sequence[str] | None, signals: StopSignals) -> int:
             raise KeyboardInterrupt
         return code
     except InterruptedRunError as stopped:
-        print(stopped)
+        print(printable(str(stopped)))
         return EXIT_CODE
     except BaseException as error:
         # What a signal raised may come out of an import or a callback as another error.

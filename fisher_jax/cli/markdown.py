@@ -1,10 +1,11 @@
 """The report as Markdown, with its pictures in `figures/`."""
 
 from fisher_jax.cli.blocks import Block, Heading, Paragraph, Picture, Table
+from fisher_jax.cli.printable import printable
 
 __all__ = ["render"]
 
-_SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_[]<>|#$~"})
+_SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_[]<>|#$~&"})
 
 
 def render(title: str, lead: str, blocks: list[Block]) -> str:
@@ -14,7 +15,7 @@ def render(title: str, lead: str, blocks: list[Block]) -> str:
 
 
 def _escape(text: str) -> str:
-    return text.translate(_SPECIAL)
+    return printable(text).translate(_SPECIAL)
 
 
 def _block(block: Block) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -22,7 +21,9 @@ from fisher_jax.cli.held_out import held_out
 from fisher_jax.cli.merge_settings import MergeSettings
 from fisher_jax.cli.merge_weights import read_weights
 from fisher_jax.cli.model_folder import model_folder, save_model
+from fisher_jax.cli.printable import printable
 from fisher_jax.cli.run_folder import run_folder
+from fisher_jax.cli.terminal import Terminal, headed
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
 from fisher_jax.models.origin import read_origin
@@ -34,15 +35,18 @@ TITLES = {"fisher": "Fisher information", "uniform": "equal weights", "magnitude
 
 def run(settings: MergeSettings) -> int:
     """Merges, writes, loads what was written and measures it; the exit code."""
-    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    console = Terminal()
     with (
         run_folder(settings.out, interrupted=lambda: "interrupted; no model was written."),
         model_folder(settings.out) as incoming,
     ):
         merge_and_measure(settings, console, incoming)
     console.print(
-        f"[bold]written[/bold]: {settings.out}. It loads with fisher_jax.models.load({str(settings.out)!r}), with "
-        f"--model {settings.out} in every command, and in Hugging Face transformers."
+        headed(
+            "written",
+            f"{settings.out}. It loads with fisher_jax.models.load({str(settings.out)!r}), with --model "
+            f"{settings.out} in every command, and in Hugging Face transformers.",
+        )
     )
     return 0
 
@@ -58,7 +62,7 @@ def merge_and_measure(settings: MergeSettings, console: Console, incoming: Path)
     params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), merged)
     origin = read_origin(settings.models[0])
     save_model(incoming, loaded[0].config, params, loaded[0].tokenizer, origin)
-    console.print(f"[bold]merged[/bold]: in {settings.dtype}")
+    console.print(headed("merged", f"in {settings.dtype}"))
     content = {
         "models": {source: model.fingerprint for source, model in zip(settings.models, loaded, strict=True)},
         **{name: getattr(settings, name) for name in ("states", "base", "by", "weights", "floor", "scale")},
@@ -69,7 +73,7 @@ def merge_and_measure(settings: MergeSettings, console: Console, incoming: Path)
 
 
 def read(console: Console, source: str, what: str = "") -> LanguageModel:
-    console.print(f"[bold]model[/bold]{what}: {source}")
+    console.print(headed(f"model{what}", source))
     return load(source)
 
 
@@ -97,7 +101,7 @@ def weights_of(
     settings: MergeSettings, console: Console, loaded: Sequence[LanguageModel], base: LanguageModel | None
 ) -> list[Any]:
     """A tree for each model: what its parameters weigh."""
-    console.print(f"[bold]weights[/bold]: {TITLES[settings.by]}")
+    console.print(headed("weights", TITLES[settings.by]))
     if settings.by == "uniform":
         return [equal(model.params) for model in loaded]
     if settings.by == "magnitude":
@@ -140,7 +144,7 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """{model: {text: bits per byte}}, printed as a table with the differences that matter."""
     number = sum(map(len, texts.values()))
-    console.print(f"[bold]loss[/bold]: {number} held-out documents of {' and '.join(texts)}")
+    console.print(headed("loss", f"{number} held-out documents of {' and '.join(texts)}"))
     written = load(folder, dtype=settings.dtype)
     models = dict(zip(settings.models, loaded, strict=True))
     if base is not None and settings.base is not None:
@@ -156,7 +160,7 @@ def evaluate(
         table.add_column(name, justify="right" if i else "left")
     for name, of in told.items():
         values = [*of.values(), *([float(np.mean(list(of.values())))] if len(of) > 1 else [])]
-        table.add_row(name, *(f"{x:.4f}" for x in values))
+        table.add_row(printable(name), *(f"{x:.4f}" for x in values))
     console.print(table)
     *others, last = losses
     for name in others:

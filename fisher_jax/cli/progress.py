@@ -5,8 +5,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.text import Text
+
+from fisher_jax.cli.terminal import Words
 
 __all__ = ["Live", "StreamProgress", "TimeLeft", "duration"]
 
@@ -63,7 +65,7 @@ class Live:
         due = now or time_now - self._last_line > _SECONDS_BETWEEN_LINES
         if due and not self._console.is_terminal:
             self._last_line = time_now
-            self._console.print(f"  {line}", highlight=False)
+            self._console.print(f"  {line}")
 
 
 class StreamProgress(Live):
@@ -79,11 +81,11 @@ class StreamProgress(Live):
         super().__init__(
             console,
             total_tokens,
-            TextColumn("streaming"),
+            Words("streaming"),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:,.0f} / {task.total:,.0f} tokens"),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("{task.fields[loss]}"),
+            Words("{task.completed:,.0f} / {task.total:,.0f} tokens"),
+            Words("{task.fields[rate]}"),
+            Words("{task.fields[loss]}"),
             TimeLeft(),
             done=done_tokens,
             rate="compiling",

@@ -1,11 +1,11 @@
 """`fisher-jax report` from start to end."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
 import fisher_jax as fj
 from fisher_jax.cli.accumulate import accumulate, hidden_and_targets
@@ -18,7 +18,6 @@ from fisher_jax.cli.layers import columns, layers_csv, read_layers
 from fisher_jax.cli.orderings import orderings
 from fisher_jax.cli.packing import Packed, Rows, longest_document, pack
 from fisher_jax.cli.pages import write_pages
-from fisher_jax.cli.printable import readable
 from fisher_jax.cli.progress import StreamProgress
 from fisher_jax.cli.pruning import PruningResult, prune
 from fisher_jax.cli.run_folder import run_folder
@@ -26,6 +25,7 @@ from fisher_jax.cli.run_state import Progress, StateStore
 from fisher_jax.cli.sections import blocks
 from fisher_jax.cli.settings import Settings
 from fisher_jax.cli.summary import summary
+from fisher_jax.cli.terminal import Terminal
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
 
@@ -40,7 +40,7 @@ FIGURE_PREFIXES = ("layers-", "importance-", "most-", "least-", "pruning-", "tas
 
 def run(settings: Settings) -> int:
     """Measures, writes the report and prints a summary; the exit code."""
-    console = Console(file=sys.stdout, soft_wrap=True)
+    console = Terminal()
     clock = Clock(console)
     store: StateStore | None = None
     with run_folder(settings.out, interrupted=lambda: _after_interrupt(store, settings)):
@@ -58,7 +58,7 @@ def _measure_and_write(settings: Settings, console: Console, clock: Clock, store
     _check_fits(settings, model)
     with clock.stage("text", describe_sources(settings.text)):
         packed = _pack(settings, model)
-        console.print(f"  {packed.choice}", highlight=False)
+        console.print(f"  {packed.choice}")
         _warn_about_intervals(console, settings, packed)
     fresh = Progress(
         settings=settings.fixed(),
@@ -113,9 +113,12 @@ def _pack(settings: Settings, model: LanguageModel) -> Packed:
 def _warn_about_intervals(console: Console, settings: Settings, packed: Packed) -> None:
     if settings.unit == "document" and len(packed.stream.names) < 2:
         console.print(
-            "  [yellow]note[/yellow]: one document gives no intervals; give more files, --split-documents "
-            "blank-line, or --unit sequence",
-            highlight=False,
+            Text.assemble(
+                "  ",
+                ("note", "yellow"),
+                ": one document gives no intervals; give more files, --split-documents blank-line, or --unit "
+                "sequence",
+            )
         )
 
 
@@ -169,7 +172,7 @@ def _findings(
         settings=settings,
         model_name=model.name,
         tied=model.config.tied,
-        vocabulary=[readable(model.tokenizer.token_text(i)) for i in range(model.config.vocab_size)],
+        tokens=[model.tokenizer.token_text(i) for i in range(model.config.vocab_size)],
         packed=packed,
         main=main,
         other=other,
@@ -224,7 +227,7 @@ def _prune(
 
 def _write(out: Path, found: Findings) -> None:
     tables = {
-        "importance.csv": importance_csv(found.main, found.vocabulary),
+        "importance.csv": importance_csv(found.main, found.tokens),
         "layers.csv": None if found.layers is None else layers_csv(found.layers),
     }
     write_pages(out, "report", (title(found), lead(found)), blocks(found), tables, FIGURE_PREFIXES)

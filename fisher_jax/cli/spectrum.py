@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from fisher_jax.cli.earlier_run import refuse_difference, refuse_misuse
 from fisher_jax.cli.folder import check_writable, write_atomically
 from fisher_jax.cli.packing import Rows, longest_document, pack
 from fisher_jax.cli.pages import write_pages
+from fisher_jax.cli.printable import printable
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.run_folder import run_folder
 from fisher_jax.cli.spectrum_measure import (
@@ -35,6 +35,7 @@ from fisher_jax.cli.spectrum_measure import (
 from fisher_jax.cli.spectrum_sections import SpectrumFindings
 from fisher_jax.cli.spectrum_settings import SpectrumSettings
 from fisher_jax.cli.temporary import temporary_beside
+from fisher_jax.cli.terminal import Terminal
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
 from fisher_jax.models.layout import flatten, unflatten
@@ -86,7 +87,7 @@ class _Run:
 
 def run(settings: SpectrumSettings) -> int:
     """Measures, writes the pages and prints the table; the exit code."""
-    console, errors = Console(file=sys.stdout, soft_wrap=True), Console(stderr=True, soft_wrap=True)
+    console, errors = Terminal(), Terminal(stderr=True)
     clock = Clock(console)
     kept = _Run(settings)
     with run_folder(settings.out, interrupted=kept.after_interrupt):
@@ -123,7 +124,7 @@ def _chosen(settings: SpectrumSettings, model: LanguageModel, console: Console) 
     dimension = sum(sizes.values())
     if settings.k > dimension:
         raise InputError(f"--k {settings.k} is more than the {dimension} entries of the chosen parameters.")
-    console.print(f"  {model.name}: {dimension:,} parameters in {len(sizes)} tensors", highlight=False)
+    console.print(f"  {model.name}: {dimension:,} parameters in {len(sizes)} tensors")
     return chosen
 
 
@@ -223,7 +224,7 @@ def _summary(console: Console, found: SpectrumFindings, seconds: float) -> None:
     console.print(table)
     console.print()
     for name, value in sections.facts(found):
-        console.print(f"{name}: {value}", highlight=False, markup=False)
-    console.print(f"took {duration(seconds)}", highlight=False)
+        console.print(f"{name}: {value}")
+    console.print(f"took {duration(seconds)}")
     path = (found.settings.out / "spectrum.html").resolve()
-    console.print(Text.assemble("spectrum: ", (str(path), "bold")), soft_wrap=True)
+    console.print(Text.assemble("spectrum: ", (printable(str(path)), "bold")))

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn
 
 from fisher_jax.cli.progress import Live, duration
+from fisher_jax.cli.terminal import Words
 
 __all__ = ["ProductProgress", "short_time"]
 
@@ -25,9 +26,9 @@ class ProductProgress(Live):
     def __init__(self, console: Console, at_most: int, exact: bool = False):
         self._total = f"of {at_most:,}" if exact else f"of at most {at_most:,}"
         self.seconds: list[float] = []
-        said = TextColumn("{task.fields[said]}")
+        said = Words("{task.fields[said]}")
         super().__init__(
-            console, at_most, TextColumn("products"), BarColumn(bar_width=24), said, transient=True, said="compiling"
+            console, at_most, Words("products"), BarColumn(bar_width=24), said, transient=True, said="compiling"
         )
 
     def counting(self, matvec: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -1,10 +1,7 @@
 # ruff: noqa: RUF001 -- signs of mathematics are what they look like
 """What the page of a spectrum says, in plain words, and its tables as CSV."""
 
-import csv
-import io
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +10,7 @@ import numpy as np
 from fisher_jax.cli import spectrum_plots as plots
 from fisher_jax.cli.blocks import Block, Heading, Paragraph, Table
 from fisher_jax.cli.corpora import describe_sources
+from fisher_jax.cli.csv_text import csv_text
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.spectrum_measure import Measured, Passes
 from fisher_jax.cli.spectrum_progress import short_time
@@ -274,7 +272,7 @@ def eigenvalues_csv(found: SpectrumFindings) -> str:
     s, k = found.spectrum.found, found.settings.k
     ends = ["largest" if i < k else "smallest" for i in range(len(s.eigenvalues))]
     rows = zip(ends, range(len(ends)), s.eigenvalues, s.residuals, s.converged, strict=True)
-    return _csv(
+    return csv_text(
         ["end", "rank", "eigenvalue", "error_bound", "converged"],
         ([end, i % k + 1, repr(float(x)), repr(float(bound)), int(good)] for end, i, x, bound, good in rows),
     )
@@ -287,7 +285,7 @@ def density_csv(found: SpectrumFindings) -> str:
     for sign in ("positive", "negative"):
         columns += [curves[sign].mean(0), curves[sign].std(0, ddof=1) / math.sqrt(len(curves[sign]))]
     header = ["log10_size", "positive_per_decade", "positive_error", "negative_per_decade", "negative_error"]
-    return _csv(header, ([repr(float(x)) for x in row] for row in zip(*columns, strict=True)))
+    return csv_text(header, ([repr(float(x)) for x in row] for row in zip(*columns, strict=True)))
 
 
 def blocks_csv(found: SpectrumFindings) -> str:
@@ -306,12 +304,4 @@ def blocks_csv(found: SpectrumFindings) -> str:
             values = " ".join(f"{value:.6g}" for value in x.eigenvalues)
             capacity = [getattr(x.capacity, field) for field in fields]
             rows.append([name, "" if layer is None else layer, x.num_parameters, x.num_scores, *capacity, values])
-    return _csv(["tensor", "layer", "parameters", "scores", *fields, "eigenvalues"], rows)
-
-
-def _csv(header: list[str], rows: Iterable[list]) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return stream.getvalue()
+    return csv_text(["tensor", "layer", "parameters", "scores", *fields, "eigenvalues"], rows)

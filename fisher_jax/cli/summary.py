@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fisher_jax.cli.findings import Findings, verdict, where
+from fisher_jax.cli.printable import printable
 from fisher_jax.cli.progress import duration
 
 __all__ = ["summary"]
@@ -43,6 +44,6 @@ def summary(console: Console, found: Findings, seconds: float) -> None:
     ]
     lines.append(f"took {duration(seconds)}, streaming at {found.rate:,.0f} tokens per second")
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
     path = (found.settings.out / "report.html").resolve()
-    console.print(Text.assemble("report: ", (str(path), "bold")), soft_wrap=True)
+    console.print(Text.assemble("report: ", (printable(str(path)), "bold")))

@@ -1,6 +1,5 @@
 """`fisher-jax train` from start to end."""
 
-import sys
 from typing import Any
 
 import jax
@@ -13,8 +12,10 @@ from fisher_jax.cli.clock import Clock
 from fisher_jax.cli.corpora import describe_sources
 from fisher_jax.cli.folder import check_writable
 from fisher_jax.cli.pages import write_pages
+from fisher_jax.cli.printable import printable
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.run_folder import run_folder
+from fisher_jax.cli.terminal import Terminal, headed
 from fisher_jax.cli.train_data import Text, read_text
 from fisher_jax.cli.train_model import Start, start_of, write_model
 from fisher_jax.cli.train_optimizers import TITLES, describe
@@ -34,7 +35,7 @@ _BYTES_PER_PARAMETER = 2 * 40
 
 def run(settings: TrainSettings) -> int:
     """Trains, writes the pages and prints the table; the exit code."""
-    console = Console(file=sys.stdout, soft_wrap=True)
+    console = Terminal()
     clock = Clock(console)
     stores: list[TrainStore] = []
     with run_folder(settings.out, interrupted=lambda: _after_interrupt(stores)):
@@ -51,7 +52,7 @@ def _train_and_write(
     start = _start(settings, console, clock)
     with clock.stage("text", describe_sources(settings.text)):
         text = read_text(settings, start.tokenizer)
-        console.print(f"  {sections.text_words(text)}", highlight=False)
+        console.print(f"  {sections.text_words(text)}")
     parameters = _describe_model(settings, console, start.config)
     _check_comparable(earlier, text)
     ours = [
@@ -78,7 +79,7 @@ def _start(settings: TrainSettings, console: Console, clock: Clock) -> Start:
         return start_of(settings)
     with clock.stage("start", settings.init):
         start = start_of(settings)
-        console.print(f"  from the weights of {start.model}", highlight=False)
+        console.print(f"  from the weights of {start.model}")
     return start
 
 
@@ -95,10 +96,12 @@ def _describe_model(settings: TrainSettings, console: Console, config: DecoderCo
     parameters = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
     check_writable(settings.out, bytes_needed=_BYTES_PER_PARAMETER * parameters * max(len(settings.compare), 1))
     console.print(
-        f"[bold]model[/bold]: {parameters:,} parameters: {config.num_layers} layers of width {config.width}, "
-        f"{config.num_heads} heads, vocabulary {config.vocab_size:,}; {settings.batch_size} rows of "
-        f"{settings.seq_len} tokens in a step",
-        highlight=False,
+        headed(
+            "model",
+            f"{parameters:,} parameters: {config.num_layers} layers of width {config.width}, {config.num_heads} "
+            f"heads, vocabulary {config.vocab_size:,}; {settings.batch_size} rows of {settings.seq_len} tokens in a "
+            "step",
+        )
     )
     return parameters
 
@@ -165,8 +168,8 @@ def _summary(console: Console, found: TrainFindings, seconds: float) -> None:
     console.print(table)
     console.print()
     for line in sections.comparisons(found):
-        console.print(line, highlight=False, markup=False)
-    console.print(f"took {duration(seconds)}", highlight=False)
+        console.print(line)
+    console.print(f"took {duration(seconds)}")
     models = [str(each.out / "model") for each in found.settings.runs()]
-    console.print(f"{'model' if len(models) == 1 else 'models'}: {', '.join(models)}", highlight=False)
-    console.print(Styled.assemble("page: ", (str((found.settings.out / "train.html").resolve()), "bold")))
+    console.print(f"{'model' if len(models) == 1 else 'models'}: {', '.join(models)}")
+    console.print(Styled.assemble("page: ", (printable(str((found.settings.out / "train.html").resolve())), "bold")))

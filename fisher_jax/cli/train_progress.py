@@ -3,9 +3,10 @@
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn
 
 from fisher_jax.cli.progress import Live, TimeLeft, duration
+from fisher_jax.cli.terminal import Words
 
 __all__ = ["TrainDisplay"]
 
@@ -18,8 +19,8 @@ class TrainDisplay(Live):
         self._started = time.monotonic()
         self._held_out = ""
         super().__init__(
-            console, steps, TextColumn("step {task.completed:,.0f} / {task.total:,.0f}"), BarColumn(bar_width=20),
-            TextColumn("{task.fields[said]}"), TimeLeft(), done=done, said="", left=None,
+            console, steps, Words("step {task.completed:,.0f} / {task.total:,.0f}"), BarColumn(bar_width=20),
+            Words("{task.fields[said]}"), TimeLeft(), done=done, said="", left=None,
         )  # fmt: skip
 
     def evaluated(self, loss: float) -> None:

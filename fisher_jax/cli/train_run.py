@@ -55,7 +55,7 @@ def train(
     started = time.monotonic()
     step = _compiled(settings, apply_fn, tx, (state, tokens, mask, np.int32(0)))
     progress.compile_seconds = time.monotonic() - started
-    console.print(f"  compiled in {duration(progress.compile_seconds)}", highlight=False)
+    console.print(f"  compiled in {duration(progress.compile_seconds)}")
     held_out_loss = _evaluation(apply_fn, text, settings.batch_size)
     if not progress.points:
         progress.points.append(Point(0, 0, 0.0, None, held_out_loss(state["params"])))

@@ -1,13 +1,12 @@
 """What the page of a training run says, in plain words, and its curve as CSV."""
 
-import csv
-import io
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from fisher_jax.cli.blocks import Block, Heading, Paragraph, Table
 from fisher_jax.cli.corpora import describe_sources
+from fisher_jax.cli.csv_text import csv_text
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.style import picture
 from fisher_jax.cli.train_data import Text
@@ -170,16 +169,29 @@ def _method(found: TrainFindings) -> list[Block]:
 
 
 def curve_csv(found: TrainFindings) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        ["run", "optimizer", "step", "tokens", "seconds", "train_loss", "held_out_loss", "held_out_bits_per_byte"]
-    )
+    header = [
+        "run",
+        "optimizer",
+        "step",
+        "tokens",
+        "seconds",
+        "train_loss",
+        "held_out_loss",
+        "held_out_bits_per_byte",
+    ]
+    rows: list[list[object]] = []
     for curve in found.curves:
         for point in curve.progress.points:
             train = "" if point.train_loss is None else repr(point.train_loss)
             losses = [train, repr(point.held_out_loss), repr(found.bits_per_nat * point.held_out_loss)]
-            writer.writerow(
-                [curve.folder, curve.progress.optimizer, point.step, point.tokens, f"{point.seconds:.3f}", *losses]
+            rows.append(
+                [
+                    curve.folder,
+                    curve.progress.optimizer,
+                    point.step,
+                    point.tokens,
+                    f"{point.seconds:.3f}",
+                    *losses,
+                ]
             )
-    return stream.getvalue()
+    return csv_text(header, rows)

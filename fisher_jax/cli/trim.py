@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 import fisher_jax as fj
 from fisher_jax.cli.compression import Loss, bits_per_byte, difference, measure
@@ -20,6 +18,7 @@ from fisher_jax.cli.orderings import orderings
 from fisher_jax.cli.printable import readable
 from fisher_jax.cli.run_folder import run_folder
 from fisher_jax.cli.task_state import check_model, read_task
+from fisher_jax.cli.terminal import Terminal, headed
 from fisher_jax.cli.trim_settings import TrimSettings
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
@@ -39,22 +38,25 @@ NAMES = {
 
 def run(settings: TrimSettings) -> int:
     """Cuts, writes, loads what was written and measures it; the exit code."""
-    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    console = Terminal()
     with (
         run_folder(settings.out, interrupted=lambda: "interrupted; no model was written."),
         model_folder(settings.out) as incoming,
     ):
         trim(settings, console, incoming)
     console.print(
-        f"[bold]written[/bold]: {settings.out}. It loads with fisher_jax.models.load({str(settings.out)!r}), with "
-        f"--model {settings.out} in every command, and in Hugging Face transformers."
+        headed(
+            "written",
+            f"{settings.out}. It loads with fisher_jax.models.load({str(settings.out)!r}), with --model "
+            f"{settings.out} in every command, and in Hugging Face transformers.",
+        )
     )
     return 0
 
 
-def trim(settings: TrimSettings, console: Console, incoming: Path) -> None:
+def trim(settings: TrimSettings, console: Terminal, incoming: Path) -> None:
     task = None if settings.state is None else read_task(settings.state, settings.task)
-    console.print(f"[bold]model[/bold]: {settings.model}")
+    console.print(headed("model", settings.model))
     model = load(settings.model)
     console.print(f"  {describe(model)}")
     if task is not None:
@@ -66,8 +68,12 @@ def trim(settings: TrimSettings, console: Console, incoming: Path) -> None:
     trimmed = cut_model(model, kept)
     check_texts(model, trimmed, texts)
     console.print(
-        f"[bold]cut[/bold]: {len(kept):,} of {vocabulary.size:,} tokens stay, by {NAMES[settings.by]}; among them "
-        f"{len(vocabulary.required):,} single bytes and special tokens, so every text that could be encoded still can"
+        headed(
+            "cut",
+            f"{len(kept):,} of {vocabulary.size:,} tokens stay, by {NAMES[settings.by]}; among them "
+            f"{len(vocabulary.required):,} single bytes and special tokens, so every text that could be encoded "
+            "still can",
+        )
     )
     write(settings, incoming, model, trimmed, kept)
     written = dataclasses.replace(load(incoming, dtype=settings.dtype), name=settings.out.resolve().name)
@@ -77,7 +83,7 @@ def trim(settings: TrimSettings, console: Console, incoming: Path) -> None:
         f"  on {settings.dtype} weights read back: logits of the kept tokens differ by at most {largest:.1e} from "
         "those of the whole model"
     )
-    console.print(f"[bold]loss[/bold]: {len(texts)} held-out documents of {describe_sources(settings.text)}")
+    console.print(headed("loss", f"{len(texts)} held-out documents of {describe_sources(settings.text)}"))
     before, after = measure(model, texts), measure(written, texts)
     result = summary(before, after)
     for line in told(result):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 
 import numpy as np
 import pytest
@@ -63,10 +64,10 @@ def test_different_tokens_look_different():
 
 
 def test_csv_survives_commas_quotes_and_line_breaks():
-    result, tokens = _importance(len(AWKWARD)), [readable(token) for token in AWKWARD]
-    rows = list(csv.reader(io.StringIO(importance_csv(result, tokens))))
+    result = _importance(len(AWKWARD))
+    rows = list(csv.reader(io.StringIO(importance_csv(result, AWKWARD))))
     assert {len(row) for row in rows} == {7}
-    assert {row[1] for row in rows[1:]} == set(tokens)
+    assert {json.loads(row[1]) for row in rows[1:]} == set(AWKWARD)
     assert [int(row[0]) for row in rows[1:]] == result.order.tolist()
 
 

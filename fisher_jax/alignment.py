@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from fisher_jax import welford
+from fisher_jax.jax_internals import is_traced
 from fisher_jax.moments import Moments
 from fisher_jax.moving_average import MovingAverage
 
@@ -61,7 +62,7 @@ def check_alike(a: Tree, b: Tree, one: str, other: str, *, shapes: bool = True) 
 def check_not_negative(tree: Tree, what: str) -> None:
     """Raise where a concrete array has a negative or NaN entry; inside ``jit`` nothing can be seen."""
     for name, x in named_leaves(tree):
-        if isinstance(x, jax.core.Tracer) or not np.size(x):
+        if is_traced(x) or not np.size(x):
             continue
         with jax.ensure_compile_time_eval():
             smallest = float(jnp.min(jnp.asarray(x)))

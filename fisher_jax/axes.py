@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax.jax_internals import broadcast_axes, named_axes, permutation
 from fisher_jax.provenance import Segment, Step, Use
 
 __all__ = ["Atom", "UntraceableError", "in_leaf_order", "roles_of_leaf", "trace_axes"]
@@ -60,20 +61,20 @@ def _through(segment: Segment, axes: Axes, taken: set[int]) -> Axes:
 
 
 def _step(step: Step, axes: Axes, taken: set[int]) -> Axes:
-    name, params = step.eqn.primitive.name, step.eqn.params
+    name = step.eqn.primitive.name
     before = tuple(step.eqn.invars[0].aval.shape)
     after = tuple(step.eqn.outvars[step.output].aval.shape)
     if name == "transpose":
-        return [axes[i] for i in params["permutation"]]
+        return [axes[i] for i in permutation(step.eqn)]
     if name == "broadcast_in_dim":
-        places = {to: i for i, to in enumerate(params["broadcast_dimensions"])}
+        places = {to: i for i, to in enumerate(broadcast_axes(step.eqn))}
         return [axes[places[i]] if i in places else () for i in range(len(after))]
     if name == "squeeze":
-        gone = {i % len(before) for i in params["dimensions"]}
+        gone = set(named_axes(step.eqn))
         taken |= {atom.axis for i in gone for atom in axes[i] if not atom.whole}
         return [atoms for i, atoms in enumerate(axes) if i not in gone]
     if name == "expand_dims":
-        added = {i % len(after) for i in params["dimensions"]}
+        added = set(named_axes(step.eqn))
         rest = iter(axes)
         return [() if i in added else next(rest) for i in range(len(after))]
     if name == "reshape":

@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array
 
 from fisher_jax.alignment import check_alike, check_not_negative, per_parameter, values_of, wide
+from fisher_jax.jax_internals import is_traced
 from fisher_jax.pruning import prune_mask
 
 __all__ = [
@@ -177,7 +178,7 @@ def project_away(tree: Tree, fisher: Any, fraction: float, *, scope: str = "glob
 
 def _free(tree: Tree, fisher: Tree, fraction: float, scope: str) -> Tree:
     """True where a coordinate may move."""
-    if isinstance(fraction, jax.core.Tracer) or not 0 <= fraction <= 1:
+    if is_traced(fraction) or not 0 <= fraction <= 1:
         raise ValueError(f"fraction is the share to protect, a static number in [0, 1], found {fraction}")
     check_not_negative(fisher, "the Fisher")
     spread = per_parameter(fisher, tree)

@@ -5,6 +5,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax.jax_internals import contraction
 from fisher_jax.provenance import Use
 
 __all__ = ["matrices", "operand_axes"]
@@ -12,7 +13,7 @@ __all__ = ["matrices", "operand_axes"]
 
 def operand_axes(use: Use) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Axes of the operand of a dense use, in `matrices`' order: kept apart (batch), inputs (contracted), outputs."""
-    contracted, batch = (tuple(sides[use.index]) for sides in use.options["dimension_numbers"])
+    contracted, batch = (sides[use.index] for sides in contraction(use.options))
     outputs = tuple(i for i in range(len(use.operand.shape)) if i not in (*contracted, *batch))
     return batch, contracted, outputs
 
@@ -25,7 +26,7 @@ def matrices(use: Use, inputs: tuple[Array, ...], cotangents: Array) -> tuple[Ar
     """
     (x,) = inputs
     other = 1 - use.index
-    contracted, batch = (tuple(sides[other]) for sides in use.options["dimension_numbers"])
+    contracted, batch = (sides[other] for sides in contraction(use.options))
     free = [i for i in range(x.ndim) if i not in (*contracted, *batch)]
     _, _, outputs = operand_axes(use)
     a = jnp.transpose(x, (*batch, *free, *contracted))

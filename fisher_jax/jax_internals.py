@@ -6,8 +6,8 @@ none asks for a version. `tests/core/test_jax_internals.py` has one small progra
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 __all__ = [
-    "Body", "Loop", "Remat", "abstract", "bind", "called", "has_constants", "inside", "is_literal", "loop", "opened",
-    "rematerialised", "run", "stacked", "unstacked", "user_line", "zeros",
+    "Body", "Contraction", "Convolution", "Lookup", "Loop", "Remat", "abstract", "bind", "broadcast_axes",
+    "called", "contraction", "convolution", "has_constants", "inside", "is_literal", "is_traced", "lookup",
+    "loop", "named_axes", "opened", "permutation", "rematerialised", "run", "slice_bounds", "stacked",
+    "unstacked", "user_line", "zeros",
 ]  # fmt: skip
 
 _JAX = os.path.dirname(jax.__file__) + os.sep
@@ -71,6 +73,11 @@ def run(body: Body, values: Sequence[Any]) -> list:
 def is_literal(atom: Any) -> bool:
     """Whether an operand is a number written into the program."""
     return isinstance(atom, jaxpr_core.Literal)
+
+
+def is_traced(x: Any) -> bool:
+    """Whether an array has no value yet, inside of ``jax.jit`` and other transformations."""
+    return isinstance(x, jax.core.Tracer)
 
 
 def called(eqn: Any) -> Any:
@@ -142,6 +149,97 @@ def bind(eqn: Any, values: list) -> list:
     with eqn.ctx.manager:
         outs = eqn.primitive.bind(*functions, *values, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def permutation(eqn: Any) -> tuple[int, ...]:
+    """Of a ``transpose``: for each axis of the result the axis that it was."""
+    return tuple(eqn.params["permutation"])
+
+
+def broadcast_axes(eqn: Any) -> tuple[int, ...]:
+    """Of a ``broadcast_in_dim``: for each axis of the operand the axis of the result that it becomes."""
+    return tuple(eqn.params["broadcast_dimensions"])
+
+
+def named_axes(eqn: Any) -> tuple[int, ...]:
+    """Axes a ``squeeze`` removes (of the operand), an ``expand_dims`` adds (of the result) or a ``rev`` flips."""
+    ndim = max(len(x.aval.shape) for x in (eqn.invars[0], eqn.outvars[0]))
+    return tuple(i % ndim for i in eqn.params["dimensions"])
+
+
+def slice_bounds(eqn: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
+    """Of a ``slice``: start, limit and stride of each axis; no strides where all are 1."""
+    return eqn.params["start_indices"], eqn.params["limit_indices"], eqn.params["strides"]
+
+
+class Contraction(NamedTuple):
+    """Axes of a ``dot_general``, for its first and its second operand."""
+
+    contracted: tuple[tuple[int, ...], tuple[int, ...]]
+    batch: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def contraction(options: Mapping[str, Any]) -> Contraction:
+    """Which axes a ``dot_general`` contracts and which it keeps apart; its options are those of the equation."""
+    contracted, batch = options["dimension_numbers"]
+    return Contraction(*((tuple(left), tuple(right)) for left, right in (contracted, batch)))
+
+
+class Lookup(NamedTuple):
+    """A ``gather``.
+
+    Attributes:
+        axes: of the operand, that indices point into.
+        whole: whether whole slices along one axis are picked, and that axis goes, as in an embedding.
+        offset: axes of the output that are those of a slice; the others are those of the indices.
+        clips: whether an index out of range means the nearest row.
+    """
+
+    axes: tuple[int, ...]
+    whole: bool
+    offset: tuple[int, ...]
+    clips: bool
+
+
+def lookup(options: Mapping[str, Any], operand: tuple[int, ...]) -> Lookup:
+    """What a ``gather`` picks from an operand of this shape."""
+    numbers, sizes = options["dimension_numbers"], options["slice_sizes"]
+    axes = tuple(numbers.start_index_map)
+    whole = len(axes) == 1 and axes == tuple(numbers.collapsed_slice_dims) and not numbers.operand_batching_dims
+    whole = whole and all(sizes[i] == n for i, n in enumerate(operand) if i != axes[0])
+    return Lookup(axes, whole, tuple(numbers.offset_dims), options["mode"] == jax.lax.GatherScatterMode.CLIP)
+
+
+class Convolution(NamedTuple):
+    """A ``conv_general_dilated``.
+
+    Attributes:
+        numbers: ``jax.lax.ConvDimensionNumbers``.
+        inputs, kernel, outputs: axes in the order batch, channels, space; of the kernel outputs, inputs, window.
+        groups, batch_groups: ``feature_group_count`` and ``batch_group_count``.
+        strides, padding, input_dilation, kernel_dilation: by axis of space.
+    """
+
+    numbers: Any
+    inputs: tuple[int, ...]
+    kernel: tuple[int, ...]
+    outputs: tuple[int, ...]
+    groups: int
+    batch_groups: int
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    input_dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+
+
+def convolution(options: Mapping[str, Any]) -> Convolution:
+    """Axes, groups and window of a ``conv_general_dilated``."""
+    numbers = options["dimension_numbers"]
+    specs = (tuple(numbers.lhs_spec), tuple(numbers.rhs_spec), tuple(numbers.out_spec))
+    names = (
+        "feature_group_count", "batch_group_count", "window_strides", "padding", "lhs_dilation", "rhs_dilation",
+    )  # fmt: skip
+    return Convolution(numbers, *specs, *(options[name] for name in names))
 
 
 def user_line(eqn: Any) -> str:

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from fisher_jax import welford
 from fisher_jax.alignment import beside, check_alike, check_not_negative, named_leaves, values_of, wide
+from fisher_jax.jax_internals import is_traced
 
 __all__ = ["merge_params", "merge_task_vectors", "shrunk_mean"]
 
@@ -140,7 +141,7 @@ def scales_of(params_list: Sequence[Tree], scales: Sequence[float] | None) -> li
         return [1.0] * len(params_list)
     if len(scales) != len(params_list):
         raise ValueError(f"{len(params_list)} models need as many scales, found {len(scales)}")
-    known = [x for x in scales if not isinstance(x, jax.core.Tracer)]
+    known = [x for x in scales if not is_traced(x)]
     for i, scale in enumerate(known):
         if not 0 <= scale < float("inf"):
             raise ValueError(f"scale {i} is {scale}; scales are not negative")

@@ -7,6 +7,8 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from fisher_jax.jax_internals import is_traced
+
 __all__ = ["Place", "automatic", "laid_out", "places", "replicated", "spread", "with_all_rows"]
 
 
@@ -29,7 +31,7 @@ def places(arrays: list) -> tuple[Place, ...]:
     """
 
     def place(x: Any) -> Place:
-        sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+        sharding = None if is_traced(x) else getattr(x, "sharding", None)
         if not isinstance(sharding, NamedSharding) or AxisType.Explicit in sharding.mesh.axis_types:
             return None
         return NamedSharding(sharding.mesh, sharding.spec)
@@ -63,9 +65,9 @@ def replicated(x: Array) -> Array:
 
 def spread(tree: Any, like: Any) -> Any:
     """A concrete tree on all devices of the mesh that ``like`` is on, where it is on one."""
-    placed = (getattr(x, "sharding", None) for x in jax.tree.leaves(like) if not isinstance(x, jax.core.Tracer))
+    placed = (getattr(x, "sharding", None) for x in jax.tree.leaves(like) if not is_traced(x))
     mesh = next((s.mesh for s in placed if isinstance(s, NamedSharding)), None)
-    if mesh is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+    if mesh is None or any(is_traced(x) for x in jax.tree.leaves(tree)):
         return tree
 
     def put(x):

@@ -14,6 +14,7 @@ from fisher_jax import groups as groups_room
 from fisher_jax.axes import UntraceableError, roles_of_leaf
 from fisher_jax.groups import Group, Heads
 from fisher_jax.heads import by_heads
+from fisher_jax.jax_internals import is_traced
 from fisher_jax.provenance import Spec
 
 __all__ = ["Grouping", "groupings", "sizes"]
@@ -259,7 +260,7 @@ def as_sharded(found: list[Grouping | None], params: Tree, like: Tree) -> Tree:
 
 
 def _sharded(one: Grouping, x: Any, shape: Tree) -> Tree:
-    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    sharding = None if is_traced(x) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or one.keep is None or not isinstance(shape, jax.ShapeDtypeStruct):
         return shape
     spec = [*sharding.spec, *(None for _ in range(x.ndim - len(sharding.spec)))]

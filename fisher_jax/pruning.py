@@ -14,6 +14,7 @@ from fisher_jax.alignment import (
     values_of,
     wide,
 )
+from fisher_jax.jax_internals import is_traced
 from fisher_jax.kronecker.placement import automatic, spec_of
 
 __all__ = ["apply_mask", "prune_mask", "saliency"]
@@ -102,7 +103,7 @@ def prune_mask(
         >>> fj.prune_mask({"a": jnp.array([[1.0, 1.0], [0.0, 9.0]])}, 0.5, structured=False)["a"].tolist()
         [[True, False], [False, True]]
     """
-    if isinstance(sparsity, jax.core.Tracer):
+    if is_traced(sparsity):
         raise ValueError("sparsity is a Python number, not a traced one: it fixes how many entries are pruned")
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity is the share to prune, in [0, 1], found {sparsity}")
@@ -129,7 +130,7 @@ def _check_scores(name: str, x: Any, axis: int | None) -> None:
     ndim = np.ndim(x)
     if axis is not None and ndim and not -ndim <= axis < ndim:
         raise ValueError(f"{name} of the scores has {ndim} axes and no axis {axis}; choose another axis=")
-    if isinstance(x, jax.core.Tracer) or not np.size(x):
+    if is_traced(x) or not np.size(x):
         return
     with jax.ensure_compile_time_eval():
         bad = np.isnan(x).any() if isinstance(x, np.ndarray) else bool(jnp.isnan(jnp.asarray(x)).any())

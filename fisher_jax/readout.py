@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax.dense import operand_axes
-from fisher_jax.jax_internals import Body, is_literal, opened, run
+from fisher_jax.jax_internals import Body, contraction, is_literal, opened, permutation, run
 from fisher_jax.provenance import Segment, Step, Use, View
 from fisher_jax.recorder import Recorder, facts
 from fisher_jax.tracing import LAYOUT, evaluate
@@ -67,15 +67,15 @@ def readout(apply_fn: Callable, params: Tree, inputs: Any) -> Readout:
     position = body.equations.index(product)
     wanted = [product.invars[0], product.invars[1], *([] if bias is None else [bias])]
     before = dataclasses.replace(body, equations=body.equations[:position], results=wanted)
-    lead = shape.shape[:-1]
+    lead, contracted = shape.shape[:-1], contraction(product.params).contracted[0]
 
     def parts(params, inputs):
         hidden, kernel, *rest = run(before, [*constants, *jax.tree.leaves((params, inputs))])
-        _, contracted, outputs = operand_axes(use)
+        _, rows, outputs = operand_axes(use)
         width = hidden.size // max(1, _size(lead))
-        head = jnp.transpose(kernel, (*outputs, *contracted)).reshape(-1, width)
-        kept = [i for i in range(hidden.ndim) if i not in product.params["dimension_numbers"][0][0]]
-        hidden = jnp.transpose(hidden, (*kept, *product.params["dimension_numbers"][0][0])).reshape(*lead, width)
+        head = jnp.transpose(kernel, (*outputs, *rows)).reshape(-1, width)
+        kept = [i for i in range(hidden.ndim) if i not in contracted]
+        hidden = jnp.transpose(hidden, (*kept, *contracted)).reshape(*lead, width)
         return hidden, head, rest[0].reshape(-1) if rest else None
 
     return Readout(leaf, use, soft_cap, parts)
@@ -167,5 +167,5 @@ def _keeps_outputs(eqn: Any) -> bool:
     if name in ("slice", "split", "rev", "broadcast_in_dim"):
         return False
     if name == "transpose":
-        return tuple(eqn.params["permutation"]) == tuple(range(len(before)))
+        return permutation(eqn) == tuple(range(len(before)))
     return bool(before and after and before[-1] == after[-1])

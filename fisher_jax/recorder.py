@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax.jax_internals import Body, abstract, opened, run, user_line, zeros
+from fisher_jax.jax_internals import Body, abstract, contraction, convolution, lookup, opened, run, user_line, zeros
 from fisher_jax.provenance import Spec, Use, View, plain, signature
 
 __all__ = ["Recorder", "facts", "zero"]
@@ -92,14 +92,15 @@ def _roles(eqn: Any, kind: str, index: int) -> tuple[str, ...]:
     """What each axis of operand ``index`` is, see `Use`."""
     axes, params = range(len(eqn.invars[index].aval.shape)), eqn.params
     if kind == "dense":
-        contracted, batch = (sides[index] for sides in params["dimension_numbers"])
+        contracted, batch = (sides[index] for sides in contraction(params))
         return tuple("column" if i in contracted else "both" if i in batch else "row" for i in axes)
     if kind == "embedding":
-        rows = params["dimension_numbers"].start_index_map
+        rows = lookup(params, eqn.invars[index].aval.shape).axes
         return tuple("row" if i in rows else "column" for i in axes)
     if kind == "conv":
-        out, inside, *_ = params["dimension_numbers"].rhs_spec
-        grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
+        conv = convolution(params)
+        out, inside, *_ = conv.kernel
+        grouped = conv.groups != 1 or conv.batch_groups != 1
         return tuple(
             "row" if i == out else "window" if i != inside else "grouped" if grouped else "column" for i in axes
         )

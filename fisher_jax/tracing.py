@@ -22,6 +22,7 @@ from fisher_jax.jax_internals import (
     called,
     has_constants,
     is_literal,
+    lookup,
     loop,
     opened,
     rematerialised,
@@ -134,19 +135,10 @@ def _fits(eqn: Any, index: int, values: list) -> bool:
     if any(isinstance(v, Known) and v.params for v in others):
         return False
     if name == "gather":
-        return index == 0 and _takes_rows(eqn)
+        return index == 0 and lookup(eqn.params, eqn.invars[0].aval.shape).whole
     if name == "conv_general_dilated":
         return index == 1
     return name == "dot_general" or not any(isinstance(v, Known) or _is_number(v) for v in others)
-
-
-def _takes_rows(eqn: Any) -> bool:
-    """Whether a gather picks whole slices along one axis, as an embedding does."""
-    numbers, operand = eqn.params["dimension_numbers"], eqn.invars[0].aval
-    axes = tuple(numbers.start_index_map)
-    if len(axes) != 1 or axes != tuple(numbers.collapsed_slice_dims) or numbers.operand_batching_dims:
-        return False
-    return all(eqn.params["slice_sizes"][i] == n for i, n in enumerate(operand.shape) if i != axes[0])
 
 
 def _use(eqn: Any, index: int, values: list, recorder: Recorder) -> Array:

@@ -15,6 +15,7 @@ from jaxtyping import Array
 from fisher_jax.blocks.partition import Block
 from fisher_jax.blocks.scores import Problem, row_loss
 from fisher_jax.dense import matrices
+from fisher_jax.jax_internals import lookup
 from fisher_jax.meshes import automatic
 from fisher_jax.taps import Tap, capture
 from fisher_jax.weighting import Part
@@ -118,13 +119,14 @@ def _embedding(use: Any, indices: Array, cotangents: Array) -> Array:
     """Only tokens of the same index have scores in the same entries of the table."""
     size = use.operand.shape[use.roles.index("row")]
     # Of a gather's output, offset axes are the entries of a vector and the others are those of the indices.
-    offset = [1 + i for i in use.options["dimension_numbers"].offset_dims]
+    picked = lookup(use.options, use.operand.shape)
+    offset = [1 + i for i in picked.offset]
     lead = [i for i in range(1, cotangents.ndim) if i not in offset]
     width = math.prod(cotangents.shape[i] for i in offset)
     g = jnp.transpose(cotangents, (0, *lead, *offset)).reshape(cotangents.shape[0], -1, width)
     g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
     index = indices.reshape(g.shape[:2])
-    if use.options["mode"] == jax.lax.GatherScatterMode.CLIP:
+    if picked.clips:
         index = jnp.clip(index, 0, size - 1)
     g = jnp.where(((index >= 0) & (index < size))[..., None], g, jnp.zeros_like(g))
 

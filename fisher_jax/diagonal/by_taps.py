@@ -12,7 +12,7 @@ from fisher_jax import moments as moments_room
 from fisher_jax.batch import Batch
 from fisher_jax.diagonal import gram
 from fisher_jax.diagonal.problem import Problem, is_free, square, unit_ids, weights_of, zeros_like
-from fisher_jax.jax_internals import abstract
+from fisher_jax.jax_internals import abstract, contraction, convolution, lookup
 from fisher_jax.moments import Moments
 from fisher_jax.orientation import Grouping
 from fisher_jax.program import Tap
@@ -97,17 +97,17 @@ def _row_axes(use: Use, cotangents_ndim: int) -> tuple[int | None, int]:
     """The first token axis of the inputs (``None``: they stay) and of the cotangents, without loops."""
     if use.kind == "dense":
         other = 1 - use.index
-        contracted, batch = (sides[other] for sides in use.options["dimension_numbers"])
-        own_contracted, own_batch = (sides[use.index] for sides in use.options["dimension_numbers"])
+        contracted, batch = (sides[other] for sides in contraction(use.options))
+        own_contracted, own_batch = (sides[use.index] for sides in contraction(use.options))
         outputs = len(use.operand.shape) - len(own_contracted) - len(own_batch)
         free = [i for i in range(len(contracted) + len(batch) + cotangents_ndim) if i not in (*contracted, *batch)]
         return free[0], len(batch) + (outputs if use.index == 0 else 0)
     if use.kind == "embedding":
-        offset = use.options["dimension_numbers"].offset_dims
+        offset = lookup(use.options, use.operand.shape).offset
         return 0, next(i for i in range(cotangents_ndim) if i not in offset)
     if use.kind == "conv":
-        numbers = use.options["dimension_numbers"]
-        return numbers.lhs_spec[0], numbers.out_spec[0]
+        conv = convolution(use.options)
+        return conv.inputs[0], conv.outputs[0]
     return None, 0
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from fisher_jax.axes import UntraceableError, in_leaf_order, trace_axes
 from fisher_jax.dense import matrices, operand_axes
+from fisher_jax.jax_internals import lookup
 from fisher_jax.meshes import replicated
 from fisher_jax.orientation import Grouping
 from fisher_jax.provenance import Spec, Use
@@ -91,12 +92,12 @@ def _embedding(use: Use, indices: Array, cotangents: Array) -> Array:
     """``sum_j (sum of the cotangents of entry v)_j ** 2`` for every entry of the table."""
     rows = use.operand.shape[use.roles.index("row")]
     # Of a gather's output, offset axes are the entries of a vector and the others are those of the indices.
-    offset = use.options["dimension_numbers"].offset_dims
-    lead = [i for i in range(cotangents.ndim) if i not in offset]
+    picked = lookup(use.options, use.operand.shape)
+    lead = [i for i in range(cotangents.ndim) if i not in picked.offset]
     cotangents, indices = replicated(cotangents), replicated(indices)
-    vectors = jnp.transpose(cotangents, (*lead, *offset)).reshape(indices[..., 0].size, -1)
+    vectors = jnp.transpose(cotangents, (*lead, *picked.offset)).reshape(indices[..., 0].size, -1)
     index = indices.reshape(-1)
-    if use.options["mode"] == jax.lax.GatherScatterMode.CLIP:
+    if picked.clips:
         index = jnp.clip(index, 0, rows - 1)
     same = index[:, None] == index[None, :]
     gram = jnp.einsum("si,ti->st", vectors, vectors, precision=_EXACT)

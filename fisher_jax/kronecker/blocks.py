@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from fisher_jax import jax_internals
 from fisher_jax.axes import UntraceableError, roles_of_leaf
 from fisher_jax.dense import operand_axes
 from fisher_jax.kronecker import convolution
@@ -151,10 +152,10 @@ def _check(path: str, spec: Spec) -> None:
     if use.kind not in ("dense", "embedding", "conv"):
         what = f"a use of kind {use.kind} ({use.primitive})"
         raise ValueError(f"K-FAC has no block for {path}: {what}{place}; {_way_out(path)}")
-    if use.kind == "conv" and use.options["batch_group_count"] != 1:
+    if use.kind == "conv" and (groups := jax_internals.convolution(use.options).batch_groups) != 1:
         raise ValueError(
             f"K-FAC has no block for {path}: a convolution that groups examples (batch_group_count="
-            f"{use.options['batch_group_count']}){place}; {_way_out(path)}"
+            f"{groups}){place}; {_way_out(path)}"
         )
     if not is_rearrangement(use):
         raise ValueError(

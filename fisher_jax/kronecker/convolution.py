@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax.jax_internals import convolution
 from fisher_jax.provenance import Use
 
 __all__ = ["channel_axis", "kernel_axes", "kernel_blocks", "patches", "sizes"]
@@ -14,18 +15,18 @@ __all__ = ["channel_axis", "kernel_axes", "kernel_blocks", "patches", "sizes"]
 def sizes(use: Use) -> tuple[int, int, int]:
     """Groups, and of each one outputs and inputs: channels times the places of the window."""
     shape, (out, *inside) = use.operand.shape, kernel_axes(use)
-    groups = use.options["feature_group_count"]
+    groups = convolution(use.options).groups
     return groups, shape[out] // groups, math.prod(shape[i] for i in inside)
 
 
 def kernel_axes(use: Use) -> tuple[int, ...]:
     """Axes of the kernel: output channels, input channels of a group, window."""
-    return tuple(use.options["dimension_numbers"].rhs_spec)
+    return convolution(use.options).kernel
 
 
 def channel_axis(use: Use) -> int:
     """Of the output."""
-    return use.options["dimension_numbers"].out_spec[1]
+    return convolution(use.options).outputs[1]
 
 
 def kernel_blocks(use: Use, kernel: Array) -> Array:
@@ -42,18 +43,18 @@ def patches(use: Use, inputs: tuple[Array, ...], cotangents: Array) -> tuple[Arr
     is ``einsum("gti,gto->goi", ...)``. Positions are ordered by example first.
     """
     (x,) = inputs
-    numbers, options = use.options["dimension_numbers"], use.options
+    conv = convolution(use.options)
     seen = jax.lax.conv_general_dilated_patches(
         x,
-        [use.operand.shape[i] for i in numbers.rhs_spec[2:]],
-        options["window_strides"],
-        options["padding"],
-        options["lhs_dilation"],
-        options["rhs_dilation"],
-        numbers,
+        [use.operand.shape[i] for i in conv.kernel[2:]],
+        conv.strides,
+        conv.padding,
+        conv.input_dilation,
+        conv.kernel_dilation,
+        conv.numbers,
         jax.lax.Precision.HIGHEST,
     )
-    batch, channel, *space = numbers.out_spec
+    batch, channel, *space = conv.outputs
     groups, out, width = sizes(use)
 
     def by_group(y, size):

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from fisher_jax.batch import Batch
 from fisher_jax.errors import RejectedBatchError
+from fisher_jax.jax_internals import is_traced
 from fisher_jax.kronecker.blocks import Block, Rules, choice
 from fisher_jax.kronecker.damped import solve
 from fisher_jax.kronecker.decomposition import BlockFactors, decompose
@@ -138,7 +139,7 @@ def kfac_factors(
     problem = Problem(apply_fn, likelihood, rules, temperature, axis_name)
     blocks = block_plan(problem, params, batch)
     seen = observe(problem, blocks, params, batch, key)
-    if not isinstance(seen.bad, jax.core.Tracer) and int(seen.bad):
+    if not is_traced(seen.bad) and int(seen.bad):
         raise RejectedBatchError(f"the batch has {'; '.join(reasons(int(seen.bad)))}")
     found = decompose(blocks, seen, storage, rules, axis_name, mesh_of(params, batch))
     return Factors(found, jnp.asarray(damping), blocks, form, power)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax.batch import Batch
+from fisher_jax.jax_internals import is_traced
 from fisher_jax.kronecker.blocks import Block, Rules
 from fisher_jax.kronecker.curvature import BlockFactors, Factors
 from fisher_jax.kronecker.factors import LowRank
@@ -59,7 +60,7 @@ def kfac_factors_from_state(
         1.3333
     """
     inner = _only(state)
-    if not isinstance(inner.age, jax.core.Tracer) and int(inner.age) < 0:
+    if not is_traced(inner.age) and int(inner.age) < 0:
         raise ValueError("the K-FAC state has no factors yet: they are there after the first update")
     chosen = dict(zip(_paths(params), matches(params, parameters), strict=True))
     rules = Rules(diagonal=diagonal or (lambda path: False), follow=lambda path: chosen[path])

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from fisher_jax.axes import trace_axes
 from fisher_jax.dense import operand_axes
+from fisher_jax.jax_internals import broadcast_axes, named_axes, permutation, slice_bounds
 from fisher_jax.kronecker.convolution import kernel_blocks
 from fisher_jax.provenance import Segment, Step, Use
 
@@ -40,20 +41,20 @@ def through(segment: Segment, x: Array) -> Array:
 
 def _moved(step: Step, x: Array) -> Array:
     """One operation anew: the equation itself belongs to the mesh and the dtype that it was traced on."""
-    name, params = step.eqn.primitive.name, step.eqn.params
+    name = step.eqn.primitive.name
     if name in _SAME:
         return x
     shape = step.eqn.outvars[step.output].aval.shape
     if name == "transpose":
-        return jnp.transpose(x, params["permutation"])
+        return jnp.transpose(x, permutation(step.eqn))
     if name in ("reshape", "squeeze", "expand_dims"):
         return x.reshape(shape)
     if name == "broadcast_in_dim":
-        return jax.lax.broadcast_in_dim(x, shape, params["broadcast_dimensions"])
+        return jax.lax.broadcast_in_dim(x, shape, broadcast_axes(step.eqn))
     if name == "rev":
-        return jax.lax.rev(x, params["dimensions"])
+        return jax.lax.rev(x, named_axes(step.eqn))
     if name == "slice":
-        return jax.lax.slice(x, params["start_indices"], params["limit_indices"], params["strides"])
+        return jax.lax.slice(x, *slice_bounds(step.eqn))
     return step(x)
 
 

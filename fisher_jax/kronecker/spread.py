@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from fisher_jax.jax_internals import is_traced
 from fisher_jax.kronecker.factors import Eigen, eigen
 
 __all__ = ["eigen_stacks"]
@@ -34,7 +35,7 @@ def eigen_stacks(stacks: list[Array], mesh: Any = None, axis_name: Any = None) -
 
 
 def _shared_out(matrices: Array, mesh: Any, axis_name: Any) -> Eigen:
-    if len(matrices) == 1 or not isinstance(matrices, jax.core.Tracer):
+    if len(matrices) == 1 or not is_traced(matrices):
         return eigen(matrices)
     if axis_name is not None:
         return _over_axis(matrices, axis_name)

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from fisher_jax.dense import matrices, operand_axes
+from fisher_jax.jax_internals import lookup
 from fisher_jax.kronecker.blocks import Block, Rules
 from fisher_jax.kronecker.convolution import patches
 from fisher_jax.kronecker.factors import subsample, wide
@@ -141,7 +142,7 @@ def lookups(tap: Tap, block: Block, masks: Masks) -> tuple[Array, Array, Array]:
     """Of an embedding: the rows looked up ``[T]``, output gradients ``[1, T, width]``, and weights in ``A``."""
     assert tap.cotangents is not None
     (indices,) = tap.inputs or ()
-    offset = tap.use.options["dimension_numbers"].offset_dims
+    offset = lookup(tap.use.options, tap.use.operand.shape).offset
     g = wide(jnp.moveaxis(tap.cotangents, offset, range(-len(offset), 0)))
     g = g.reshape(1, indices.size, -1)
     mask = _mask(tap, dataclasses.replace(block, head=False), masks, indices.size).astype(g.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fisher_jax.jax_internals import inside, is_literal, loop, opened
+from fisher_jax.jax_internals import convolution, inside, is_literal, loop, opened
 from fisher_jax.tracing import LAYOUT
 
 __all__ = ["Structure", "structure"]
@@ -101,8 +101,8 @@ def _equation(eqn: Any, given: list[_Tag | None], found: Structure) -> list[_Tag
         params = [t for t in given if t is not None and t.kind == "param"]
         if params != given[1:]:
             return [None]
-        spec, last = eqn.params["dimension_numbers"].out_spec, eqn.outvars[0].aval.ndim - 1
-        in_order = tuple(spec) == (0, last, *range(1, last))
+        last = eqn.outvars[0].aval.ndim - 1
+        in_order = convolution(eqn.params).outputs == (0, last, *range(1, last))
         return [_Tag("dense" if in_order else "channels", params[0].leaf)]
     if name in _LAYOUT:
         (tag,) = given[:1]

@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding, Sharding
 from jax.tree_util import Partial
 from jaxtyping import Array
 
+from fisher_jax.jax_internals import is_traced
+
 __all__ = ["Layout", "layout_of", "product", "random_vector"]
 
 Tree = Any
@@ -50,7 +52,7 @@ def layout_of(like: Tree) -> Layout:
     kept = []
     for path, x in flat:
         name = jax.tree_util.keystr(path) or "the whole tree"
-        if isinstance(x, jax.core.Tracer):
+        if is_traced(x):
             raise ValueError("the Krylov methods run on the host, between compiled steps: call them outside of jit")
         if not hasattr(x, "dtype") or not hasattr(x, "shape"):
             raise ValueError(f"{name} of `like` is a {type(x).__name__}; wanted arrays or jax.ShapeDtypeStruct")

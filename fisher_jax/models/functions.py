@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from fisher_jax.errors import InputError
+from fisher_jax.jax_internals import is_traced
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.decoder import Decoder
 
@@ -65,7 +66,7 @@ class DecoderFunctions:
     def checked(self, tokens):
         if jnp.ndim(tokens) != 2:
             raise InputError(f"tokens have shape {jnp.shape(tokens)}, but must be [rows, positions]")
-        if not isinstance(tokens, jax.core.Tracer):
+        if not is_traced(tokens):
             found = np.asarray(tokens)
             if found.dtype.kind not in "iu":
                 raise InputError(f"tokens have dtype {found.dtype}, but token ids are integers")

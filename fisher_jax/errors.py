@@ -1,6 +1,6 @@
 """The errors that a person can act on."""
 
-__all__ = ["InputError", "RejectedBatchError"]
+__all__ = ["ConflictError", "InputError", "RejectedBatchError"]
 
 
 class InputError(ValueError):
@@ -8,6 +8,10 @@ class InputError(ValueError):
 
     The command line prints the sentence and exits with code 2.
     """
+
+
+class ConflictError(InputError):
+    """Another run saved into the same folder meanwhile; replacing its save would drop what was never seen here."""
 
 
 class RejectedBatchError(ValueError):

@@ -6,7 +6,12 @@ from typing import Any
 
 from fisher_jax.errors import InputError
 
-__all__ = ["refuse_difference", "refuse_misuse"]
+__all__ = ["nothing_saved", "refuse_difference", "refuse_misuse"]
+
+
+def nothing_saved(state: Path) -> bool:
+    """Whether a state folder is not there, or holds no more than what interrupted saves left."""
+    return not state.exists() or (state.is_dir() and all(entry.name.startswith(".") for entry in state.iterdir()))
 
 
 def refuse_misuse(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fisher_jax as fj
-from fisher_jax.cli.earlier_run import refuse_difference, refuse_misuse
+from fisher_jax.cli.earlier_run import nothing_saved, refuse_difference, refuse_misuse
 from fisher_jax.cli.settings import Settings
 from fisher_jax.errors import InputError
 
@@ -43,12 +43,9 @@ class StateStore:
         self.out = out
         self.tasks: dict[str, Progress] = {}
         self._restored: dict[str, Any] | None = None
-        try:
-            metadata = fj.checkpoint.metadata(self.path)
-        except InputError:
-            if self.path.exists():
-                raise
-            return  # no save was ever finished here
+        if nothing_saved(self.path):
+            return
+        metadata = fj.checkpoint.metadata(self.path)
         try:
             self.tasks = {name: Progress(**saved) for name, saved in metadata["tasks"].items()}
         except (KeyError, TypeError, AttributeError):

@@ -56,8 +56,7 @@ class _Run:
         self._facts = self.folder / "run.json"
 
     def check_before_loading(self) -> None:
-        # A save is renamed into place; one that was cut off there lies beside it.
-        there = self._facts.exists() and any(self.folder.glob(f"{self.state.name}*"))
+        there = self._facts.exists() and fj.checkpoint.revision(self.state) > 0
         resume, overwrite = self.settings.resume, self.settings.overwrite
         refuse_misuse(self.settings.out, there=there, finished=False, resume=resume, overwrite=overwrite)
 
@@ -79,7 +78,7 @@ class _Run:
             shutil.rmtree(aside)
 
     def after_interrupt(self) -> str:
-        if self.state.exists():
+        if fj.checkpoint.revision(self.state):
             return "interrupted; the same command with --resume goes on from the last save."
         self.drop()
         return "interrupted before anything was saved; --save-every saves along the way."

@@ -105,7 +105,11 @@ def _check(finite: Any, loss: float, step: int, store: TrainStore, name: str = "
     if bool(finite) and math.isfinite(loss):
         return
     what = f"the {name} is {loss}" if not math.isfinite(loss) else "the new parameters are not finite"
-    kept = f"the last good state is kept in {store.path}" if store.path.exists() else "nothing was saved yet"
+    kept = (
+        f"the last good state is kept in {store.path}"
+        if fj.checkpoint.revision(store.path)
+        else "nothing was saved yet"
+    )
     raise RejectedBatchError(
         f"training stopped at step {step}: {what}; {kept}. Start again with a smaller --learning-rate, or a larger "
         "--damping for kfac."

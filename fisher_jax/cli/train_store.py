@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fisher_jax as fj
-from fisher_jax.cli.earlier_run import refuse_difference, refuse_misuse
+from fisher_jax.cli.earlier_run import nothing_saved, refuse_difference, refuse_misuse
 from fisher_jax.cli.train_settings import TrainSettings
 from fisher_jax.errors import InputError
 
@@ -56,11 +56,8 @@ class TrainStore:
     def __init__(self, out: Path):
         self.out, self.path = out, out / "state"
         self.earlier: TrainProgress | None = None
-        try:
+        if not nothing_saved(self.path):
             self.earlier = _read(self.path)
-        except InputError:
-            if self.path.exists():
-                raise
 
     def check_before_loading(self, settings: TrainSettings, *, resume: bool) -> None:
         """What can be refused before the text is read."""
@@ -110,7 +107,7 @@ def read_earlier(folder: Path) -> list[tuple[str, TrainProgress]]:
         InputError: there is none.
     """
     places = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
-    found = [(place, _read(place / "state")) for place in places if (place / "state" / "state.json").is_file()]
+    found = [(place, _read(place / "state")) for place in places if fj.checkpoint.revision(place / "state")]
     if not found:
         raise InputError(f"{folder} holds no run of fisher-jax train; give a folder that it wrote to --against.")
     return [(str(place), progress) for place, progress in found]

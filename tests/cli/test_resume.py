@@ -28,7 +28,7 @@ def _start(arguments):
 def _wait_for_state(process, out):
     """Until the first checkpoint is there."""
     deadline = time.monotonic() + 120
-    while not (out / "state").exists():
+    while not fj.checkpoint.revision(out / "state"):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -141,11 +141,11 @@ def test_a_crash_loses_nothing_that_was_saved(finished, tmp_path, arguments, mon
 
 
 def test_a_finished_run_is_used_as_it_is(finished, arguments, capsys, without_pages):
-    before = (finished / "state" / "state.json").read_bytes()
+    before = fj.checkpoint.describe(finished / "state")
     assert main(arguments(finished)) == 0
     assert "was finished before" in capsys.readouterr().out
     assert "had --steps 6, and this one has 7" in _refused(arguments(finished, "--steps", "7"), capsys)
-    assert (finished / "state" / "state.json").read_bytes() == before
+    assert fj.checkpoint.describe(finished / "state") == before
 
 
 def test_the_last_loss_is_that_of_the_written_model_in_float64(finished, texts):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fisher_jax.cli.options import add_model_option, values_for
-from fisher_jax.cli.values import folder, fraction, place
+from fisher_jax.cli.values import file_or_folder, folder, fraction
 from fisher_jax.errors import InputError
 
 __all__ = ["KINDS", "CompareSettings", "add_compare_options", "compare_settings_from"]
@@ -36,7 +36,7 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
         "reports",
         metavar="REPORT",
         nargs="+",
-        type=place,
+        type=file_or_folder,
         help="A and B: folders that `fisher-jax report` wrote, or FOLDER:TASK where a folder holds several tasks; "
         "one folder alone: its two tasks",
     )

@@ -38,13 +38,26 @@ def _run(arguments: Sequence[str] | None, signals: StopSignals) -> int:
         if signals.requested or isinstance(error, KeyboardInterrupt):
             print("fisher-jax: interrupted before anything was measured; nothing was written", file=sys.stderr)
             return EXIT_CODE
-        if isinstance(error, InputError | RejectedBatchError):
-            print(f"fisher-jax: {printable(shortened(str(error), _LONGEST))}", file=sys.stderr)
-            return 2
         if isinstance(error, BrokenPipeError):  # the reader of our lines went away, as in `fisher-jax report | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        raise
+        if (sentence := _sentence(error)) is None:
+            raise
+        print(f"fisher-jax: {printable(shortened(sentence, _LONGEST))}", file=sys.stderr)
+        return 2
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What a person can do about the error; None where it is a fault of this program."""
+    if isinstance(error, InputError | RejectedBatchError):
+        return str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            "there is not enough memory for this run; give a smaller --batch-size or --seq-len, or a smaller model."
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)} cannot be used: {error.strerror or error}."
+    return None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from fisher_jax.cli.options import (
     refuse_model_there,
     values_for,
 )
-from fisher_jax.cli.values import finite, model_source, not_negative, place
+from fisher_jax.cli.values import file_or_folder, finite, not_negative
 from fisher_jax.errors import InputError
 
 __all__ = ["MergeSettings", "add_merge_options", "merge_settings_from"]
@@ -46,7 +46,7 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--models",
         metavar="M",
-        type=model_source,
+        type=file_or_folder,
         nargs="+",
         required=True,
         help="Hugging Face folders or GGUF files of one architecture and tokenizer, fine-tuned from one model",
@@ -54,7 +54,7 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--states",
         metavar="S",
-        type=place,
+        type=file_or_folder,
         nargs="+",
         default=[],
         help="for each model, in the same order: a folder of `fisher-jax report --parameters all` on that model "
@@ -63,7 +63,7 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--base",
         metavar="M",
-        type=model_source,
+        type=file_or_folder,
         help="the model that all were fine-tuned from: what each learnt beyond it is merged and added to it",
     )
     how = parser.add_argument_group("how to merge")

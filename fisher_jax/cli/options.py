@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fisher_jax.cli.corpora import text_source
-from fisher_jax.cli.values import count, folder, model_source
+from fisher_jax.cli.values import count, file_or_folder, folder
 from fisher_jax.errors import InputError
 
 __all__ = [
@@ -25,7 +25,7 @@ def add_model_option(group: Any, default: str) -> None:
     group.add_argument(
         "--model",
         metavar="M",
-        type=model_source,
+        type=file_or_folder,
         default=default,
         help="the shipped SmolLM2-135M (default), a GGUF file, a Hugging Face folder (config.json, *.safetensors, "
         "tokenizer.json), or a hub name; Llama family or GPT-2",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fisher_jax.cli.corpora import Document
+from fisher_jax.cli.memory import check_memory
 from fisher_jax.errors import InputError
 
 __all__ = ["Packed", "Rows", "longest_document", "pack"]
@@ -15,6 +16,7 @@ __all__ = ["Packed", "Rows", "longest_document", "pack"]
 HOLD_OUT_EVERY = 8
 # No document is tokenised further than the budget reaches at this many characters per token.
 _MAX_CHARACTERS_PER_TOKEN = 16
+_ROW_BYTES = 200  # of a row, beside its tokens, while rows are cut
 
 
 class Rows(NamedTuple):
@@ -30,13 +32,20 @@ class Rows(NamedTuple):
         """Next-token targets: a row of n tokens has n - 1, and consecutive rows overlap by one token."""
         return int(np.sum(self.lengths - 1))
 
+    def rows_in_batch(self, batch_size: int) -> int:
+        """No batch has more rows than there are."""
+        return min(batch_size, len(self.lengths))
+
     def num_batches(self, batch_size: int) -> int:
         """Batches of constant shape, the last one padded with empty rows."""
         return -(-len(self.lengths) // batch_size)
 
     def batches(self, batch_size: int, *, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(tokens [B, S], mask [B, S], units [B]) from batch `start` on; padding rows carry the last unit."""
-        seq_len = self.tokens.shape[1]
+        """(tokens [B, S], mask [B, S], units [B]) from batch `start` on; padding rows carry the last unit.
+
+        B is `batch_size`, or the number of all rows where that is smaller.
+        """
+        seq_len, batch_size = self.tokens.shape[1], self.rows_in_batch(batch_size)
         for first in range(start * batch_size, len(self.lengths), batch_size):
             rows = slice(first, first + batch_size)
             missing = batch_size - len(self.lengths[rows])
@@ -174,6 +183,12 @@ def _deal(documents: list[_Tokenised], seq_len: int, budget: int) -> Rows:
 
 
 def _cut(documents: list[_Tokenised], rows: np.ndarray, seq_len: int) -> Rows:
+    number = int(rows.sum())
+    check_memory(
+        number * (4 * seq_len + _ROW_BYTES),
+        f"{number:,} rows of {seq_len:,} tokens",
+        "give another --seq-len or less text",
+    )
     pieces = [
         (number, document.tokens[k * (seq_len - 1) : k * (seq_len - 1) + seq_len])
         for number, document in enumerate(document for document, count in zip(documents, rows, strict=True) if count)

@@ -15,6 +15,7 @@ from fisher_jax.cli.findings import Findings, lead, title
 from fisher_jax.cli.folder import check_writable
 from fisher_jax.cli.importance import compare, importance, importance_csv
 from fisher_jax.cli.layers import columns, layers_csv, read_layers
+from fisher_jax.cli.memory import attention_bytes, check_memory
 from fisher_jax.cli.orderings import orderings
 from fisher_jax.cli.packing import Packed, Rows, longest_document, pack
 from fisher_jax.cli.pages import write_pages
@@ -60,6 +61,12 @@ def _measure_and_write(settings: Settings, console: Console, clock: Clock, store
         packed = _pack(settings, model)
         console.print(f"  {packed.choice}")
         _warn_about_intervals(console, settings, packed)
+        rows = packed.stream.rows_in_batch(settings.batch_size)
+        check_memory(
+            attention_bytes(model.config.num_heads, rows, settings.seq_len),
+            f"attention over {rows:,} rows of {settings.seq_len:,} tokens",
+            "give a smaller --batch-size or --seq-len",
+        )
     fresh = Progress(
         settings=settings.fixed(),
         model=model.fingerprint,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fisher_jax.cli.clock import Clock
 from fisher_jax.cli.corpora import describe_sources, documents
 from fisher_jax.cli.earlier_run import refuse_difference, refuse_misuse
 from fisher_jax.cli.folder import check_writable, write_atomically
+from fisher_jax.cli.memory import attention_bytes, check_memory
 from fisher_jax.cli.packing import Rows, longest_document, pack
 from fisher_jax.cli.pages import write_pages
 from fisher_jax.cli.printable import printable
@@ -106,6 +108,7 @@ def _measure_and_write(
     with clock.stage("text", describe_sources(settings.text)):
         rows = _rows(settings, model)
         console.print(f"  {rows.num_targets:,} tokens of {len(rows.names):,} documents in {len(rows.lengths)} rows")
+        settings = replace(settings, batch_size=rows.rows_in_batch(settings.batch_size))
     found = _measure(settings, console, errors, clock, kept, model, rows, chosen)
     with clock.stage("pages", "pictures and tables"):
         _write(settings.out, found)
@@ -143,6 +146,26 @@ def _rows(settings: SpectrumSettings, model: LanguageModel) -> Rows:
     ).stream
 
 
+def _check_memory(settings: SpectrumSettings, model: LanguageModel, basis: int, dimension: int) -> None:
+    """What is known to be needed; a device with memory of its own says itself what it lacks."""
+    if jax.default_backend() != "cpu":
+        return
+    check_memory(
+        4 * basis * dimension, f"{basis:,} vectors of {dimension:,} parameters", "give a smaller --basis or --k"
+    )
+    if settings.density:
+        steps = min(settings.density_steps, dimension)
+        check_memory(
+            4 * steps * dimension, f"{steps:,} vectors of {dimension:,} parameters", "give a smaller --density-steps"
+        )
+    rows, length = settings.batch_size, settings.length
+    check_memory(
+        attention_bytes(model.config.num_heads, rows, length),
+        f"attention over {rows:,} rows of {length:,} tokens",
+        "give a smaller --batch-size or --length",
+    )
+
+
 def _measure(
     settings: SpectrumSettings,
     console: Console,
@@ -160,6 +183,7 @@ def _measure(
         passes = time_passes(settings, model, batch, chosen)
     matvec = operator_of(settings, model, batch, chosen)
     basis = basis_size(settings, dimension)
+    _check_memory(settings, model, basis, dimension)
     save_every = _save_every(settings, basis, dimension)
     with clock.stage("eigenvalues", _plan(settings, basis, dimension, save_every)):
         facts = {**settings.fixed(), "the model": model.fingerprint, "the text": rows.digest()[:16]}

@@ -86,7 +86,8 @@ def choose(model: LanguageModel, pattern: str | None) -> dict[str, bool]:
 def one_batch(rows: Rows, batch_size: int) -> fj.Batch:
     """All rows as one batch, filled up with empty rows to whole micro-batches."""
     count = -(-len(rows.lengths) // batch_size) * batch_size
-    tokens, mask, _ = next(rows.batches(count))
+    tokens, mask, _ = next(rows.batches(len(rows.lengths)))
+    tokens, mask = (np.pad(x, ((0, count - len(x)), (0, 0))) for x in (tokens, mask))
     return fj.next_token_batch(jnp.asarray(tokens), jnp.asarray(mask))
 
 

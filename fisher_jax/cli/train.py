@@ -1,5 +1,6 @@
 """`fisher-jax train` from start to end."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from fisher_jax.cli import train_sections as sections
 from fisher_jax.cli.clock import Clock
 from fisher_jax.cli.corpora import describe_sources
 from fisher_jax.cli.folder import check_writable
+from fisher_jax.cli.memory import attention_bytes, check_memory
 from fisher_jax.cli.pages import write_pages
 from fisher_jax.cli.printable import printable
 from fisher_jax.cli.progress import duration
@@ -31,6 +33,7 @@ __all__ = ["run"]
 
 # Parameters, and what K-FAC keeps for each of them at the sizes of these models, twice while a state is replaced.
 _BYTES_PER_PARAMETER = 2 * 40
+_TRAINING_BYTES = 16  # in memory at least: the parameters, their gradient, and two moments
 
 
 def run(settings: TrainSettings) -> int:
@@ -53,6 +56,8 @@ def _train_and_write(
     with clock.stage("text", describe_sources(settings.text)):
         text = read_text(settings, start.tokenizer)
         console.print(f"  {sections.text_words(text)}")
+    # No step has more rows than there are.
+    settings = replace(settings, batch_size=text.packed.stream.rows_in_batch(settings.batch_size))
     parameters = _describe_model(settings, console, start.config)
     _check_comparable(earlier, text)
     ours = [
@@ -76,11 +81,27 @@ def _after_interrupt(stores: list[TrainStore]) -> str:
 
 def _start(settings: TrainSettings, console: Console, clock: Clock) -> Start:
     if settings.init is None:
-        return start_of(settings)
+        start = start_of(settings)
+        parameters = _number_of_parameters(start.config)
+        check_memory(
+            _TRAINING_BYTES * parameters,
+            f"training {parameters:,} parameters",
+            "give a smaller --width or fewer --layers",
+        )
+        _check_attention(settings, start.config, 1)  # before the text is read
+        return start
     with clock.stage("start", settings.init):
         start = start_of(settings)
         console.print(f"  from the weights of {start.model}")
     return start
+
+
+def _check_attention(settings: TrainSettings, config: DecoderConfig, rows: int) -> None:
+    check_memory(
+        attention_bytes(config.num_heads, rows, settings.seq_len),
+        f"attention over {rows:,} rows of {settings.seq_len:,} tokens",
+        "give a smaller --batch-size or --seq-len",
+    )
 
 
 def _stores(settings: TrainSettings, runs: list[TrainSettings]) -> list[TrainStore]:
@@ -92,8 +113,13 @@ def _stores(settings: TrainSettings, runs: list[TrainSettings]) -> list[TrainSto
     return stores
 
 
+def _number_of_parameters(config: DecoderConfig) -> int:
+    return sum(x.size for x in jax.tree.leaves(abstract_params(config)))
+
+
 def _describe_model(settings: TrainSettings, console: Console, config: DecoderConfig) -> int:
-    parameters = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
+    parameters = _number_of_parameters(config)
+    _check_attention(settings, config, settings.batch_size)
     check_writable(settings.out, bytes_needed=_BYTES_PER_PARAMETER * parameters * max(len(settings.compare), 1))
     console.print(
         headed(

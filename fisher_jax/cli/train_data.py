@@ -26,7 +26,8 @@ class Text(NamedTuple):
 
     def batch(self, settings: TrainSettings, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens [B, S + 1], mask) of a step: every row once per epoch, in an order of the epoch's own."""
-        rows, size = self.packed.stream, settings.batch_size
+        rows = self.packed.stream
+        size = rows.rows_in_batch(settings.batch_size)
         places = np.arange(step * size, (step + 1) * size)
         return _rows(rows, _order(len(rows.lengths), settings.seed, places))
 

@@ -15,8 +15,8 @@ from fisher_jax.cli.values import (
     LONGEST_ROW,
     LONGEST_RUN,
     count,
+    file_or_folder,
     folder,
-    model_source,
     not_negative,
     positive,
     seconds,
@@ -130,7 +130,7 @@ def _add_how(how: Any, default: TrainSettings) -> None:
 
 def _add_what(what: Any, default: TrainSettings) -> None:
     what.add_argument(
-        "--init", metavar="M", type=model_source,
+        "--init", metavar="M", type=file_or_folder,
         help="go on from the weights of a model instead of random ones: smollm2, a GGUF file or a Hugging Face "
         "folder, such as DIR/model of an earlier run; sizes and tokenizer are its own",
     )  # fmt: skip
@@ -142,7 +142,7 @@ def _add_what(what: Any, default: TrainSettings) -> None:
     )
     what.add_argument("--heads", metavar="N", type=count(1, 65_536), default=default.heads, help="of attention (4)")
     what.add_argument(
-        "--tokenizer", metavar="T", type=model_source, default=default.tokenizer,
+        "--tokenizer", metavar="T", type=file_or_folder, default=default.tokenizer,
         help="bytes (default), smollm2 (49,152 tokens), or the tokenizer of a GGUF file or Hugging Face folder",
     )  # fmt: skip
     what.add_argument(

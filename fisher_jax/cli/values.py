@@ -16,11 +16,11 @@ __all__ = [
     "MOST",
     "as_task_name",
     "count",
+    "file_or_folder",
     "finite",
     "folder",
     "fraction",
     "is_task_name",
-    "model_source",
     "not_negative",
     "place",
     "positive",
@@ -37,7 +37,8 @@ _REAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.ASCII | re.IGNO
 # What float32 holds with room for squares.
 _SMALL, _LARGE = 1e-15, 1e15
 _LONGEST_NUMBER = 40
-_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of most file systems
+# Bytes, of most file systems; what lies in a folder needs some as well.
+_LONGEST_NAME, _LONGEST_FOLDER, _LONGEST_PATH = 255, 200, 3800
 _LONGEST_TASK = 120  # bytes: it becomes part of file names
 
 
@@ -114,7 +115,7 @@ def as_task_name(text: str) -> str:
     return plain.strip() if is_task_name(plain.strip()) else f"_{plain.strip()}"
 
 
-def place(text: str) -> str:
+def place(text: str, longest: int = _LONGEST_NAME) -> str:
     """A path that the file system can hold."""
     try:
         raw = os.fsencode(text)
@@ -124,30 +125,30 @@ def place(text: str) -> str:
         raise ArgumentTypeError("is empty; give a name")
     if b"\0" in raw:
         raise ArgumentTypeError(f"{_shown(text)} holds a zero byte, so it names no file")
-    if len(raw) > _LONGEST_PATH or any(len(part) > _LONGEST_NAME for part in raw.split(b"/")):
+    if len(raw) > _LONGEST_PATH or any(len(part) > longest for part in raw.split(b"/")):
         raise ArgumentTypeError(
-            f"{_shown(text)} is too long: a name has at most {_LONGEST_NAME} bytes, a path {_LONGEST_PATH}"
+            f"{_shown(text)} is too long: a name has at most {longest} bytes, a path {_LONGEST_PATH}"
         )
     if text.startswith("~") and os.path.expanduser(text) == text:
         raise ArgumentTypeError(f"{_shown(text)} begins with a user who has no home folder here")
     return text
 
 
-def model_source(text: str) -> str:
-    """A name, file or folder of a model; whether it is there and complete is seen when it is loaded."""
+def file_or_folder(text: str) -> str:
+    """A model or a state; whether it is there and complete is seen when it is read."""
     path = os.path.expanduser(place(text))
     try:
         mode = os.stat(path).st_mode
     except OSError:
         return text
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise ArgumentTypeError(f"{_shown(text)} is neither a file nor a folder, so it holds no model")
+        raise ArgumentTypeError(f"{_shown(text)} is neither a plain file nor a folder")
     return text
 
 
 def folder(text: str) -> Path:
-    """A folder to read from or to write to."""
-    if os.path.exists(place(text)) and not os.path.isdir(text):
+    """A folder to read from or to write to, where temporary names are longer than its own."""
+    if os.path.exists(place(text, _LONGEST_FOLDER)) and not os.path.isdir(text):
         raise ArgumentTypeError(f"{_shown(text)} is a file; name a folder")
     return Path(text)
 

@@ -2,13 +2,15 @@
 
 from typing import NamedTuple
 
-__all__ = ["Block", "Heading", "Paragraph", "Picture", "Table"]
+__all__ = ["Block", "Contents", "Heading", "Paragraph", "Picture", "Table"]
 
 
 class Heading(NamedTuple):
-    """A section title."""
+    """A section title; level 1 begins a part of the page, which `Contents` can lead to by its anchor."""
 
     text: str
+    level: int = 2
+    anchor: str = ""
 
 
 class Paragraph(NamedTuple):
@@ -35,4 +37,10 @@ class Picture(NamedTuple):
     dark: bytes
 
 
-Block = Heading | Paragraph | Table | Picture
+class Contents(NamedTuple):
+    """Where the parts of a long page are: their titles by anchor."""
+
+    parts: dict[str, str]
+
+
+Block = Heading | Paragraph | Table | Picture | Contents

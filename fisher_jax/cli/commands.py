@@ -65,7 +65,7 @@ _TRAIN_EXAMPLES = """examples:
   fisher-jax train --tokenizer smollm2 --width 128   with a head of 49,152 tokens
   fisher-jax train --init train/model --text pubmed --optimizer adamw --learning-rate 1e-3 --out finetuned
   fisher-jax train --resume                          goes on after Ctrl-C or a crash, to the same bits
-  fisher-jax report --model train/model --seq-len 64 what the trained model found important
+  fisher-jax report --model train/model --out train/report   what the trained model found important
 """
 
 _MERGE_DESCRIPTION = """One model from several that were fine-tuned from the same one: the mean of their parameters,
@@ -78,8 +78,8 @@ _MERGE_EXAMPLES = """examples:
   fisher-jax train --out base                                            a small model, and two that go on from it
   fisher-jax train --init base/model --text pubmed --out a --optimizer adamw --learning-rate 1e-3 --batch-size 32
   fisher-jax train --init base/model --text news --out b --optimizer adamw --learning-rate 1e-3 --batch-size 32
-  fisher-jax report --model a/model --text pubmed --seq-len 64 --parameters all --out a/report
-  fisher-jax report --model b/model --text news --seq-len 64 --parameters all --out b/report
+  fisher-jax report --model a/model --text pubmed --parameters all --out a/report
+  fisher-jax report --model b/model --text news --parameters all --out b/report
   fisher-jax merge --models a/model b/model --states a/report b/report --text pubmed --text news
   fisher-jax merge --models a/model b/model --by uniform --base base/model --scale 1.5 --out sum
 """
@@ -91,6 +91,7 @@ Hugging Face folder and says what it costs in bits per byte on held-out text."""
 _TRIM_EXAMPLES = """examples:
   fisher-jax report                                    scores of the shipped model's tokens, in report/
   fisher-jax trim --state report --keep 16000          a third of the vocabulary, in trimmed/
+  fisher-jax trim --state report --task pubmed --keep 16000 --out pubmed   by one of several tasks
   fisher-jax trim --by magnitude --keep 16000 --out other
 """
 

@@ -1,10 +1,13 @@
 """`fisher-jax compare` from start to end: two tasks of reports in, a page with what changed out."""
 
+from itertools import combinations
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fisher_jax.cli import compare_sections as sections
+from fisher_jax.cli.choice_error import Way
 from fisher_jax.cli.clock import Clock
 from fisher_jax.cli.compare_settings import CompareSettings
 from fisher_jax.cli.compare_shift import layer_shift, row_shift
@@ -14,6 +17,7 @@ from fisher_jax.cli.pages import write_pages
 from fisher_jax.cli.printable import printable
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.run_folder import run_folder
+from fisher_jax.cli.task_choice import candidates, choose, unfinished
 from fisher_jax.cli.task_state import Task, check_model, read_task, split_place, tasks_of
 from fisher_jax.cli.terminal import Terminal
 from fisher_jax.errors import InputError
@@ -67,19 +71,36 @@ def compared(settings: CompareSettings, clock: Clock) -> Compared:
 
 
 def read_both(settings: CompareSettings) -> tuple[Task, Task]:
-    """A and B, each by its folder and task; of one folder alone its two tasks, in the order they were measured."""
-    how = "as FOLDER:TASK"
-    if len(settings.reports) == 1:
-        folder, task = split_place(settings.reports[0])
-        names = list(tasks_of(folder).tasks)
-        if task is not None or len(names) != 2:
-            raise InputError(
-                f"one report alone is compared where it holds two tasks, and {folder} holds {', '.join(names)}; give "
-                "A and B, as FOLDER or FOLDER:TASK."
-            )
-        return read_task(folder, names[0]), read_task(folder, names[1])
-    (first, one), (second, other) = map(split_place, settings.reports)
-    return read_task(first, one, how=how), read_task(second, other, how=how)
+    """A and B, each by its folder and task; of one folder alone two tasks, in the order they were measured."""
+    places = list(settings.reports)
+    if len(set(places)) == 1 and split_place(places[0])[1] is None:
+        places = places[:1]
+    found = [candidates(place) for place in places]
+    alone = len(places) == 1
+    if alone and (split_place(places[0])[1] is not None or len(found[0]) < 2):
+        folder, _ = split_place(places[0])
+        tasks = tasks_of(folder).tasks.items()
+        held = ", ".join(f"{name} (which {unfinished(x)})" if unfinished(x) else name for name, x in tasks)
+        raise InputError(
+            f"one report alone is compared where it holds two finished tasks, and {folder} holds {held}; give A and "
+            "B, as FOLDER or FOLDER:TASK."
+        )
+
+    def alike(tasks: tuple[Task, ...]) -> bool:
+        try:
+            check_alike(tasks[0], tasks[1])
+        except InputError:
+            return False
+        return True
+
+    def way(tasks: tuple[Task, ...]) -> Way:
+        if alone:
+            return Way(replaced={places[0]: tuple(task.place for task in tasks)})
+        pairs = zip(places, tasks, found, strict=True)
+        return Way(replaced={place: (task.place,) for place, task, of in pairs if len(of) > 1})
+
+    a, b = choose(places, found, choices=combinations(found[0], 2) if alone else None, together=alike, way=way)
+    return read_task(a), read_task(b)
 
 
 def check_alike(a: Task, b: Task) -> None:

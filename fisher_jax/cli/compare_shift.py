@@ -125,9 +125,9 @@ class LayerShift(NamedTuple):
 def layer_shift(a: Task, b: Task, model: LanguageModel) -> LayerShift:
     """The shift of tensors, attention heads, layers and the whole model."""
     first, second = a.arrays["layers"], b.arrays["layers"]
-    before, after = (read_layers(task.arrays["layers"], model, layer_settings(task)) for task in (a, b))
+    before, after = (read_layers(task.arrays["layers"], model, layer_settings(task.progress)) for task in (a, b))
     shift = _shift(first, second, a, b)
-    sizes = part_sizes(model, layer_settings(a))
+    sizes = part_sizes(model, layer_settings(a.progress))
     means = fj.welford.mean(first), fj.welford.mean(second)
     fields = [on_parts(x, sizes) for x in (*means, shift.difference, shift.standard_error, shift.z, shift.p)]
     wanted = {**sizes, "parts": several(before)}

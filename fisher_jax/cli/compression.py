@@ -1,6 +1,6 @@
 """Bits per byte: the loss of a model on texts, comparable between tokenizers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel
 
-__all__ = ["Loss", "bits_per_byte", "difference", "measure"]
+__all__ = ["Loss", "bits_per_byte", "difference", "measure", "measure_in_pieces", "pieces"]
 
 
 class Loss(NamedTuple):
@@ -52,6 +52,29 @@ def measure(model: LanguageModel, texts: Sequence[str], *, rows: int = 2) -> Los
     if not np.isfinite(bits).all():
         raise InputError(f"the loss of {model.name} is not finite on text {int(np.argmin(np.isfinite(bits)))}")
     return Loss(bits, np.array([len(t.encode()) for t in texts]), np.array([len(ids) for ids in encoded]))
+
+
+def measure_in_pieces(models: Sequence[LanguageModel], texts: Sequence[str]) -> list[Loss]:
+    """Of every model on every text; what is longer than the positions is read in pieces, the same for all models."""
+    cut = [list(pieces(models, text)) for text in texts]
+    starts = np.cumsum([0, *(len(of_one) for of_one in cut)])[:-1]
+    losses = [measure(model, [piece for of_one in cut for piece in of_one]) for model in models]
+    return [Loss(*(np.add.reduceat(x, starts) for x in loss)) for loss in losses]
+
+
+def pieces(models: Sequence[LanguageModel], text: str) -> Iterator[str]:
+    """The text in pieces that no model cuts into more tokens than it has positions, less one for the beginning."""
+    while text:
+        size = len(text)
+        while size > 1 and (filled := max(_filled(model, text[:size]) for model in models)) > 1:
+            size = max(min(int(size / filled), size - 1), 1)
+        yield text[:size]
+        text = text[size:]
+
+
+def _filled(model: LanguageModel, text: str) -> float:
+    """Tokens of a text over the model's positions behind a beginning."""
+    return len(model.tokenizer.encode(text, special=False)) / (model.config.max_positions - 1)
 
 
 def beginning(model: LanguageModel) -> int:

@@ -5,7 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
-from fisher_jax.cli.importance import Comparison, Importance
+from fisher_jax.cli.importance import Importance
 from fisher_jax.cli.layers import MODEL, Layers
 from fisher_jax.cli.packing import Packed
 from fisher_jax.cli.printable import readable
@@ -29,10 +29,9 @@ class Findings:
     loss: float
     pruning: PruningResult | None
     by_column: np.ndarray | None = None
-    comparisons: list[tuple[Comparison, Importance]] = field(default_factory=list)
+    comparisons: list[str] = field(default_factory=list)  # with each of the other tasks, a sentence
     layers: Layers | None = None  # all parameters
     columns: list[str] = field(default_factory=list)  # parts of a layer in the order of the data
-    layer_comparisons: list[tuple[str, Layers]] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     rate: float = 0.0  # streamed tokens per second
 

@@ -1,12 +1,17 @@
 """The report as one HTML file: pictures inside, light and dark, narrow and wide, without scripts."""
 
 import base64
+from collections.abc import Mapping
 from html import escape
+from html.parser import HTMLParser
 
-from fisher_jax.cli.blocks import Block, Heading, Paragraph, Picture, Table
+from fisher_jax.cli.blocks import Block, Contents, Heading, Paragraph, Picture, Table
 from fisher_jax.cli.printable import printable
 
-__all__ = ["render"]
+__all__ = ["HEAD_LENGTH", "read_facts", "render"]
+
+# Characters in which the facts of a page are: they stand before its style.
+HEAD_LENGTH = 2**16
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --muted: #5b6675; --page: #ffffff; --line: #dfe4ea;
@@ -19,6 +24,10 @@ body { margin: 0; background: var(--page); color: var(--ink); -webkit-text-size-
 main { max-width: 46rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: clamp(1.5rem, 5vw, 2.1rem); line-height: 1.2; margin: .5rem 0 1rem; letter-spacing: -.01em; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+h2.part { font-size: clamp(1.35rem, 4.5vw, 1.8rem); margin-top: 4rem; border-top-width: 3px; }
+h3 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
+nav ul { margin: 1rem 0; padding-left: 1.2rem; }
+a { color: inherit; }
 p { margin: .7rem 0; overflow-wrap: break-word; }
 p.lead { font-size: 1.08rem; }
 figure { margin: 1.2rem 0; }
@@ -36,8 +45,9 @@ footer { color: var(--muted); font-size: .9rem; margin-top: 3rem; }
 """
 
 
-def render(title: str, lead: str, blocks: list[Block]) -> str:
-    """A complete page."""
+def render(title: str, lead: str, blocks: list[Block], facts: Mapping[str, str] = {}) -> str:
+    """A complete page; ``facts`` are for `read_facts`."""
+    said = "".join(f'<meta name="{escape(name)}" content="{escape(value)}">\n' for name, value in facts.items())
     body = "\n".join(_block(block) for block in blocks)
     return f"""<!doctype html>
 <html lang="en">
@@ -45,7 +55,7 @@ def render(title: str, lead: str, blocks: list[Block]) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{_escape(title)}</title>
+{said}<title>{_escape(title)}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
@@ -66,14 +76,24 @@ def _escape(text: str) -> str:
 
 def _block(block: Block) -> str:
     match block:
-        case Heading(text):
-            return f"<h2>{_escape(text)}</h2>"
+        case Heading():
+            return _heading(block)
+        case Contents(parts):
+            lines = "".join(f'<li><a href="#{escape(to)}">{_escape(text)}</a></li>' for to, text in parts.items())
+            return f"<nav><ul>{lines}</ul></nav>"
         case Paragraph(text):
             return f"<p>{_escape(text)}</p>"
         case Picture():
             return _picture(block)
         case Table():
             return _table(block)
+
+
+def _heading(heading: Heading) -> str:
+    tag = f"h{max(heading.level, 2)}"
+    kind = ' class="part"' if heading.level == 1 else ""
+    anchor = f' id="{escape(heading.anchor)}"' if heading.anchor else ""
+    return f"<{tag}{kind}{anchor}>{_escape(heading.text)}</{tag}>"
 
 
 def _picture(picture: Picture) -> str:
@@ -94,3 +114,21 @@ def _table(table: Table) -> str:
     head = f"<thead><tr>{cells('th', table.header)}</tr></thead>" if table.header else ""
     rows = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
     return f'<div class="scroll"><table>{caption}{head}\n<tbody>\n{rows}\n</tbody></table></div>'
+
+
+def read_facts(page: str) -> dict[str, str]:
+    """What a page says of itself, from its first `HEAD_LENGTH` characters."""
+    reader = _Facts()
+    reader.feed(page.partition("<style>")[0])
+    return reader.found
+
+
+class _Facts(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, str] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "meta" and values.get("name"):
+            self.found[str(values["name"])] = values.get("content") or ""

@@ -1,5 +1,6 @@
 """The numbers a report is about: importance of every vocabulary row with its interval, and tasks compared."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,14 +59,21 @@ def importance(arrays: dict[str, Any], kind: str, level: float) -> Importance:
     )
 
 
-def importance_csv(result: Importance, tokens: list[str]) -> str:
-    """One line per vocabulary row, most important first; tokens as they are in the text, as JSON strings."""
-    header = ["token_id", "token", "count", "mean", "standard_error", "lower", "upper"]
-    columns = (result.mean, result.error, result.lower, result.upper)
-    rows = (
-        [row, tokens[row], int(result.counts[row]), *(f"{column[row]:.9g}" for column in columns)]
-        for row in result.order.tolist()
-    )
+def importance_csv(tasks: Mapping[str, Mapping[str, Importance]], tokens: list[str]) -> str:
+    """One line per task and vocabulary row, ``{task: {kind: ...}}``, most important first by a task's first kind.
+
+    Tokens are as they are in the text, as JSON strings.
+    """
+    kinds = sorted({kind for of in tasks.values() for kind in of})
+    fields = ("", "_standard_error", "_lower", "_upper")
+    header = ["task", "token_id", "token", "count", *(f"{kind}{field}" for kind in kinds for field in fields)]
+    rows: list[list[object]] = []
+    for task, of in tasks.items():
+        first = next(iter(of.values()))
+        columns = [values for kind in kinds for values in of[kind][:4]]
+        for row in first.order.tolist():
+            numbers = (f"{column[row]:.9g}" for column in columns)
+            rows.append([task, row, tokens[row], int(first.counts[row]), *numbers])
     return csv_text(header, rows)
 
 

@@ -3,12 +3,12 @@
 import numpy as np
 
 from fisher_jax.cli import layer_plots
-from fisher_jax.cli.blocks import Block, Heading, Paragraph, Picture, Table
+from fisher_jax.cli.blocks import Block, Heading, Paragraph, Table
 from fisher_jax.cli.findings import Findings
 from fisher_jax.cli.layers import MODEL, Layers, Measured, part_name
 from fisher_jax.cli.style import picture
 
-__all__ = ["layer_blocks", "layer_task_blocks"]
+__all__ = ["layer_blocks"]
 
 _FIRST = ("embedding", "positions")
 
@@ -145,26 +145,3 @@ def _heads(layers: Layers) -> str:
         "A head has its rows of the query, key and value kernels and its columns of the output kernel. "
         f"{several}{size} The largest number is that of head {head} of the {part_name(best)} kernel in layer {layer}."
     ).replace("  ", " ")
-
-
-def layer_task_blocks(found: Findings) -> list[Block]:
-    """Layers in this task over those in the other tasks of the folder that measured them."""
-    layers = found.layers
-    if layers is None or not found.layer_comparisons:
-        return []
-    return [
-        Paragraph(
-            "The same for the layers: violet where a part of a layer has more information in "
-            f"{found.settings.task}, orange where it has less."
-        ),
-        *(_task_picture(found, layers, number) for number in range(len(found.layer_comparisons))),
-    ]
-
-
-def _task_picture(found: Findings, layers: Layers, number: int) -> Picture:
-    other, there = found.layer_comparisons[number]
-    return picture(
-        f"layers-tasks-{number + 1}",
-        f"Heat map of the Fisher information in {found.settings.task} over that in {other}",
-        lambda theme: layer_plots.ratio_figure(theme, layers, there, found.columns, found.settings.task, other),
-    )

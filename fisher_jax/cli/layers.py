@@ -1,5 +1,6 @@
 """Every layer: squared scores of all parameters from one backward pass, summed over the parts of the model."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -142,17 +143,17 @@ def several(found: Layers) -> list[str]:
     return [node for node in found.parts if sum(path.startswith(f"{node}/") for path in found.tensors) > 1]
 
 
-def layers_csv(found: Layers) -> str:
-    """One line per tensor, attention head and part of a layer, then the totals over all layers and the model.
+def layers_csv(tasks: Mapping[str, Layers]) -> str:
+    """One line per task and tensor, attention head and part of a layer, then the totals over layers and the model.
 
     `statistic` is the sum over the `parameters` of the tensor (or of its part) of squared scores per token.
     """
     rows: list[list[object]] = []
-    chosen = [*found.tensors.items(), *found.heads.items(), *((node, found.parts[node]) for node in several(found)),
-              *found.wholes.items()]  # fmt: skip
-    for path, values in chosen:
-        for index in np.ndindex(values.mean.shape):
-            layer, head = (*index, "", "")[:2]
-            numbers = (f"{x[index]:.9g}" for x in values[:3])
-            rows.append([path, layer, part_name(path), head, *numbers, int(values.parameters[index])])
-    return csv_text(["path", "layer", "part", "head", "statistic", "lower", "upper", "parameters"], rows)
+    for task, found in tasks.items():
+        sums = [(node, found.parts[node]) for node in several(found)]
+        for path, values in [*found.tensors.items(), *found.heads.items(), *sums, *found.wholes.items()]:
+            for index in np.ndindex(values.mean.shape):
+                layer, head = (*index, "", "")[:2]
+                numbers = (f"{x[index]:.9g}" for x in values[:3])
+                rows.append([task, path, layer, part_name(path), head, *numbers, int(values.parameters[index])])
+    return csv_text(["task", "path", "layer", "part", "head", "statistic", "lower", "upper", "parameters"], rows)

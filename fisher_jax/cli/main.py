@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fisher_jax.cli.choice_error import TaskChoiceError
 from fisher_jax.cli.printable import printable, shortened
 from fisher_jax.cli.stopping import EXIT_CODE, InterruptedRunError, StopSignals, stop_signals
 from fisher_jax.errors import InputError, RejectedBatchError
@@ -11,6 +12,13 @@ from fisher_jax.errors import InputError, RejectedBatchError
 __all__ = ["main"]
 
 _LONGEST = 800  # characters of a sentence; a name may be of any length
+
+
+def _told(error: BaseException, sentence: str, arguments: Sequence[str] | None) -> str:
+    """The sentence; where it asks for a choice, with the command for each."""
+    if isinstance(error, TaskChoiceError):
+        return error.told(sys.argv[1:] if arguments is None else arguments)
+    return shortened(sentence, _LONGEST)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +51,7 @@ def _run(arguments: Sequence[str] | None, signals: StopSignals) -> int:
             return 1
         if (sentence := _sentence(error)) is None:
             raise
-        print(f"fisher-jax: {printable(shortened(sentence, _LONGEST))}", file=sys.stderr)
+        print(f"fisher-jax: {printable(_told(error, sentence, arguments))}", file=sys.stderr)
         return 2
 
 

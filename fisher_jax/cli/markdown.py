@@ -1,6 +1,6 @@
 """The report as Markdown, with its pictures in `figures/`."""
 
-from fisher_jax.cli.blocks import Block, Heading, Paragraph, Picture, Table
+from fisher_jax.cli.blocks import Block, Contents, Heading, Paragraph, Picture, Table
 from fisher_jax.cli.printable import printable
 
 __all__ = ["render"]
@@ -20,8 +20,11 @@ def _escape(text: str) -> str:
 
 def _block(block: Block) -> str:
     match block:
-        case Heading(text):
-            return f"## {_escape(text)}"
+        case Heading(text, level, anchor):
+            named = f'<a id="{anchor}"></a>\n\n' if anchor else ""
+            return f"{named}{'#' * max(level, 2)} {_escape(text)}"
+        case Contents(parts):
+            return "\n".join(f"- [{_escape(text)}](#{anchor})" for anchor, text in parts.items())
         case Paragraph(text):
             return _escape(text)
         case Picture():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 import fisher_jax as fj
-from fisher_jax.cli.compression import Loss, bits_per_byte, difference, measure
+from fisher_jax.cli.compression import Loss, bits_per_byte, difference, measure_in_pieces
 from fisher_jax.cli.corpora import default_task
 from fisher_jax.cli.folder import write_atomically
 from fisher_jax.cli.held_out import held_out
 from fisher_jax.cli.merge_settings import MergeSettings
-from fisher_jax.cli.merge_weights import read_weights
+from fisher_jax.cli.merge_weights import read_weights, states_digest
 from fisher_jax.cli.model_folder import model_folder, save_model
+from fisher_jax.cli.model_result import MADE_FROM, read_result
+from fisher_jax.cli.pages import digest
 from fisher_jax.cli.printable import printable
 from fisher_jax.cli.run_folder import run_folder
 from fisher_jax.cli.terminal import Terminal, headed
@@ -36,11 +38,21 @@ TITLES = {"fisher": "Fisher information", "uniform": "equal weights", "magnitude
 def run(settings: MergeSettings) -> int:
     """Merges, writes, loads what was written and measures it; the exit code."""
     console = Terminal()
-    with (
-        run_folder(settings.out, interrupted=lambda: "interrupted; no model was written."),
-        model_folder(settings.out) as incoming,
-    ):
-        merge_and_measure(settings, console, incoming)
+    with run_folder(settings.out, interrupted=lambda: "interrupted; no model was written."):
+        loaded = [read(console, source) for source in settings.models]
+        base = None if settings.base is None else read(console, settings.base, " (base)")
+        for other in [*loaded[1:], *([] if base is None else [base])]:
+            check_same(loaded[0], other)
+        texts = {default_task(sources): texts_of(settings, loaded[0], sources) for sources in settings.text}
+        facts = made_from(settings, loaded, base, texts)
+        earlier = read_result(settings.out, "merge.json", facts, settings.overwrite)
+        if earlier is None:
+            with model_folder(settings.out) as incoming:
+                merge_and_measure(settings, console, incoming, loaded, base, texts, facts)
+    if earlier is not None:
+        if texts:
+            console.print(table_of(earlier["bits_per_byte"]))
+        console.print("finished before: nothing had to be computed (--overwrite merges again)")
     console.print(
         headed(
             "written",
@@ -51,12 +63,33 @@ def run(settings: MergeSettings) -> int:
     return 0
 
 
-def merge_and_measure(settings: MergeSettings, console: Console, incoming: Path) -> None:
-    loaded = [read(console, source) for source in settings.models]
-    base = None if settings.base is None else read(console, settings.base, " (base)")
-    for other in [*loaded[1:], *([] if base is None else [base])]:
-        check_same(loaded[0], other)
-    texts = {default_task(sources): texts_of(settings, loaded[0], sources) for sources in settings.text}
+def made_from(
+    settings: MergeSettings,
+    loaded: Sequence[LanguageModel],
+    base: LanguageModel | None,
+    texts: dict[str, list[str]],
+) -> dict[str, Any]:
+    """What decides the result, by the names of a refusal."""
+    names = ("by", "floor", "scale", "dtype", "documents", "characters")
+    return {
+        "--weights": list(settings.weights),
+        **{f"--{name}": getattr(settings, name) for name in names},
+        "--models": [model.fingerprint for model in loaded],
+        "--base": None if base is None else base.fingerprint,
+        "--states": states_digest(settings.states),
+        "the text": digest(texts),
+    }
+
+
+def merge_and_measure(
+    settings: MergeSettings,
+    console: Console,
+    incoming: Path,
+    loaded: Sequence[LanguageModel],
+    base: LanguageModel | None,
+    texts: dict[str, list[str]],
+    facts: dict[str, Any],
+) -> None:
     fishers = weights_of(settings, console, loaded, base)
     merged = merge(settings, loaded, base, fishers)
     params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), merged)
@@ -66,6 +99,7 @@ def merge_and_measure(settings: MergeSettings, console: Console, incoming: Path)
     content = {
         "models": {source: model.fingerprint for source, model in zip(settings.models, loaded, strict=True)},
         **{name: getattr(settings, name) for name in ("states", "base", "by", "weights", "floor", "scale")},
+        MADE_FROM: facts,
     }
     if texts:
         content["bits_per_byte"] = evaluate(settings, console, incoming, loaded, base, texts)
@@ -153,15 +187,10 @@ def evaluate(
         mean = fj.merge_params([x.params for x in loaded], [equal(x.params) for x in loaded])
         models["plain mean (not written)"] = dataclasses.replace(loaded[0], params=mean)
     models[f"merged: {settings.out}"] = written
-    losses = {name: {text: loss_of(model, found) for text, found in texts.items()} for name, model in models.items()}
+    of_text = {text: measure_in_pieces(list(models.values()), found) for text, found in texts.items()}
+    losses = {name: {text: of_text[text][i] for text in texts} for i, name in enumerate(models)}
     told = {name: {text: bits_per_byte(loss) for text, loss in of.items()} for name, of in losses.items()}
-    table = Table(box=None, padding=(0, 2), header_style="bold")
-    for i, name in enumerate(["bits per byte", *texts, *(["mean"] if len(texts) > 1 else [])]):
-        table.add_column(name, justify="right" if i else "left")
-    for name, of in told.items():
-        values = [*of.values(), *([float(np.mean(list(of.values())))] if len(of) > 1 else [])]
-        table.add_row(printable(name), *(f"{x:.4f}" for x in values))
-    console.print(table)
+    console.print(table_of(told))
     *others, last = losses
     for name in others:
         changes = (change(losses[last][text], losses[name][text], text) for text in texts)
@@ -170,25 +199,18 @@ def evaluate(
     return told
 
 
+def table_of(told: dict[str, dict[str, float]]) -> Table:
+    """Bits per byte of every model on every text, and on all of them."""
+    texts = list(next(iter(told.values())))
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for i, name in enumerate(["bits per byte", *texts, *(["mean"] if len(texts) > 1 else [])]):
+        table.add_column(name, justify="right" if i else "left")
+    for name, of in told.items():
+        values = [*of.values(), *([float(np.mean(list(of.values())))] if len(of) > 1 else [])]
+        table.add_row(printable(name), *(f"{x:.4f}" for x in values))
+    return table
+
+
 def change(after: Loss, before: Loss, text: str) -> str:
     mean, error = difference(after, before)
     return f"{mean:+.4f} ± {1.96 * error:.4f} on {text}"
-
-
-def loss_of(model: LanguageModel, texts: Sequence[str]) -> Loss:
-    """Of every text; a text longer than the model's positions is read in pieces, each from a beginning."""
-    cut = [list(pieces(model, text)) for text in texts]
-    loss = measure(model, [piece for of_one in cut for piece in of_one])
-    starts = np.cumsum([0, *(len(of_one) for of_one in cut)])[:-1]
-    return Loss(*(np.add.reduceat(x, starts) for x in loss))
-
-
-def pieces(model: LanguageModel, text: str) -> Iterator[str]:
-    """The text in pieces of at most as many tokens as the model has positions, less one for the beginning."""
-    limit = model.config.max_positions - 1
-    while text:
-        size = len(text)
-        while size > 1 and (tokens := len(model.tokenizer.encode(text[:size], special=False))) > limit:
-            size = max(size * limit // tokens, 1)
-        yield text[:size]
-        text = text[size:]

@@ -142,6 +142,6 @@ def merge_settings_from(options: argparse.Namespace) -> MergeSettings:
     if options.scale != 1 and options.base is None:
         raise InputError("--scale multiplies what was learnt beyond a base; give that model with --base.")
     base = [] if options.base is None else [options.base]
-    refuse_model_there(options, [*options.models, *base, *options.states])
+    refuse_model_there(options, [*options.models, *base, *options.states], "merge.json")
     values = values_for(MergeSettings, options) | {"text": tuple(map(tuple, options.text))}
     return MergeSettings(**values)

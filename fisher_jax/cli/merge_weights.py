@@ -1,6 +1,8 @@
 """What every parameter of a model weighs in a merging: from the state of a report, or from a safetensors file."""
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,13 +11,16 @@ import numpy as np
 
 import fisher_jax as fj
 from fisher_jax.alignment import check_not_negative, values_of
+from fisher_jax.cli.choice_error import Way
 from fisher_jax.cli.layers import on_parts, part_sizes
-from fisher_jax.cli.task_state import Task, check_model, layer_settings, read_task, split_place
+from fisher_jax.cli.pages import digest
+from fisher_jax.cli.task_choice import candidates, choose, lacks_layers
+from fisher_jax.cli.task_state import Task, check_model, layer_settings, read_task
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel
 from fisher_jax.models.layout import flatten, unflatten
 
-__all__ = ["Weights", "read_weights"]
+__all__ = ["Weights", "read_weights", "states_digest"]
 
 
 class Weights(NamedTuple):
@@ -37,7 +42,8 @@ def read_weights(sources: Sequence[str], loaded: Sequence[LanguageModel]) -> lis
     Raises:
         InputError: a state of another model, one that lacks groups, a negative Fisher, or states of different kinds.
     """
-    found = [_read(source, model, loaded) for source, model in zip(sources, loaded, strict=True)]
+    tasks = _tasks(sources)
+    found = [_read(source, tasks.get(source), model, loaded) for source, model in zip(sources, loaded, strict=True)]
     kinds = {weights.kind: source for weights, source in zip(found, sources, strict=True) if weights.kind}
     if len(kinds) > 1:
         told = " and ".join(f"the {kind} Fisher in {source}" for kind, source in kinds.items())
@@ -45,12 +51,38 @@ def read_weights(sources: Sequence[str], loaded: Sequence[LanguageModel]) -> lis
     return found
 
 
-def _read(source: str, model: LanguageModel, loaded: Sequence[LanguageModel]) -> Weights:
-    if source.endswith(".safetensors"):
+def _tasks(sources: Sequence[str]) -> dict[str, Task]:
+    """The task of every source that is a report."""
+    reports = [source for source in dict.fromkeys(sources) if not source.endswith(".safetensors")]
+    found = [candidates(source, lacks=lacks_layers) for source in reports]
+
+    def way(tasks: tuple[Task, ...]) -> Way:
+        asked = [(report, task.place) for report, task, of in zip(reports, tasks, found, strict=True) if len(of) > 1]
+        return Way(replaced={report: (place,) for report, place in asked}, option="--states")
+
+    def one_kind(tasks: tuple[Task, ...]) -> bool:
+        return len({task.progress.settings["--kind"] for task in tasks}) == 1
+
+    return dict(zip(reports, choose(reports, found, together=one_kind, way=way), strict=True))
+
+
+def states_digest(sources: Sequence[str]) -> str:
+    """A short name for what the states of a merging hold."""
+    tasks = _tasks(sources)
+    return digest([asdict(tasks[source].progress) if source in tasks else _of_file(source) for source in sources])
+
+
+def _of_file(source: str) -> str:
+    fj.exchange.describe(source)  # says what is wrong with it
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest()
+
+
+def _read(source: str, task: Task | None, model: LanguageModel, loaded: Sequence[LanguageModel]) -> Weights:
+    if task is None:
         sums, kind, words = _from_file(Path(source))
     else:
-        task = read_task(*split_place(source), how="as FOLDER:TASK")
         _check_order(task, model, loaded)
+        task = read_task(task)
         sums, kind, words = _from_report(task, model)
     try:
         values = fj.per_parameter(sums, model.params)
@@ -85,7 +117,7 @@ def _from_report(task: Task, model: LanguageModel) -> tuple[Any, str | None, str
             "fisher-jax report --parameters all."
         )
     kind = task.progress.settings["--kind"]
-    parts = on_parts(fj.welford.mean(task.arrays["layers"]), part_sizes(model, layer_settings(task)))
+    parts = on_parts(fj.welford.mean(task.arrays["layers"]), part_sizes(model, layer_settings(task.progress)))
     by_entry = "param" in task.arrays
     rows = fj.welford.mean(task.arrays["param" if by_entry else kind])
     leaves, size = flatten(model.params), model.config.head_size

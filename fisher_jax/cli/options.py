@@ -6,19 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from fisher_jax.cli.corpora import text_source
-from fisher_jax.cli.values import count, file_or_folder, folder
+from fisher_jax.cli.values import LONGEST_ROW, count, file_or_folder, folder
 from fisher_jax.errors import InputError
 
 __all__ = [
+    "ROW_LENGTH",
     "add_folder_options",
     "add_length_options",
     "add_model_folder_options",
     "add_model_option",
+    "add_row_length_option",
     "add_text_options",
     "refuse_model_there",
     "refuse_resume_and_overwrite",
     "values_for",
 ]
+
+
+# Tokens of a row, where the model has the positions and no length was typed.
+ROW_LENGTH = 256
 
 
 def add_model_option(group: Any, default: str) -> None:
@@ -56,6 +62,15 @@ def add_folder_options(group: Any, out: Path, *, resume: str, overwrite: str) ->
     group.add_argument("--overwrite", action="store_true", help=overwrite)
 
 
+def add_row_length_option(group: Any, *names: str) -> None:
+    group.add_argument(
+        *names,
+        metavar="N",
+        type=count(2, LONGEST_ROW),
+        help=f"tokens per row (default {ROW_LENGTH}, or all positions of a model that has fewer)",
+    )
+
+
 def add_model_folder_options(group: Any, out: Path, dtype: str) -> None:
     """For commands that write a model."""
     group.add_argument("--out", metavar="DIR", type=folder, default=out, help=f"model folder to write ({out}/)")
@@ -80,13 +95,17 @@ def refuse_resume_and_overwrite(options: argparse.Namespace) -> None:
         raise InputError("--resume goes on with a run and --overwrite drops it; give one of them.")
 
 
-def refuse_model_there(options: argparse.Namespace, sources: Sequence[str | Path]) -> None:
-    """What is read is never written over, and a model that is there only if asked to."""
+def refuse_model_there(options: argparse.Namespace, sources: Sequence[str | Path], result: str) -> None:
+    """What is read is never written over, and a model that is there only if asked to.
+
+    One that the command wrote itself, with its ``result`` beside it, is told again by the command.
+    """
     out = options.out.resolve()
     for source in map(Path, sources):
         if source.is_dir() and out.is_relative_to(source.resolve()):
             raise InputError(f"--out {options.out} lies in {source}, which is read; choose another --out.")
-    if (options.out / "config.json").exists() and not options.overwrite:
+    there = (options.out / "config.json").exists() and not (options.out / result).exists()
+    if there and not options.overwrite:
         raise InputError(f"{options.out} holds a model; choose another --out, or --overwrite.")
 
 

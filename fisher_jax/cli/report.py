@@ -1,6 +1,6 @@
 """`fisher-jax report` from start to end."""
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,23 +11,23 @@ import fisher_jax as fj
 from fisher_jax.cli.accumulate import accumulate, hidden_and_targets
 from fisher_jax.cli.clock import Clock
 from fisher_jax.cli.corpora import describe_sources, documents
-from fisher_jax.cli.findings import Findings, lead, title
+from fisher_jax.cli.findings import Findings
 from fisher_jax.cli.folder import check_writable
-from fisher_jax.cli.importance import compare, importance, importance_csv
-from fisher_jax.cli.layers import columns, layers_csv, read_layers
+from fisher_jax.cli.importance import importance
+from fisher_jax.cli.layers import columns, read_layers
 from fisher_jax.cli.memory import attention_bytes, check_memory
 from fisher_jax.cli.orderings import orderings
 from fisher_jax.cli.packing import Packed, Rows, longest_document, pack
-from fisher_jax.cli.pages import write_pages
 from fisher_jax.cli.progress import StreamProgress
 from fisher_jax.cli.pruning import PruningResult, prune
+from fisher_jax.cli.report_parts import Part
+from fisher_jax.cli.report_writing import ReportFolder
+from fisher_jax.cli.row_length import row_length
 from fisher_jax.cli.run_folder import run_folder
 from fisher_jax.cli.run_state import Progress, StateStore
-from fisher_jax.cli.sections import blocks
 from fisher_jax.cli.settings import Settings
-from fisher_jax.cli.summary import summary
+from fisher_jax.cli.summary import summary, told_again
 from fisher_jax.cli.terminal import Terminal
-from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
 
 __all__ = ["run"]
@@ -36,7 +36,6 @@ OTHER_KIND = {"empirical": "true", "true": "empirical"}
 # One Welford state in float32 per row or entry, with its corrections, twice on disk while it is replaced.
 _STATE_BYTES = 2 * 40
 _REPORT_BYTES = 20 * 2**20
-FIGURE_PREFIXES = ("layers-", "importance-", "most-", "least-", "pruning-", "tasks-")
 
 
 def run(settings: Settings) -> int:
@@ -48,15 +47,19 @@ def run(settings: Settings) -> int:
         store = StateStore(settings.out)
         store.check_before_loading(settings)
         found = _measure_and_write(settings, console, clock, store)
-    summary(console, found, clock.total)
+    if isinstance(found, Findings):
+        summary(console, found, clock.total)
+    else:
+        told_again(console, settings, found)
     return 0
 
 
-def _measure_and_write(settings: Settings, console: Console, clock: Clock, store: StateStore) -> Findings:
+def _measure_and_write(settings: Settings, console: Console, clock: Clock, store: StateStore) -> Findings | Part:
+    """What was found, or the part of the page of a task that was finished before."""
     with clock.stage("model", settings.model):
         model = load(settings.model, dtype=settings.dtype)
         console.print(f"  {model.name}: vocabulary {model.config.vocab_size:,}, width {model.config.width:,}")
-    _check_fits(settings, model)
+    settings = _fitted(settings, model)
     with clock.stage("text", describe_sources(settings.text)):
         packed = _pack(settings, model)
         console.print(f"  {packed.choice}")
@@ -76,10 +79,14 @@ def _measure_and_write(settings: Settings, console: Console, clock: Clock, store
         text_names=list(settings.text),
     )
     progress, state = store.start_or_resume(settings, fresh)
+    if settings.overwrite and settings.task in store.tasks:
+        ReportFolder(settings, model, store, store.restore()).drop()
     arrays = _stream(console, clock, settings, model, packed.stream, store, progress, state)
-    found = _findings(clock, settings, model, packed, store, progress, arrays)
-    with clock.stage("report", "pictures and tables"):
-        _write(settings.out, found)
+    folder = ReportFolder(settings, model, store, {**store.restore(), settings.task: arrays})
+    found = folder.part() or _findings(clock, settings, model, packed, progress, arrays)
+    if not folder.is_current():
+        with clock.stage("report", "pictures and tables"):
+            folder.write(found if isinstance(found, Findings) else None)
     return found
 
 
@@ -95,14 +102,15 @@ def _after_interrupt(store: StateStore | None, settings: Settings) -> str:
     )
 
 
-def _check_fits(settings: Settings, model: LanguageModel) -> None:
-    if settings.seq_len > model.config.max_positions:
-        raise InputError(
-            f"--seq-len {settings.seq_len} is longer than the {model.config.max_positions} positions of "
-            f"{model.name}; give a smaller one."
-        )
+def _fitted(settings: Settings, model: LanguageModel) -> Settings:
+    """With rows that fit the model, once the disk was found to hold its states."""
     entries = model.config.vocab_size * (2 + (model.config.width if settings.groups == "param" else 0))
     check_writable(settings.out, bytes_needed=_REPORT_BYTES + _STATE_BYTES * entries)
+    return replace(settings, seq_len=_length(settings, model))
+
+
+def _length(settings: Settings, model: LanguageModel) -> int:
+    return row_length(settings.seq_len, settings.seq_len_typed, model.config.max_positions, model.name)
 
 
 def _pack(settings: Settings, model: LanguageModel) -> Packed:
@@ -140,10 +148,6 @@ def _stream(
     state: dict[str, Any] | None,
 ) -> dict[str, Any]:
     if progress.finished and state is not None:
-        console.print(
-            f"this run of the task {settings.task!r} was finished before, its state is used as it is "
-            "(--overwrite measures again)"
-        )
         return state
     verb = f"going on after batch {progress.batches_done} of" if progress.batches_done else "in"
     whose = "the head"
@@ -164,7 +168,6 @@ def _findings(
     settings: Settings,
     model: LanguageModel,
     packed: Packed,
-    store: StateStore,
     progress: Progress,
     arrays: dict[str, Any],
 ) -> Findings:
@@ -175,7 +178,7 @@ def _findings(
     if len(packed.held_out.lengths):
         with clock.stage("pruning", f"loss on {packed.held_out.num_targets:,} held-out tokens"):
             pruning = _prune(settings, model, packed.held_out, arrays, by_entry)
-    found = Findings(
+    return Findings(
         settings=settings,
         model_name=model.name,
         tied=model.config.tied,
@@ -191,13 +194,6 @@ def _findings(
         timings=clock.seconds,
         rate=progress.tokens / max(progress.seconds, 1e-9),
     )
-    for name, states in store.restore().items():
-        if name != settings.task:
-            there = importance(states, settings.kind, settings.level)
-            found.comparisons.append((compare(settings.task, main, name, there), there))
-            if found.layers is not None and "layers" in states:
-                found.layer_comparisons.append((name, read_layers(states["layers"], model, settings)))
-    return found
 
 
 def _prune(
@@ -230,11 +226,3 @@ def _prune(
         bias=None if bias is None else np.asarray(bias, np.float32),
         soft_cap=model.config.logit_soft_cap,
     )
-
-
-def _write(out: Path, found: Findings) -> None:
-    tables = {
-        "importance.csv": importance_csv(found.main, found.tokens),
-        "layers.csv": None if found.layers is None else layers_csv(found.layers),
-    }
-    write_pages(out, "report", (title(found), lead(found)), blocks(found), tables, FIGURE_PREFIXES)

@@ -5,10 +5,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fisher_jax.cli import plots
-from fisher_jax.cli.blocks import Block, Heading, Paragraph, Picture, Table
+from fisher_jax.cli.blocks import Block, Heading, Paragraph, Table
 from fisher_jax.cli.corpora import describe_sources
 from fisher_jax.cli.findings import Findings
-from fisher_jax.cli.layer_sections import layer_blocks, layer_task_blocks
+from fisher_jax.cli.layer_sections import layer_blocks
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.pruning_sections import pruning_blocks
 from fisher_jax.cli.style import Theme, picture
@@ -40,7 +40,6 @@ def blocks(found: Findings) -> list[Block]:
         *_single_tokens(found),
         *_columns(found),
         *pruning_blocks(found),
-        *_tasks(found),
         *_method(found),
         *_reading(found),
     ]
@@ -132,45 +131,6 @@ def _columns(found: Findings) -> list[Block]:
             lambda theme: plots.columns_figure(theme, by_column),
         ),
     ]
-
-
-def _tasks(found: Findings) -> list[Block]:
-    if not found.comparisons:
-        return []
-    task = found.settings.task
-    rows = []
-    for comparison, _ in found.comparisons:
-        more, less = (
-            ", ".join(found.vocabulary[row] for row in chosen[:8]) or "none"
-            for chosen in (comparison.gainers, comparison.losers)
-        )
-        rows.append([comparison.other, more, less, f"{comparison.rank_correlation:.3f}"])
-    pictures: list[Block] = [_task_picture(found, number) for number in range(len(found.comparisons))]
-    return [
-        Heading("Tasks side by side"),
-        Paragraph(
-            "The tokens whose importance differs most, by difference over its standard error, among those that "
-            "occur five times or more in one of the tasks; and the rank correlation (Spearman) of all rows. "
-            "Tokens that are a label in one text and never in the other lie in bands of their own."
-        ),
-        Table(
-            f"{task} beside the other tasks of this folder",
-            ["task", f"more in {task}", f"less in {task}", "correlation"],
-            rows,
-            left=3,
-        ),
-        *pictures,
-        *layer_task_blocks(found),
-    ]
-
-
-def _task_picture(found: Findings, number: int) -> Picture:
-    comparison, there = found.comparisons[number]
-    return picture(
-        f"tasks-{number + 1}",
-        f"Importance in {comparison.task} against importance in {comparison.other}",
-        lambda theme: plots.comparison_figure(theme, comparison, found.main, there, found.vocabulary),
-    )
 
 
 def _method(found: Findings) -> list[Block]:

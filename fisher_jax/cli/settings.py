@@ -3,15 +3,18 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fisher_jax.cli.options import (
+    ROW_LENGTH,
     add_folder_options,
     add_model_option,
+    add_row_length_option,
     add_text_options,
     refuse_resume_and_overwrite,
     values_for,
 )
-from fisher_jax.cli.values import LONGEST_ROW, count, fraction, seconds, seed, task_name
+from fisher_jax.cli.values import count, fraction, seconds, seed, task_name
 from fisher_jax.errors import InputError
 
 __all__ = ["Settings", "add_report_options", "settings_from"]
@@ -40,7 +43,8 @@ class Settings:
     overwrite: bool = False
     dtype: str = "float32"
     batch_size: int = 8
-    seq_len: int = 256
+    seq_len: int = ROW_LENGTH
+    seq_len_typed: bool = False
     checkpoint_every: float = 30.0
     level: float = 0.95
     seed: int = 0
@@ -61,6 +65,10 @@ class Settings:
             # Signs and labels are drawn with it.
             **({"--seed": self.seed} if self.parameters == "all" else {}),
         }
+
+    def of_page(self) -> dict[str, Any]:
+        """The settings that change the page of a task, and not what was measured."""
+        return {"--level": self.level, "--kind": self.kind, "--seed": self.seed}
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
@@ -116,9 +124,7 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--level", metavar="P", type=fraction(0.95), default=default.level, help="of the intervals (0.95)"
     )
-    how.add_argument(
-        "--seq-len", metavar="N", type=count(2, LONGEST_ROW), default=default.seq_len, help="tokens per row (256)"
-    )
+    add_row_length_option(how, "--seq-len")
     how.add_argument("--batch-size", metavar="N", type=count(1), default=default.batch_size, help="rows per step (8)")
     how.add_argument("--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="of the model (float32)")
     how.add_argument("--seed", metavar="N", type=seed, default=0, help="random orders, ties and signs (0)")
@@ -147,5 +153,6 @@ def settings_from(options: argparse.Namespace) -> Settings:
             "--unit token is for the head alone: one backward pass of every layer tells documents, sequences or "
             "batches apart; give one of these to --unit, or --parameters head."
         )
+    values |= {"seq_len": options.seq_len or ROW_LENGTH, "seq_len_typed": options.seq_len is not None}
     values["task"] = options.task or default_task(values["text"])
     return Settings(**values)

@@ -19,9 +19,10 @@ from fisher_jax.cli.earlier_run import refuse_difference, refuse_misuse
 from fisher_jax.cli.folder import check_writable, write_atomically
 from fisher_jax.cli.memory import attention_bytes, check_memory
 from fisher_jax.cli.packing import Rows, longest_document, pack
-from fisher_jax.cli.pages import write_pages
+from fisher_jax.cli.pages import digest, page_is_current, write_pages
 from fisher_jax.cli.printable import printable
 from fisher_jax.cli.progress import duration
+from fisher_jax.cli.row_length import row_length
 from fisher_jax.cli.run_folder import run_folder
 from fisher_jax.cli.spectrum_measure import (
     Measured,
@@ -36,6 +37,7 @@ from fisher_jax.cli.spectrum_measure import (
 )
 from fisher_jax.cli.spectrum_sections import SpectrumFindings
 from fisher_jax.cli.spectrum_settings import SpectrumSettings
+from fisher_jax.cli.spectrum_store import read_facts, read_finished, write_finished
 from fisher_jax.cli.temporary import temporary_beside
 from fisher_jax.cli.terminal import Terminal
 from fisher_jax.errors import InputError
@@ -56,11 +58,15 @@ class _Run:
         self.folder = settings.out / "unfinished"
         self.state = self.folder / "lanczos"
         self._facts = self.folder / "run.json"
+        self.finished = settings.out / "spectrum.json"
 
     def check_before_loading(self) -> None:
         there = self._facts.exists() and fj.checkpoint.revision(self.state) > 0
+        finished = self.finished.exists()
         resume, overwrite = self.settings.resume, self.settings.overwrite
-        refuse_misuse(self.settings.out, there=there, finished=False, resume=resume, overwrite=overwrite)
+        refuse_misuse(
+            self.settings.out, there=there or finished, finished=finished, resume=resume, overwrite=overwrite
+        )
 
     def begin(self, facts: dict[str, Any], saving: bool) -> None:
         """Raises InputError where the saved run is another one."""
@@ -68,6 +74,7 @@ class _Run:
             saved = json.loads(self._facts.read_text(encoding="utf-8"))
             refuse_difference(self.settings.out, saved, facts)
             return
+        self.finished.unlink(missing_ok=True)
         self.drop()
         if saving:
             write_atomically(self._facts, json.dumps(facts, indent=1))
@@ -93,34 +100,75 @@ def run(settings: SpectrumSettings) -> int:
     kept = _Run(settings)
     with run_folder(settings.out, interrupted=kept.after_interrupt):
         kept.check_before_loading()
-        found = _measure_and_write(settings, console, errors, clock, kept)
+        found, nothing = _measure_and_write(settings, console, errors, clock, kept)
         kept.drop()
-    _summary(console, found, clock.total)
+    _summary(console, found, clock.total, nothing)
     return 0
 
 
 def _measure_and_write(
     settings: SpectrumSettings, console: Console, errors: Console, clock: Clock, kept: _Run
-) -> SpectrumFindings:  # fmt: skip
+) -> tuple[SpectrumFindings, bool]:  # fmt: skip
+    """What was found, and whether all of it was there before."""
     with clock.stage("model", settings.model):
         model = load(settings.model, dtype=settings.dtype)
+        settings = replace(settings, length=_length(settings, model))
         chosen = _chosen(settings, model, console)
     with clock.stage("text", describe_sources(settings.text)):
         rows = _rows(settings, model)
         console.print(f"  {rows.num_targets:,} tokens of {len(rows.names):,} documents in {len(rows.lengths)} rows")
         settings = replace(settings, batch_size=rows.rows_in_batch(settings.batch_size))
-    found = _measure(settings, console, errors, clock, kept, model, rows, chosen)
+    facts = {**settings.of_finished(), "the model": model.fingerprint, "the text": rows.digest()[:16]}
+    found = _finished(settings, errors, clock, kept, facts, model, rows, chosen)
+    if found is not None and page_is_current(settings.out, "spectrum", _source(kept)):
+        return found, True
+    if found is None:
+        found = _measure(settings, console, errors, clock, kept, model, rows, chosen)
+        write_finished(kept.finished, found, facts)
     with clock.stage("pages", "pictures and tables"):
-        _write(settings.out, found)
+        _write(settings.out, found, _source(kept))
+    return found, False
+
+
+def _source(kept: _Run) -> str:
+    """What the page is made from."""
+    return digest(kept.finished.read_text(encoding="utf-8"))
+
+
+def _finished(
+    settings: SpectrumSettings,
+    errors: Console,
+    clock: Clock,
+    kept: _Run,
+    facts: dict[str, Any],
+    model: LanguageModel,
+    rows: Rows,
+    chosen: dict[str, bool],
+) -> SpectrumFindings | None:
+    """What a finished run with these settings found, with the density and the blocks if they were not asked for then.
+
+    Raises:
+        InputError: it had other settings.
+    """
+    earlier = None if settings.overwrite else read_facts(kept.finished)
+    if earlier is None:
+        return None
+    refuse_difference(settings.out, earlier[0], facts)
+    settings = settings.with_additions(earlier[1])
+    found = read_finished(kept.finished, settings)
+    new = {name for name, options in settings.additions().items() if options != earlier[1][name]}
+    if new:
+        density, spectra = _additions(settings, errors, clock, model, rows, chosen, new)
+        found = replace(found, density=density or found.density, blocks=spectra or found.blocks)
+        write_finished(kept.finished, found, facts)
     return found
 
 
+def _length(settings: SpectrumSettings, model: LanguageModel) -> int:
+    return row_length(settings.length, settings.length_typed, model.config.max_positions, model.name, "--length")
+
+
 def _chosen(settings: SpectrumSettings, model: LanguageModel, console: Console) -> dict[str, bool]:
-    if settings.length > model.config.max_positions:
-        raise InputError(
-            f"--length {settings.length} is longer than the {model.config.max_positions} positions of {model.name}; "
-            "give a smaller one."
-        )
     chosen = choose(model, settings.parameters)
     sizes = _sizes(model, chosen)
     dimension = sum(sizes.values())
@@ -189,18 +237,35 @@ def _measure(
         facts = {**settings.fixed(), "the model": model.fingerprint, "the text": rows.digest()[:16]}
         kept.begin(facts, saving=save_every > 0)
         spectrum = eigenvalues_of(settings, errors, matvec, like, dimension, kept.state, save_every)
-    density: Measured | None = None
-    if settings.density:
-        with clock.stage("density", f"{settings.probes} probes of {settings.density_steps} products"):
-            density = density_of(settings, errors, matvec, like)
-    spectra: dict[str, dict[int | None, Any]] = {}
-    if settings.blocks:
-        with clock.stage("blocks", f"scores of {min(settings.block_tokens, rows.num_targets)} tokens"):
-            spectra = block_spectra_of(settings, model, batch, chosen)
+    asked = {name for name, options in settings.additions().items() if options is not None}
+    density, spectra = _additions(settings, errors, clock, model, rows, chosen, asked)
     return SpectrumFindings(
         settings, model.name, sizes, rows.num_targets, len(rows.lengths), len(rows.names), passes, spectrum, basis,
         density, spectra, clock.seconds,
     )  # fmt: skip
+
+
+def _additions(
+    settings: SpectrumSettings,
+    errors: Console,
+    clock: Clock,
+    model: LanguageModel,
+    rows: Rows,
+    chosen: dict[str, bool],
+    asked: set[str],
+) -> tuple[Measured | None, dict[str, dict[int | None, Any]]]:
+    """The density and the spectra of the blocks, where they were asked for."""
+    batch = one_batch(rows, settings.batch_size)
+    density: Measured | None = None
+    if "density" in asked:
+        with clock.stage("density", f"{settings.probes} probes of {settings.density_steps} products"):
+            like = fj.operators.restrict(model.params, unflatten(chosen))
+            density = density_of(settings, errors, operator_of(settings, model, batch, chosen), like)
+    spectra: dict[str, dict[int | None, Any]] = {}
+    if "blocks" in asked:
+        with clock.stage("blocks", f"scores of {min(settings.block_tokens, rows.num_targets)} tokens"):
+            spectra = block_spectra_of(settings, model, batch, chosen)
+    return density, spectra
 
 
 def _save_every(settings: SpectrumSettings, basis: int, dimension: int) -> int:
@@ -225,17 +290,17 @@ def _plan(settings: SpectrumSettings, basis: int, dimension: int, save_every: in
     return f"{ends} of the {sections.NAMES[settings.operator]}; {kept}; {saves}"
 
 
-def _write(out: Path, found: SpectrumFindings) -> None:
+def _write(out: Path, found: SpectrumFindings, made_from: str) -> None:
     tables = {
         "spectrum.csv": sections.eigenvalues_csv(found),
         "density.csv": sections.density_csv(found) if found.density is not None else None,
         "blocks.csv": sections.blocks_csv(found) if found.blocks else None,
     }
     heading = sections.title(found), sections.lead(found)
-    write_pages(out, "spectrum", heading, sections.blocks(found), tables, ("spectrum-",))
+    write_pages(out, "spectrum", heading, sections.blocks(found), tables, ("spectrum-",), made_from)
 
 
-def _summary(console: Console, found: SpectrumFindings, seconds: float) -> None:
+def _summary(console: Console, found: SpectrumFindings, seconds: float, nothing: bool) -> None:
     """The last thing on the terminal."""
     table = Table(box=None, padding=(0, 2), header_style="bold")
     for i, name in enumerate(sections.EIGENVALUE_HEADER):
@@ -248,6 +313,8 @@ def _summary(console: Console, found: SpectrumFindings, seconds: float) -> None:
     console.print()
     for name, value in sections.facts(found):
         console.print(f"{name}: {value}")
+    if nothing:
+        console.print("finished before: nothing had to be computed (--overwrite measures again)")
     console.print(f"took {duration(seconds)}")
     path = (found.settings.out / "spectrum.html").resolve()
     console.print(Text.assemble("spectrum: ", (printable(str(path)), "bold")))

@@ -136,8 +136,8 @@ def eigenvalues_of(
         found = fj.lanczos(
             apply, like, num_steps=settings.max_products, num_eigenvalues=settings.k,
             which=settings.which, key=jax.random.key(settings.seed), max_basis=basis_size(settings, dimension),
-            tol=settings.tol, jit=False, resume=settings.resume, save=folder if save_every else None,
-            save_every=due,
+            tol=settings.tol, check_every=settings.check_every or None, jit=False, resume=settings.resume,
+            save=folder if save_every else None, save_every=due,
         )  # fmt: skip
         if len(display.seconds) < 2:  # resumed at the end: the one product has compiled, and another is timed
             apply(jax.tree.map(jnp.zeros_like, like))

@@ -131,9 +131,16 @@ def facts(found: SpectrumFindings) -> list[list[str]]:
     price, both, forward = found.spectrum.per_product, passes.forward_and_backward, passes.forward
     relative = f"{price / both:.2f} times a forward and a backward pass ({short_time(both)})"
     one = f"{found.basis} vectors of {memory(4 * found.dimension)} in memory"
+    at_most = found.settings.max_products
+    products = f"{s.num_valid_steps} of at most {at_most}, and {s.num_products - s.num_valid_steps} to verify"
+    if s.num_restarts == 0 and not s.complete and s.num_valid_steps < at_most:
+        rows.append(
+            ["repeated eigenvalues", "may have further copies, as it stopped when all of these had converged "
+             "(--check-every 0 goes on)"]
+        )  # fmt: skip
     rows += [
         ["one product", f"{short_time(price)}: {relative}, {price / forward:.2f} times a forward pass"],
-        ["products", f"{s.num_products} with {s.num_restarts} restarts, {one}"],
+        ["products", f"{products}, {s.num_restarts} restarts, {one}"],
     ]
     return rows
 

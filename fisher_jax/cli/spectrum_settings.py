@@ -1,26 +1,31 @@
 """The options of `fisher-jax spectrum`, with no heavy import so that help is instant."""
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fisher_jax.cli.options import (
+    ROW_LENGTH,
     add_folder_options,
     add_model_option,
+    add_row_length_option,
     add_text_options,
     refuse_resume_and_overwrite,
     values_for,
 )
 from fisher_jax.cli.patterns import pattern
-from fisher_jax.cli.values import LONGEST_ROW, count, fraction, seed
+from fisher_jax.cli.values import count, fraction, seed
 from fisher_jax.errors import InputError
 
 __all__ = ["SpectrumSettings", "add_spectrum_options", "spectrum_settings_from"]
 
 OPERATORS = ("ggn", "fisher", "empirical-fisher", "hessian")
 # What decides the numbers of the Lanczos run, and so what a resumed run must share.
-_FIXED = ("operator", "parameters", "k", "tokens", "length", "dtype", "batch_size", "remat", "basis", "tol", "seed")
+_FIXED = (
+    "operator", "parameters", "k", "tokens", "length", "dtype", "batch_size", "remat", "basis", "tol", "check_every",
+    "seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class SpectrumSettings:
     text: tuple[str, ...] = ("wikipedia",)
     split_documents: str = "none"
     tokens: int = 1_280
-    length: int = 256
+    length: int = ROW_LENGTH
+    length_typed: bool = False
     operator: str = "ggn"
     parameters: str | None = None
     k: int = 10
@@ -42,6 +48,7 @@ class SpectrumSettings:
     block_tokens: int = 32
     tol: float = 0.01
     max_products: int = 300
+    check_every: int = 1
     basis: int | None = None
     batch_size: int = 1
     remat: bool = False
@@ -66,6 +73,25 @@ class SpectrumSettings:
         """The settings that a resumed run must share, by option name."""
         values = asdict(self)
         return {f"--{name.replace('_', '-')}": values[name] for name in _FIXED}
+
+    def of_finished(self) -> dict[str, Any]:
+        """What a finished run must share beside: how far it went at most."""
+        return {**self.fixed(), "--max-products": self.max_products}
+
+    def additions(self) -> dict[str, Any]:
+        """What a finished run can be given later; None where it was not asked for."""
+        return {
+            "density": {"probes": self.probes, "density_steps": self.density_steps} if self.density else None,
+            "blocks": {"block_tokens": self.block_tokens} if self.blocks else None,
+        }
+
+    def with_additions(self, earlier: dict[str, Any]) -> "SpectrumSettings":
+        """These, and what an earlier run had beside."""
+        new: dict[str, Any] = {}
+        for name, options in earlier.items():
+            if options is not None and not getattr(self, name):
+                new |= {name: True, **options}
+        return replace(self, **new)
 
 
 def add_spectrum_options(parser: argparse.ArgumentParser) -> None:
@@ -103,10 +129,7 @@ def add_spectrum_options(parser: argparse.ArgumentParser) -> None:
         "--tokens", "--max-tokens", metavar="N", type=count(1), default=default.tokens,
         help=f"next tokens that the mean is over, at most (default {default.tokens:,})",
     )  # fmt: skip
-    what.add_argument(
-        "--length", "--seq-len", metavar="L", type=count(2, LONGEST_ROW), default=default.length,
-        help="tokens per row (default %(default)s)",
-    )  # fmt: skip
+    add_row_length_option(what, "--length", "--seq-len")
     _add_how(parser.add_argument_group("how to measure it"), default)
     where = parser.add_argument_group("where to keep it")
     add_folder_options(
@@ -127,6 +150,12 @@ def _add_how(how: Any, default: SpectrumSettings) -> None:
     how.add_argument(
         "--max-products", metavar="N", type=count(1, 1_000_000), default=default.max_products,
         help="Lanczos steps, at most; it stops as soon as all eigenvalues have converged (default %(default)s)",
+    )  # fmt: skip
+    how.add_argument(
+        "--check-every", metavar="N", type=count(0), default=default.check_every,
+        help="products between looks at what has converged (default %(default)s). The bounds hold whenever it stops, "
+        "but a further copy of a repeated eigenvalue, or one that the random start hardly contains, may appear only "
+        "later: 0 looks only when the basis is full, and so takes more products",
     )  # fmt: skip
     how.add_argument(
         "--basis", metavar="N", type=count(3, 100_000),
@@ -163,7 +192,8 @@ def _add_how(how: Any, default: SpectrumSettings) -> None:
 def spectrum_settings_from(options: argparse.Namespace) -> SpectrumSettings:
     """Checked settings."""
     refuse_resume_and_overwrite(options)
-    settings = SpectrumSettings(**values_for(SpectrumSettings, options))
+    length = {"length": options.length or ROW_LENGTH, "length_typed": options.length is not None}
+    settings = SpectrumSettings(**values_for(SpectrumSettings, options) | length)
     ends = " of both ends" if settings.which == "both" else ""
     if settings.max_products < settings.wanted:
         raise InputError(

@@ -8,8 +8,10 @@ from rich.text import Text
 from fisher_jax.cli.findings import Findings, verdict, where
 from fisher_jax.cli.printable import printable
 from fisher_jax.cli.progress import duration
+from fisher_jax.cli.report_parts import Part
+from fisher_jax.cli.settings import Settings
 
-__all__ = ["summary"]
+__all__ = ["summary", "told_again"]
 
 
 def summary(console: Console, found: Findings, seconds: float) -> None:
@@ -38,12 +40,24 @@ def summary(console: Console, found: Findings, seconds: float) -> None:
         lines.append(where(found, found.layers))
     if found.pruning:
         lines.append(verdict(found.pruning))
-    lines += [
-        f"importance in {c.task} and {c.other}: rank correlation {c.rank_correlation:.2f}"
-        for c, _ in found.comparisons
-    ]
+    lines += found.comparisons
     lines.append(f"took {duration(seconds)}, streaming at {found.rate:,.0f} tokens per second")
     for line in lines:
         console.print(line)
-    path = (found.settings.out / "report.html").resolve()
+    _where(console, found.settings)
+
+
+def told_again(console: Console, settings: Settings, part: Part) -> None:
+    """For a task that was finished before."""
+    console.print()
+    console.print(Text(printable(part.title), style="bold"))
+    console.print(part.lead)
+    console.print(
+        f"the task {settings.task} was finished before: nothing had to be computed (--overwrite measures it again)"
+    )
+    _where(console, settings)
+
+
+def _where(console: Console, settings: Settings) -> None:
+    path = (settings.out / "report.html").resolve()
     console.print(Text.assemble("report: ", (printable(str(path)), "bold")))

@@ -8,7 +8,7 @@ from fisher_jax.cli.settings import Settings
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel
 
-__all__ = ["LEVEL", "Task", "check_model", "layer_settings", "read_task", "split_place", "tasks_of"]
+__all__ = ["LEVEL", "Task", "check_model", "find_task", "layer_settings", "read_task", "split_place", "tasks_of"]
 
 LEVEL = 0.95  # of the intervals of single means
 
@@ -48,26 +48,30 @@ def tasks_of(folder: Path) -> StateStore:
     return store
 
 
-def read_task(folder: Path, task: str | None = None, *, how: str = "with --task") -> Task:
-    """The named task of a report folder, or its only one; ``how`` tells a person where a task is named.
+def find_task(store: StateStore, name: str) -> Task:
+    """A task of a report folder, its arrays not yet read.
 
     Raises:
-        InputError: no state, no such task, several of them and none named, or one that is not finished.
+        InputError: there is no such task.
     """
-    store = tasks_of(folder)
-    names = ", ".join(store.tasks)
-    if task is None and len(store.tasks) > 1:
-        raise InputError(f"{folder} holds the tasks {names}; name one of them {how}.")
-    name = task or next(iter(store.tasks))
     if name not in store.tasks:
-        raise InputError(f"{folder} has no task {name!r}; it holds {names}.")
-    progress = store.tasks[name]
+        raise InputError(f"{store.out} has no task {name!r}; it holds {', '.join(store.tasks)}.")
+    return Task(store.out, name, store.tasks[name], {})
+
+
+def read_task(task: Task) -> Task:
+    """The task with its arrays.
+
+    Raises:
+        InputError: it is not finished.
+    """
+    progress = task.progress
     if not progress.finished:
         raise InputError(
-            f"the task {name!r} in {folder} is not finished ({progress.batches_done} of {progress.num_batches} "
-            "batches); go on with it first: fisher-jax report --resume."
+            f"the task {task.name!r} in {task.folder} is not finished ({progress.batches_done} of "
+            f"{progress.num_batches} batches); go on with it first: fisher-jax report --resume."
         )
-    return Task(folder, name, progress, store.restore()[name])
+    return task._replace(arrays=StateStore(task.folder).restore()[task.name])
 
 
 def check_model(task: Task, model: LanguageModel) -> None:
@@ -81,7 +85,7 @@ def check_model(task: Task, model: LanguageModel) -> None:
         )
 
 
-def layer_settings(task: Task) -> Settings:
-    """Those of the run that matter for reading its layers."""
-    saved = task.progress.settings
-    return Settings(kind=saved["--kind"], unit=saved["--unit"], seq_len=saved["--seq-len"], level=LEVEL)
+def layer_settings(progress: Progress, level: float = LEVEL) -> Settings:
+    """Those of a run that matter for reading its layers."""
+    saved = progress.settings
+    return Settings(kind=saved["--kind"], unit=saved["--unit"], seq_len=saved["--seq-len"], level=level)

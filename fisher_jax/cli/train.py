@@ -1,6 +1,6 @@
 """`fisher-jax train` from start to end."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import jax
@@ -13,9 +13,10 @@ from fisher_jax.cli.clock import Clock
 from fisher_jax.cli.corpora import describe_sources
 from fisher_jax.cli.folder import check_writable
 from fisher_jax.cli.memory import attention_bytes, check_memory
-from fisher_jax.cli.pages import write_pages
+from fisher_jax.cli.pages import digest, page_is_current, write_pages
 from fisher_jax.cli.printable import printable
 from fisher_jax.cli.progress import duration
+from fisher_jax.cli.row_length import row_length
 from fisher_jax.cli.run_folder import run_folder
 from fisher_jax.cli.terminal import Terminal, headed
 from fisher_jax.cli.train_data import Text, read_text
@@ -42,17 +43,20 @@ def run(settings: TrainSettings) -> int:
     clock = Clock(console)
     stores: list[TrainStore] = []
     with run_folder(settings.out, interrupted=lambda: _after_interrupt(stores)):
-        stores += _stores(settings, settings.runs())
-        found = _train_and_write(settings, console, clock, stores)
-    _summary(console, found, clock.total)
+        stores += _stores(settings)
+        found, nothing = _train_and_write(settings, console, clock, stores)
+    _summary(console, found, clock.total, nothing)
     return 0
 
 
 def _train_and_write(
     settings: TrainSettings, console: Console, clock: Clock, stores: list[TrainStore]
-) -> TrainFindings:  # fmt: skip
+) -> tuple[TrainFindings, bool]:  # fmt: skip
+    """What was found, and whether all of it was there before."""
     earlier = [found for folder in settings.against for found in read_earlier(folder)]
     start = _start(settings, console, clock)
+    positions, name = start.config.max_positions, str(start.model)
+    settings = replace(settings, seq_len=row_length(settings.seq_len, settings.seq_len_typed, positions, name))
     with clock.stage("text", describe_sources(settings.text)):
         text = read_text(settings, start.tokenizer)
         console.print(f"  {sections.text_words(text)}")
@@ -64,12 +68,14 @@ def _train_and_write(
         (each, store, _progress(each, store, text, parameters, start))
         for each, store in zip(settings.runs(), stores, strict=True)
     ]
-    for each, store, progress in ours:
+    nothing = _is_there(settings, ours, earlier)
+    for each, store, progress in [] if nothing else ours:
         _train_one(each, console, clock, start, text, store, progress)
-    with clock.stage("pages", "pictures and tables"):
-        found = TrainFindings(settings, start, text, _curves(ours, earlier), clock.seconds)
-        _write(found)
-    return found
+    found = TrainFindings(settings, start, text, _curves(ours, earlier), clock.seconds)
+    if not nothing:
+        with clock.stage("pages", "pictures and tables"):
+            _write(found)
+    return found, nothing
 
 
 def _after_interrupt(stores: list[TrainStore]) -> str:
@@ -104,8 +110,9 @@ def _check_attention(settings: TrainSettings, config: DecoderConfig, rows: int) 
     )
 
 
-def _stores(settings: TrainSettings, runs: list[TrainSettings]) -> list[TrainStore]:
+def _stores(settings: TrainSettings) -> list[TrainStore]:
     """The states of all runs; of several, some may be there and others not."""
+    runs = settings.runs()
     stores = [TrainStore(each.out) for each in runs]
     any_there = any(store.earlier is not None for store in stores)
     for each, store in zip(runs, stores, strict=True):
@@ -169,6 +176,19 @@ def _train_one(
         write_model(settings.out / "model", start, params)
 
 
+def _is_there(settings: TrainSettings, ours: list[Any], earlier: list[tuple[str, TrainProgress]]) -> bool:
+    """Whether all runs are finished, and their models and the page written from them."""
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    models = [each.out / "model" / name for each, _, _ in ours for name in names]
+    finished = all(progress.finished for _, _, progress in ours) and all(path.is_file() for path in models)
+    return finished and page_is_current(settings.out, "train", _source(_curves(ours, earlier)))
+
+
+def _source(curves: list[Curve]) -> str:
+    """What the page is made from."""
+    return digest([[curve.name, asdict(curve.progress)] for curve in curves])
+
+
 def _curves(ours: list[Any], earlier: list[tuple[str, TrainProgress]]) -> list[Curve]:
     curves = [Curve(TITLES[each.optimizer], str(each.out), progress) for each, _, progress in ours]
     for folder, progress in earlier:
@@ -179,10 +199,12 @@ def _curves(ours: list[Any], earlier: list[tuple[str, TrainProgress]]) -> list[C
 def _write(found: TrainFindings) -> None:
     heading = sections.title(found), sections.lead(found)
     tables = {"curve.csv": sections.curve_csv(found)}
-    write_pages(found.settings.out, "train", heading, sections.blocks(found), tables, ("train-",))
+    write_pages(
+        found.settings.out, "train", heading, sections.blocks(found), tables, ("train-",), _source(found.curves)
+    )
 
 
-def _summary(console: Console, found: TrainFindings, seconds: float) -> None:
+def _summary(console: Console, found: TrainFindings, seconds: float, nothing: bool) -> None:
     """The last thing on the terminal."""
     table = Table(box=None, padding=(0, 1), header_style="bold")
     for i, name in enumerate(sections.HEADER):
@@ -195,6 +217,8 @@ def _summary(console: Console, found: TrainFindings, seconds: float) -> None:
     console.print()
     for line in sections.comparisons(found):
         console.print(line)
+    if nothing:
+        console.print("finished before: nothing had to be computed (--overwrite trains again)")
     console.print(f"took {duration(seconds)}")
     models = [str(each.out / "model") for each in found.settings.runs()]
     console.print(f"{'model' if len(models) == 1 else 'models'}: {', '.join(models)}")

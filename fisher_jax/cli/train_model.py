@@ -10,7 +10,6 @@ from fisher_jax import models
 from fisher_jax.cli.model_folder import model_folder, save_model
 from fisher_jax.cli.train_data import tokenizer_for
 from fisher_jax.cli.train_settings import TrainSettings
-from fisher_jax.errors import InputError
 from fisher_jax.models import DecoderConfig, Tokenizer
 from fisher_jax.models.origin import Origin, read_origin
 
@@ -39,17 +38,12 @@ def start_of(settings: TrainSettings) -> Start:
     """The model that was asked for.
 
     Raises:
-        InputError: a model that cannot be loaded, or one with fewer positions than a row has.
+        InputError: a model that cannot be loaded.
     """
     if settings.init is None:
         tokenizer = tokenizer_for(settings.tokenizer)
         return Start(config_for(settings, tokenizer), tokenizer, Origin({}, {}, {}))
     model = models.load(settings.init)
-    if settings.seq_len > model.config.max_positions:
-        raise InputError(
-            f"--seq-len {settings.seq_len} is longer than the {model.config.max_positions} positions of {model.name}"
-            "; give a smaller one."
-        )
     named = f"{model.name} ({model.fingerprint})"
     return Start(model.config, model.tokenizer, read_origin(settings.init), model.params, named)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fisher_jax.cli.options import (
+    ROW_LENGTH,
     add_folder_options,
     add_text_options,
     refuse_resume_and_overwrite,
@@ -31,6 +32,8 @@ OPTIMIZERS = ("kfac", "kfac-fixed", "adamw", "sgd", "muon", "lion")
 BYTES = "bytes"
 # Tokens of one step: a head of 49,152 rows is two hundred times that of the bytes.
 BATCH_SIZES = {True: 32, False: 8}
+# Tokens of a row of a new model; with --init as many as its model allows.
+SEQ_LEN = 64
 # What decides the numbers of a run, and so what a resumed run must share.
 _FIXED = (
     "optimizer", "steps", "batch_size", "seq_len", "width", "layers", "heads", "tokenizer", "held_out_tokens",
@@ -52,7 +55,8 @@ class TrainSettings:
     width: int = 64
     layers: int = 2
     heads: int = 4
-    seq_len: int = 64
+    seq_len: int = SEQ_LEN
+    seq_len_typed: bool = False
     batch_size: int = BATCH_SIZES[True]
     optimizer: str = "kfac"
     compare: tuple[str, ...] = ()
@@ -123,8 +127,9 @@ def _add_how(how: Any, default: TrainSettings) -> None:
         "--batch-size", metavar="N", type=count(1), help="rows per step (32; 8 with --init, or another tokenizer)"
     )
     how.add_argument(
-        "--seq-len", metavar="N", type=count(1, LONGEST_ROW), default=default.seq_len, help="tokens per row (64)"
-    )
+        "--seq-len", metavar="N", type=count(1, LONGEST_ROW),
+        help=f"tokens per row ({SEQ_LEN}; with --init {ROW_LENGTH}, or all positions of a model that has fewer)",
+    )  # fmt: skip
     how.add_argument("--seed", metavar="N", type=seed, default=0, help="first weights, order, drawn labels (0)")
 
 
@@ -163,6 +168,8 @@ def train_settings_from(options: argparse.Namespace) -> TrainSettings:
     refuse_resume_and_overwrite(options)
     values = values_for(TrainSettings, options)
     values["batch_size"] = options.batch_size or BATCH_SIZES[options.tokenizer == BYTES and options.init is None]
+    untyped = SEQ_LEN if options.init is None else ROW_LENGTH
+    values |= {"seq_len": options.seq_len or untyped, "seq_len_typed": options.seq_len is not None}
     values["compare"] = tuple(dict.fromkeys(options.compare))
     settings = TrainSettings(**values)
     for name in _OF_MODEL if settings.init else ():

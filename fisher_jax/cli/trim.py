@@ -9,15 +9,19 @@ import jax
 import numpy as np
 
 import fisher_jax as fj
-from fisher_jax.cli.compression import Loss, bits_per_byte, difference, measure
+from fisher_jax.cli.choice_error import Way
+from fisher_jax.cli.compression import Loss, bits_per_byte, difference, measure_in_pieces
 from fisher_jax.cli.corpora import describe_sources
 from fisher_jax.cli.folder import write_atomically
 from fisher_jax.cli.held_out import held_out
 from fisher_jax.cli.model_folder import model_folder, save_model
+from fisher_jax.cli.model_result import MADE_FROM, read_result
 from fisher_jax.cli.orderings import orderings
+from fisher_jax.cli.pages import digest
 from fisher_jax.cli.printable import readable
 from fisher_jax.cli.run_folder import run_folder
-from fisher_jax.cli.task_state import check_model, read_task
+from fisher_jax.cli.task_choice import candidates, choose
+from fisher_jax.cli.task_state import Task, check_model, read_task
 from fisher_jax.cli.terminal import Terminal, headed
 from fisher_jax.cli.trim_settings import TrimSettings
 from fisher_jax.errors import InputError
@@ -39,11 +43,25 @@ NAMES = {
 def run(settings: TrimSettings) -> int:
     """Cuts, writes, loads what was written and measures it; the exit code."""
     console = Terminal()
-    with (
-        run_folder(settings.out, interrupted=lambda: "interrupted; no model was written."),
-        model_folder(settings.out) as incoming,
-    ):
-        trim(settings, console, incoming)
+    with run_folder(settings.out, interrupted=lambda: "interrupted; no model was written."):
+        task = None if settings.state is None else task_of(settings.state, settings.task)
+        if task is not None:
+            console.print(headed("state", task.place))
+        console.print(headed("model", settings.model))
+        model = load(settings.model)
+        console.print(f"  {describe(model)}")
+        if task is not None:
+            check_model(task, model)
+        texts = held_out(model, settings.text, settings.split_documents, settings.documents, settings.characters)
+        facts = made_from(settings, model, task, texts)
+        earlier = read_result(settings.out, "trim.json", facts, settings.overwrite)
+        if earlier is None:
+            with model_folder(settings.out) as incoming:
+                trim(settings, console, incoming, model, task, texts, facts)
+    if earlier is not None:
+        for line in told(earlier):
+            console.print(f"  {line}")
+        console.print("finished before: nothing had to be computed (--overwrite cuts again)")
     console.print(
         headed(
             "written",
@@ -54,17 +72,22 @@ def run(settings: TrimSettings) -> int:
     return 0
 
 
-def trim(settings: TrimSettings, console: Terminal, incoming: Path) -> None:
-    task = None if settings.state is None else read_task(settings.state, settings.task)
-    console.print(headed("model", settings.model))
-    model = load(settings.model)
-    console.print(f"  {describe(model)}")
-    if task is not None:
-        check_model(task, model)
+def made_from(
+    settings: TrimSettings, model: LanguageModel, task: Task | None, texts: list[str]
+) -> dict[str, Any]:  # fmt: skip
+    """What decides the result, by the names of a refusal."""
+    options = {f"--{name}": getattr(settings, name) for name in ("keep", "by", "dtype", "documents", "characters")}
+    scores = None if task is None else digest(dataclasses.asdict(task.progress))
+    return {**options, "the model": model.fingerprint, "the state": scores, "the text": digest(texts)}
+
+
+def trim(
+    settings: TrimSettings, console: Terminal, incoming: Path, model: LanguageModel, task: Task | None,
+    texts: list[str], facts: dict[str, Any],
+) -> None:  # fmt: skip
     vocabulary = read_vocabulary(model.tokenizer)
     order = most_important_first(model, None if task is None else task.arrays, settings.by)
     kept = kept_tokens(vocabulary, order[order < vocabulary.size], settings.keep)
-    texts = held_out(model, settings.text, settings.split_documents, settings.documents, settings.characters)
     trimmed = cut_model(model, kept)
     check_texts(model, trimmed, texts)
     console.print(
@@ -84,7 +107,7 @@ def trim(settings: TrimSettings, console: Terminal, incoming: Path) -> None:
         "those of the whole model"
     )
     console.print(headed("loss", f"{len(texts)} held-out documents of {describe_sources(settings.text)}"))
-    before, after = measure(model, texts), measure(written, texts)
+    before, after = measure_in_pieces([model, written], texts)
     result = summary(before, after)
     for line in told(result):
         console.print(f"  {line}")
@@ -95,8 +118,15 @@ def trim(settings: TrimSettings, console: Terminal, incoming: Path) -> None:
         "largest_logit_difference": largest,
         "model": model.fingerprint,
         "kept_token_ids": kept.tolist(),
+        MADE_FROM: facts,
     }
     write_atomically(incoming / "trim.json", json.dumps(content) + "\n")
+
+
+def task_of(state: str, name: str | None) -> Task:
+    """The named task of a report, or the only one that fits."""
+    (task,) = choose([state], [candidates(state, name)], way=lambda tasks: Way(("--task", tasks[0].name)))
+    return read_task(task)
 
 
 def describe(model: LanguageModel) -> str:

@@ -12,7 +12,7 @@ from fisher_jax.cli.options import (
     refuse_model_there,
     values_for,
 )
-from fisher_jax.cli.values import count, folder, task_name
+from fisher_jax.cli.values import count, place, task_name
 from fisher_jax.errors import InputError
 
 __all__ = ["TrimSettings", "add_trim_options", "trim_settings_from"]
@@ -26,7 +26,7 @@ class TrimSettings:
 
     keep: int
     model: str = "smollm2"
-    state: Path | None = None
+    state: str | None = None
     task: str | None = None
     by: str = "true"
     out: Path = Path("trimmed")
@@ -46,11 +46,12 @@ def add_trim_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--state",
         metavar="DIR",
-        type=folder,
-        help="folder that `fisher-jax report` wrote for this model: its scores say which tokens matter",
+        type=place,
+        help="folder that `fisher-jax report` wrote for this model, or FOLDER:TASK: its scores say which tokens "
+        "matter",
     )
     what.add_argument(
-        "--task", metavar="NAME", type=task_name, help="which task of that folder (default: the only one)"
+        "--task", metavar="NAME", type=task_name, help="which task of that folder (default: the only finished one)"
     )
     what.add_argument(
         "--by",
@@ -76,5 +77,5 @@ def trim_settings_from(options: argparse.Namespace) -> TrimSettings:
             f"--by {options.by} needs scores: run `fisher-jax report` on this model first and give its folder with "
             "--state, or choose --by magnitude."
         )
-    refuse_model_there(options, [options.model, *([options.state] if options.state else [])])
+    refuse_model_there(options, [options.model, *([options.state] if options.state else [])], "trim.json")
     return TrimSettings(**values_for(TrimSettings, options))

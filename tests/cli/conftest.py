@@ -66,7 +66,8 @@ def finished_report(tmp_path_factory, report_arguments):
 @pytest.fixture
 def without_pictures(monkeypatch):
     """For tests that look at states: reports without their sections."""
-    monkeypatch.setattr("fisher_jax.cli.report.blocks", lambda found: [])
+    for name in ("blocks", "pair_blocks"):
+        monkeypatch.setattr(f"fisher_jax.cli.report_writing.{name}", lambda found: [])
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,7 @@ def test_the_page_names_what_gained_and_lost(compared, model):
 
 def test_the_error_of_the_total_is_that_of_rows_that_move_together(model, tmp_path, without_pages):
     from fisher_jax.cli.compare_shift import row_shift
-    from fisher_jax.cli.task_state import read_task
+    from fisher_jax.cli.task_state import find_task, read_task, tasks_of
 
     loaded, rng = load(model), np.random.default_rng(1)
     size = loaded.config.vocab_size
@@ -121,7 +121,7 @@ def test_the_error_of_the_total_is_that_of_rows_that_move_together(model, tmp_pa
     totals = [rng.gamma(4.0, 1.0, documents) for documents in DOCUMENTS]
     for name, total in zip("ab", totals, strict=True):
         keep(tmp_path / "report", name, loaded, {"empirical": total[:, None] * shares})
-    tasks = (read_task(tmp_path / "report", name) for name in "ab")
+    tasks = (read_task(find_task(tasks_of(tmp_path / "report"), name)) for name in "ab")
     found = row_shift(*tasks, "empirical").total
     assert found.after - found.before == pytest.approx(totals[1].mean() - totals[0].mean(), rel=1e-4)
     assert found.error == pytest.approx(np.hypot(*(scipy.stats.sem(total) for total in totals)), rel=1e-4)
@@ -193,8 +193,7 @@ def others(model, values, tmp_path_factory):
     ("reports", "sentence"),
     [
         (["{r}:a", "{r}:a"], "A and B are both"),
-        (["{r}:a"], "one report alone is compared where it holds two tasks"),
-        (["{r}", "{r}:b"], "name one of them as FOLDER:TASK"),
+        (["{r}:a"], "one report alone is compared where it holds two finished tasks"),
         (["{r}:a", "{r}:c"], "has no task 'c'; it holds a, b"),
         (["{r}:a", "nowhere"], "nowhere holds no state"),
         (["{r}", "{r}", "{r}"], "two reports are compared, found 3"),

@@ -64,11 +64,13 @@ def test_different_tokens_look_different():
 
 
 def test_csv_survives_commas_quotes_and_line_breaks():
-    result = _importance(len(AWKWARD))
-    rows = list(csv.reader(io.StringIO(importance_csv(result, AWKWARD))))
-    assert {len(row) for row in rows} == {7}
-    assert {json.loads(row[1]) for row in rows[1:]} == set(AWKWARD)
-    assert [int(row[0]) for row in rows[1:]] == result.order.tolist()
+    result, other = _importance(len(AWKWARD)), _importance(len(AWKWARD), seed=1)
+    text = importance_csv({"=a,b": {"true": result, "empirical": other}}, AWKWARD)
+    rows = list(csv.reader(io.StringIO(text)))
+    assert {len(row) for row in rows} == {12}
+    assert {json.loads(row[0]) for row in rows[1:]} == {"=a,b"}
+    assert {json.loads(row[2]) for row in rows[1:]} == set(AWKWARD)
+    assert [int(row[1]) for row in rows[1:]] == result.order.tolist()
 
 
 def test_outliers_are_the_rows_put_there():

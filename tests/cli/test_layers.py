@@ -147,8 +147,8 @@ def layers_of(tiny_model):
 def test_pictures_are_there_and_not_empty(report_of_all):
     text = (report_of_all / "report.md").read_text(encoding="utf-8")
     for name in ("layers-model", "layers-totals", "layers-heads"):
-        assert f"figures/{name}.png" in text
-        pixels = matplotlib.image.imread(report_of_all / "figures" / f"{name}.png")[::3, ::3, :3]
+        assert f"figures/tasks/first/{name}.png" in text
+        pixels = matplotlib.image.imread(report_of_all / "figures/tasks/first" / f"{name}.png")[::3, ::3, :3]
         assert len(np.unique((255 * pixels).round().reshape(-1, 3), axis=0)) > 30
     assert text.index("The whole model") < text.index("Importance by rank")
     assert "tied to the head" in text
@@ -193,12 +193,13 @@ def test_what_does_not_fit_is_refused(report_of_all, report_arguments, capsys, m
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_a_report_of_the_head_leaves_no_table_of_another_run(report_of_all, report_arguments, tmp_path):
+def test_a_task_of_the_head_leaves_the_table_until_its_own_task_is_dropped(report_of_all, report_arguments, tmp_path):
     out = shutil.copytree(report_of_all, tmp_path / "copy")
-    assert main(report_arguments(out, "--task", "second", "--max-tokens", "100", "--held-out-tokens", "0")) == 0
-    assert not (out / "layers.csv").exists()
-    assert main(report_arguments(out, *ALL)) == 0
+    few = ["--max-tokens", "100", "--held-out-tokens", "0"]
+    assert main(report_arguments(out, "--task", "second", *few)) == 0
     assert (out / "layers.csv").read_text() == (report_of_all / "layers.csv").read_text()
+    assert main(report_arguments(out, "--task", "first", *few, "--overwrite")) == 0
+    assert not (out / "layers.csv").exists()
 
 
 def _family(name):
@@ -222,7 +223,7 @@ def test_every_family_has_all_its_parameters_in_the_table(family):
     assert sum(found.wholes[node].parameters for node in columns) == found.wholes["layers"].parameters
     kinds = {f"{name}/{leaf}" for name in "qkv" for leaf in ("kernel", "bias")} | {"o/kernel"}
     assert set(found.heads) == {f"layers/attention/{kind}" for kind in kinds}
-    lines = list(csv.DictReader(io.StringIO(layers.layers_csv(found))))
+    lines = list(csv.DictReader(io.StringIO(layers.layers_csv({"a": found}))))
     assert {line["part"] for line in lines} >= {layers.part_name(node) for node in columns} | {
         "model",
         "layer",

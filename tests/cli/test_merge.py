@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import fisher_jax as fj
-from fisher_jax.cli.compression import bits_per_byte, measure
+from fisher_jax.cli.compression import bits_per_byte, measure, measure_in_pieces, pieces
 from fisher_jax.cli.main import main
-from fisher_jax.cli.merge import loss_of, pieces
 from fisher_jax.models import load
 from fisher_jax.models.layout import flatten
 
@@ -155,11 +154,11 @@ def test_the_told_bits_per_byte_are_those_of_the_models(folders, tmp_path, capsy
 def test_a_text_longer_than_the_positions_is_read_in_pieces(folders):
     model = load(folders / "one")
     text = tiny.prose(0, 40) + "où 水 😀 " + "zq" * 70
-    cut = list(pieces(model, text))
+    cut = list(pieces([model], text))
     assert "".join(cut) == text
     assert len(cut) > 3
     assert max(len(model.tokenizer.encode(piece)) for piece in cut) <= 63
-    loss, apart = loss_of(model, [text, "the river"]), measure(model, cut)
+    loss, apart = measure_in_pieces([model], [text, "the river"])[0], measure(model, cut)
     assert loss.bytes.tolist() == [len(text.encode()), 9]
     assert loss.bits[0] == pytest.approx(apart.bits.sum(), rel=1e-5)
 

@@ -117,7 +117,7 @@ def test_the_table_and_the_pages_of_the_ggn(tmp_path, arguments, loaded, texts, 
     dense = _Dense(loaded, texts[:5], ["layers/mlp_norm/scale"])
     wanted = np.linalg.eigvalsh(dense.ggn())[::-1]
     found, bounds = _numbers(out / "spectrum.csv", "eigenvalue"), _numbers(out / "spectrum.csv", "error_bound")
-    assert np.all(np.abs(found - wanted[:4]) <= 1e-5 * wanted[0])
+    assert np.all(np.abs(found - wanted[:4]) <= bounds + 1e-6 * wanted[0])
     assert np.all(bounds <= 1e-2 * found)
     printed = capsys.readouterr().out
     for value in found:

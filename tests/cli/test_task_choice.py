@@ -72,9 +72,9 @@ def test_trim_spells_out_both_commands_and_each_of_them_runs(report, trim, tmp_p
 
 
 def test_odd_names_are_spelled_so_that_a_shell_gives_them_back(report, trim, tmp_path, capsys):
-    state = report("a report", **{"two words": False, "it's $HOME": False})
+    state = report("a report", **{"two words": False, "a (b) #1": False})
     commands = _asked(trim(state, "--out", str(tmp_path / "out")), capsys)
-    assert [command[-1] for command in commands] == ["two words", "it's $HOME"]
+    assert [command[-1] for command in commands] == ["two words", "a (b) #1"]
     assert all(state in command for command in commands)
 
 

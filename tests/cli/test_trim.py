@@ -19,7 +19,9 @@ def folders(tmp_path_factory):
     model, texts = tiny.write_model(root / "model"), tiny.write_texts(root / "texts", words=60)
     report = ["report", "--model", str(model), "--text", *texts, "--seq-len", "32", "--max-tokens", "400"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fisher_jax.cli.report.blocks", lambda found: [])  # pictures take longer than all the rest
+        patch.setattr(
+            "fisher_jax.cli.report_writing.blocks", lambda found: []
+        )  # pictures take longer than all the rest
         assert main([*report, "--held-out-tokens", "0", "--task", "prose", "--out", str(root / "report")]) == 0
     return model, texts, root / "report"
 

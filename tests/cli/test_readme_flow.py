@@ -1,0 +1,173 @@
+"""Every command of the README in order, and every block of Python, on tiny models and texts in one folder."""
+
+import pathlib
+import re
+import shlex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+import fisher_jax as fj
+from fisher_jax.cli import style, train_run
+from fisher_jax.cli.main import main
+
+README = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+CORPORA = ("wikipedia", "pubmed", "news")
+MODEL = "tiny-llama"
+# Sizes in the place of the default ones, by command.
+SMALL = {
+    "report": ["--max-tokens", "150", "--held-out-tokens", "60", "--batch-size", "4"],
+    "spectrum": ["--max-products", "12", "--probes", "2", "--density-steps", "3", "--block-tokens", "4"],
+    "compare": [],
+    "train": ["--steps", "2", "--eval-every", "1", "--batch-size", "2", "--held-out-tokens", "60"],
+    "merge": ["--documents", "2", "--characters", "40"],
+    "trim": ["--documents", "2", "--characters", "40"],
+}
+# What is not the model of `--init`.
+SMALL_MODEL = ["--width", "16", "--layers", "1", "--heads", "2"]
+# Values in the place of those that the README has.
+INSTEAD = {"--tokens": "30", "--keep": "280"}
+FLAGS = {"--resume", "--density", "--blocks"}
+PLAIN = {"--out", "--parameters", "--model", "--models", "--states", "--base", "--init", "--task", "--compare",
+         "--operator", "--k"}  # fmt: skip
+OTHERS = (["pip", "install", "uv"], ["uv", "run", "pytest"])
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+    """Every command of the README: its words."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+    return [x for x in words if x and x not in OTHERS]
+
+
+def tiny_command(words):
+    """The same on tiny models and texts.
+
+    Fails for a program, a command or an option that it does not know.
+    """
+    assert words[:3] == ["uv", "run", "fisher-jax"], f"an unknown program: {' '.join(words)}"
+    command, *rest = words[3:]
+    done, texts, option = [command], [], None
+    for word in rest:
+        if word.startswith("--"):
+            assert word in FLAGS | PLAIN | set(INSTEAD) | {"--text"}, f"an unknown option of {command}: {word}"
+            option = word
+            texts += [[]] if word == "--text" else []
+            done += [word] if word != "--text" else []
+        elif option == "--text":
+            texts[-1].append(word)
+        else:
+            done.append(INSTEAD.get(option, word))
+    texts = texts or ([["wikipedia"]] if command in ("report", "spectrum", "train", "trim") else [])
+    for names in texts:
+        of = names[0] if names[0] in CORPORA else None
+        done += ["--text", *(sorted(map(str, pathlib.Path(of).glob("*.txt"))) if of else names)]
+        done += ["--task", of] if of and command == "report" else []
+    if command in ("report", "spectrum", "compare", "trim") and "--model" not in done:
+        done += ["--model", MODEL]
+    return [*done, *SMALL[command], *(SMALL_MODEL if command == "train" and "--init" not in done else [])]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where a reader stands who has a model and two texts of his own."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write_model(tmp_path / MODEL)
+    tiny.write_model(tmp_path / "my-llama", seed=1)
+    for number, name in enumerate(CORPORA):
+        (tmp_path / name).mkdir()
+        for document in range(16):
+            (tmp_path / name / f"{document:02d}.txt").write_text(tiny.prose(100 * number + document, 40))
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(tiny.prose(ord(name)))
+    return tmp_path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Pictures that are laid out and not drawn, and one program for all training runs that share it."""
+    monkeypatch.setattr(style, "png", lambda figure, theme: b"a picture")
+    compiled, made = train_run._compiled, {}
+
+    def once(settings, *arguments):
+        shapes = str(jax.tree.map(jnp.shape, arguments[-1]))
+        key = (settings.optimizer, settings.steps, settings.seed, shapes)
+        if key not in made:
+            made[key] = compiled(settings, *arguments)
+        return made[key]
+
+    monkeypatch.setattr(train_run, "_compiled", once)
+
+
+def test_every_command_works_in_order(folder, quick, capsys):
+    known = {"report", "spectrum", "compare", "train", "merge", "trim"}
+    found = commands()
+    assert {words[3] for words in found} == known
+    for words in found:
+        arguments = tiny_command(words)
+        code = main(arguments)
+        captured = capsys.readouterr()
+        assert code == 0, f"{shlex.join(words[2:])}: {captured.err}"
+    page = (folder / "report" / "report.html").read_text(encoding="utf-8")
+    assert "pubmed" in page
+    assert (folder / "trimmed" / "model.safetensors").is_file()
+    assert (folder / "merged" / "model.safetensors").is_file()
+
+
+def test_a_new_command_or_option_is_noticed():
+    for words in ("uv run fisher-jax invent", "uv run fisher-jax report --invented 3", "npm install"):
+        with pytest.raises((AssertionError, KeyError)):
+            tiny_command(shlex.split(words))
+
+
+@pytest.fixture
+def names(folder):
+    """What the README's text says is there: any `apply_fn`, its parameters, a batch; states and Fishers."""
+    rng = np.random.default_rng(0)
+
+    def apply_fn(params, inputs):
+        return jax.nn.one_hot(inputs, 5) @ params["kernel"]
+
+    def mean_loss(params, batch):
+        return -jnp.mean(fj.categorical.log_prob(apply_fn(params, batch.inputs), batch.targets))
+
+    def scores(scale):
+        return fj.welford.observe(jnp.float32(rng.gamma(2.0, scale, (30, 6))), unit="sequence")
+
+    states = [scores(scale) for scale in (1.0, 1.0, 3.0)]
+    trees = [{"kernel": jnp.float32(rng.normal(size=(4, 3)))} for _ in range(3)]
+    fishers = [{"kernel": jnp.float32(rng.gamma(1.0, size=(4, 3)))} for _ in range(2)]
+    batch = fj.next_token_batch(jnp.asarray(rng.integers(0, 5, (4, 7))))
+    params = {"kernel": jnp.float32(rng.normal(size=(5, 5)))}
+    return {
+        "jax": jax, "jnp": jnp, "fj": fj, "optax": optax, "apply_fn": apply_fn, "mean_loss": mean_loss,
+        "params": params, "batch": batch, "key": jax.random.key(0), "grads": jax.grad(mean_loss)(params, batch),
+        "head": jnp.float32(rng.normal(size=(6, 4))), "wikipedia": states[0], "pubmed": states[2],
+        "windows": states, "one": trees[0], "two": trees[1], "anchor": trees[2], "fisher_one": fishers[0],
+        "fisher_two": fishers[1],
+    }  # fmt: skip
+
+
+def test_every_block_of_python_runs_in_order(names, monkeypatch):
+    from fisher_jax import models
+
+    load = models.load
+    monkeypatch.setattr(models, "load", lambda source=MODEL: load(source))
+    first, *rest = blocks("python")
+    of_first: dict = {}
+    exec(first, of_first)
+    assert np.all(np.isfinite(of_first["importance"]))
+    for code in rest:
+        if "prune_mask" in code:  # a state of the head that stands there
+            names |= {"importance": fj.welford.mean(names["wikipedia"])[:, None], "state": names["wikipedia"]}
+        exec(code, names)
+    assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.all(jnp.isfinite(x))), names["average"]))
+    assert pathlib.Path("fisher.safetensors").is_file()

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -13,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fisher_jax import exchange_facts as facts_room
 from fisher_jax import welford
 from fisher_jax.alignment import check_alike, check_not_negative, values_of
 from fisher_jax.errors import InputError
@@ -22,10 +21,6 @@ from fisher_jax.observed import as_state
 __all__ = ["describe", "load", "save"]
 
 Tree = Any
-
-_VERSION = 1
-_PAIRS = ("mean", "m2", "square_mean", "square_m2")
-_SCALARS = ("weight", "weight_sq", "count", "rejected", "reasons")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +99,7 @@ def save(
             "weight": welford.weight(state), "fractional": state.square_mean is not None,
             "errors": state.errors,
         }  # fmt: skip
-    facts["leaves"] = [dataclasses.asdict(place) for place in places]
+    facts["leaves"] = [_saved_place(place) for place in places]
     _write(pathlib.Path(path), safetensors, tensors, facts)
 
 
@@ -174,8 +169,8 @@ def _check_names(places: list[_Place]) -> None:
 
 
 def _state_tensors(state: welford.State, places: list[_Place]) -> dict[str, np.ndarray]:
-    trees = {field: getattr(state, field) for field in _PAIRS if getattr(state, field) is not None}
-    scalars = {field: getattr(state, field) for field in _SCALARS}
+    trees = {field: getattr(state, field) for field in facts_room.PAIRS if getattr(state, field) is not None}
+    scalars = {field: getattr(state, field) for field in facts_room.SCALARS}
     if state.open is not None:
         trees["open.mean"] = state.open.mean
         scalars |= {"open.weight": state.open.weight, "open.unit_id": state.open.unit_id}
@@ -187,16 +182,8 @@ def _state_tensors(state: welford.State, places: list[_Place]) -> dict[str, np.n
 
 
 def _write(path: pathlib.Path, safetensors: Any, tensors: dict, facts: dict) -> None:
-    try:
-        version = importlib.metadata.version("fisher-jax")
-    except importlib.metadata.PackageNotFoundError:
-        version = "unknown"
-    header = {
-        "format": "fisher_jax", "format_version": str(_VERSION), "fisher_jax_version": version,
-        "quantity": "Fisher information: squared derivative of the log-likelihood (nats) by the parameter",
-        "normalization": "mean per weighted token, summed within groups", "fisher_jax": json.dumps(facts),
-    }  # fmt: skip
-    incoming = path.with_name(path.name + ".incoming")
+    header = facts_room.header(facts, tensors)
+    incoming = path.with_name(path.name + f".incoming-{os.getpid()}")
     try:
         safetensors.save_file(tensors, incoming, metadata=header)
         os.replace(incoming, path)
@@ -214,7 +201,8 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
         state ``unit``, ``observations`` and ``weight``.
 
     Raises:
-        InputError: no such file, one that is no safetensors file, or one of a newer version of this format.
+        InputError: no such file, one that is no safetensors file, one of another version of this format, or one whose
+            facts have changed since it was saved.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp, tempfile
@@ -234,21 +222,12 @@ def _open(path: str | os.PathLike) -> tuple[Any, dict[str, list[int]], dict[str,
     package = _package()
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}")
-    import safetensors
-
-    try:
-        file = safetensors.safe_open(path, "numpy")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path} is no safetensors file, or a damaged one: {error}") from error
-    header = file.metadata() or {}
-    shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    if header.get("format") != "fisher_jax":
-        return package, shapes, {"content": "foreign", "metadata": header}
-    if int(header["format_version"]) > _VERSION:
-        raise InputError(
-            f"{path} has version {header['format_version']} of this format, known is {_VERSION}; update fisher_jax"
-        )
-    return package, shapes, json.loads(header["fisher_jax"])
+    with facts_room.damage(path):
+        header, found = facts_room.read_header(path)
+        shapes = {name: shape for name, (_, shape) in found.items()}
+        if not facts_room.is_ours(header):
+            return package, shapes, {"content": "foreign", "metadata": header}
+        return package, shapes, facts_room.check(facts_room.read(path, header), found)
 
 
 def load(path: str | os.PathLike, like: Any = None) -> Any:
@@ -264,7 +243,7 @@ def load(path: str | os.PathLike, like: Any = None) -> Any:
         The Welford state, or the tree of NumPy arrays, bit for bit.
 
     Raises:
-        InputError: as `describe`; a file that lacks a tensor; a state in float64 without x64.
+        InputError: as `describe`; values that are not those that were saved; a state in float64 without x64.
         ValueError: another tree or other shapes than ``like``.
 
     Example:
@@ -277,7 +256,8 @@ def load(path: str | os.PathLike, like: Any = None) -> Any:
         ([2.0, 3.0], 2)
     """
     package, _, facts = _open(path)
-    tensors = package.load_file(path)
+    with facts_room.damage(path):
+        tensors = facts_room.values(package, path, facts)
     if facts["content"] == "foreign":
         if like is not None:
             check_alike(like, tensors, "like", str(path))
@@ -287,16 +267,19 @@ def load(path: str | os.PathLike, like: Any = None) -> Any:
     shape_like = like if wanted is None else jax.tree.map(lambda x: x[0], wanted.mean)
 
     def tree(suffix: str, lead: int) -> Tree:
-        try:
-            leaves = [place.join([tensors[name + suffix] for name in place.names], lead) for place in places]
-        except KeyError as error:
-            raise InputError(f"{path} lacks the tensor {error.args[0]!r} that its description names") from error
+        leaves = [place.join([tensors[name + suffix] for name in place.names], lead) for place in places]
         return _rebuild(places, leaves, shape_like, str(path))
 
     values = tree("", 0)
     if shape_like is not None:
         check_alike(shape_like, values, "like", str(path))
     return values if facts["content"] == "values" else _load_state(tree, tensors, facts, str(path))
+
+
+def _saved_place(place: _Place) -> dict[str, Any]:
+    if not all(type(key) in (str, int) for key in place.path):
+        raise ValueError(f"the leaf {'/'.join(map(str, place.path))} has a key that is not a text or a whole number")
+    return dataclasses.asdict(place)
 
 
 def _place(saved: dict) -> _Place:
@@ -318,6 +301,10 @@ def _rebuild(places: list[_Place], leaves: list, like: Tree, path: str) -> Tree:
         node = nested
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise InputError(f"{path} is damaged: {parent!r} is a leaf and holds leaves")
+        if last in node:
+            raise InputError(f"{path} is damaged: the leaf {last!r} is there twice")
         node[last] = leaf
     return nested
 
@@ -326,17 +313,17 @@ def _load_state(tree: Callable, tensors: dict, facts: dict, path: str) -> welfor
     def arrays(x: Tree) -> Tree:
         return jax.tree.map(lambda leaf: _array(leaf, path), x)
 
-    scalars: dict[str, Any] = {field: arrays(tensors[f"state:{field}"]) for field in _SCALARS}
+    scalars: dict[str, Any] = {field: arrays(tensors[f"state:{field}"]) for field in facts_room.SCALARS}
     pairs: dict[str, Any] = {
         field: arrays(tree(f":{field}", 1)) if facts["fractional"] or not field.startswith("square") else None
-        for field in _PAIRS
+        for field in facts_room.PAIRS
     }
     opened = None
     if facts["unit"] == "document":
         opened = Fragment(
             arrays(tree(":open.mean", 1)), arrays(tensors["state:open.weight"]), arrays(tensors["state:open.unit_id"])
         )
-    static = {"unit": facts["unit"], "scale": facts["scale"], "errors": facts.get("errors", True)}
+    static = {"unit": facts["unit"], "scale": facts["scale"], "errors": facts["errors"]}
     return welford.State(**pairs, **scalars, open=opened, **static)
 
 

@@ -11,7 +11,16 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["facts_of", "flip_a_bit", "flips", "mutated_facts", "rewrite", "rewritten"]
+__all__ = [
+    "exchange_header",
+    "facts_of",
+    "flip_a_bit",
+    "flips",
+    "mutated_facts",
+    "rewrite",
+    "rewrite_exchange",
+    "rewritten",
+]
 
 ODD = [
     None,
@@ -92,36 +101,40 @@ def flips(number: int, seed: int = 0) -> Iterator[tuple[str, Callable[[pathlib.P
 
 def mutated_facts(facts: Any, number: int, seed: int = 0) -> Iterator[tuple[str, Any]]:
     """``(what was changed, changed facts)``: one place of the tree replaced, left out, doubled, moved or nested."""
-    chance = random.Random(seed)
+    chance, before, found = random.Random(seed), json.dumps(facts), 0
     places = list(_places(facts, ()))
-    for _ in range(number):
+    while found < number:
         changed = copy.deepcopy(facts)
-        where = chance.choice(places)
-        parent, key = _parent(changed, where)
-        way = chance.choice(["replace", "replace", "replace", "drop", "swap", "nest", "number", "rename"])
-        if not where:
-            value = chance.choice(ODD)
-            yield f"all facts are {value!r}", value
+        what, changed = _mutate(changed, chance, places)
+        if _circular(changed) or json.dumps(changed) == before:
             continue
-        if way == "replace":
-            value = chance.choice(ODD)
-            parent[key] = copy.deepcopy(value)
-            way = f"replace by {value!r}"
-        elif way == "drop":
-            del parent[key]
-        elif way == "swap":
-            other, place = _parent(changed, chance.choice([p for p in places if p]))
-            parent[key], other[place] = other[place], parent[key]
-            if _circular(changed):
-                continue
-        elif way == "nest":
-            for _ in range(chance.choice([1, 150])):
-                parent[key] = [parent[key]]
-        elif way == "number" and isinstance(parent[key], int | float):
-            parent[key] = parent[key] + chance.choice([1, -1, 2**31, -(2**31), 2**70, 0.5])
-        elif isinstance(parent, dict):
-            parent[f"{key}x"] = parent.pop(key)
-        yield f"{way} at {'/'.join(map(str, where))}", changed
+        found += 1
+        yield what, changed
+
+
+def _mutate(changed: Any, chance: random.Random, places: list[tuple]) -> tuple[str, Any]:
+    where = chance.choice(places)
+    if not where:
+        value = chance.choice(ODD)
+        return f"all facts are {value!r}", copy.deepcopy(value)
+    parent, key = _parent(changed, where)
+    way = chance.choice(["replace", "replace", "replace", "drop", "swap", "nest", "number", "rename"])
+    if way == "replace":
+        parent[key] = copy.deepcopy(chance.choice(ODD))
+        way = f"replace by {parent[key]!r}"
+    elif way == "drop":
+        del parent[key]
+    elif way == "swap":
+        other, place = _parent(changed, chance.choice([p for p in places if p]))
+        parent[key], other[place] = other[place], parent[key]
+    elif way == "nest":
+        for _ in range(chance.choice([1, 150])):
+            parent[key] = [parent[key]]
+    elif way == "number" and isinstance(parent[key], int | float):
+        parent[key] = parent[key] + chance.choice([1, -1, 2**31, -(2**31), 2**70, 0.5])
+    elif isinstance(parent, dict):
+        parent[f"{key}x"] = parent.pop(key)
+    return f"{way} at {'/'.join(map(str, where))}", changed
 
 
 def _places(x: Any, where: tuple) -> Iterator[tuple]:
@@ -142,3 +155,19 @@ def _circular(x: Any) -> bool:
     except ValueError:
         return True
     return False
+
+
+def exchange_header(file: pathlib.Path) -> dict[str, Any]:
+    """The header of a safetensors file: tensors by name, and ``__metadata__``."""
+    data = file.read_bytes()
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+def rewrite_exchange(file: pathlib.Path, header: dict[str, Any], *, meant: bool) -> None:
+    """Another header before the same tensors; ``meant``: with the hash that belongs to it."""
+    found = header.get("__metadata__")
+    if meant and isinstance(found, dict):
+        rest = {name: text for name, text in found.items() if name != "fisher_jax_sha256"}
+        found["fisher_jax_sha256"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    data, text = file.read_bytes(), json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + int.from_bytes(data[:8], "little") :])

@@ -147,10 +147,10 @@ def test_newer_files_and_files_that_lack_a_tensor_are_refused(tmp_path):
     with safetensors.safe_open(saved(tmp_path / "f"), "numpy") as file:
         header, tensor = file.metadata(), file.get_tensor("w")
     safetensors.numpy.save_file({"w": tensor}, tmp_path / "f", metadata=header | {"format_version": "99"})
-    with pytest.raises(fj.InputError, match="has version 99 of this format, known is 1; update fisher_jax"):
+    with pytest.raises(fj.InputError, match="has version 99 of this format, known is 2"):
         fj.exchange.load(tmp_path / "f")
     safetensors.numpy.save_file({"v": tensor}, tmp_path / "f", metadata=header)
-    with pytest.raises(fj.InputError, match="lacks the tensor 'w'"):
+    with pytest.raises(fj.InputError, match="tensors are not those that its facts name"):
         fj.exchange.load(tmp_path / "f")
 
 

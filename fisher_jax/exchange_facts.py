@@ -88,8 +88,8 @@ def read(path: str | os.PathLike, found: dict[str, str]) -> dict[str, Any]:
     version = found.get("format_version")
     if version != _VERSION:
         raise InputError(
-            f"{path} has version {str(version)[:20]} of this format, known is {_VERSION}; read it with the fisher_jax "
-            "that wrote it"
+            f"{path} has version {str(version)[:20]} of this format, known is {_VERSION}; "
+            "read it with the fisher_jax that wrote it"
         )
     stated = found.get(_DIGEST)
     rest = {name: text for name, text in found.items() if name != _DIGEST}

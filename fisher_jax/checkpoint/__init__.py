@@ -243,7 +243,7 @@ def _restore(path: pathlib.Path, folder: pathlib.Path, token: str, like: Any, wa
     processes.together(read, f"read {path}")
     with _damage(path):
         _check_sums(arrays_of(described[0]), arrays)
-    return build(described[0], arrays, like, has_like=like is not None, path=path)
+        return build(described[0], arrays, like, has_like=like is not None, path=path)
 
 
 @contextlib.contextmanager

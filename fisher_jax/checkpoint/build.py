@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisher_jax import compensated
+from fisher_jax.checkpoint import uses
 from fisher_jax.checkpoint.describe import Arrays
 from fisher_jax.checkpoint.nodes import Array, Dict, Key, Node, Other, Record, Sequence, Value, static_value
 from fisher_jax.errors import InputError
@@ -101,14 +102,20 @@ def build(node: Node, arrays: Arrays, like: Any = None, *, has_like: bool = Fals
     def child(part: Node, of: Any) -> Any:
         return build(part, arrays, of, has_like=has_like, path=path)
 
+    def field(name: str, part: Node) -> Any:
+        if not has_like:
+            return child(part, None)
+        return getattr(like, name) if name in node.about.static else child(part, getattr(like, name))  # type: ignore
+
     if isinstance(node, Dict):
         return {key: child(part, like[key] if has_like else None) for key, part in node.items}
     if isinstance(node, Sequence):
         items = [child(part, like[i] if has_like else None) for i, part in enumerate(node.items)]
         return items if node.kind == "list" else tuple(items)
     if isinstance(node, Record):
-        fields = {k: child(part, getattr(like, k) if has_like else None) for k, part in node.fields.items()}
-        return node.about.cls(**fields)
+        if node.about.converted:
+            return uses.rebuilt({name: static_value(part) for name, part in node.fields.items()})
+        return node.about.cls(**{name: field(name, part) for name, part in node.fields.items()})
     assert isinstance(node, Other)
     if not has_like:
         raise InputError(f"the checkpoint {path} holds a {node.type}; pass like= to restore it")

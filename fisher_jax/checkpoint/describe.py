@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisher_jax import compensated
+from fisher_jax.checkpoint import uses
 from fisher_jax.checkpoint.facts import DamagedError
 from fisher_jax.checkpoint.nodes import DTYPES, Array, Dict, Key, Node, Other, Record, Sequence, Value, check_record
 from fisher_jax.checkpoint.types import name_of, state_type
@@ -86,8 +87,9 @@ def _record(x: Any, name: str, where: str, arrays: Arrays, dtype: Any) -> Record
     assert about is not None
     rounded = _ROUNDED.get(name, ()) if dtype is not None else ()
     fields: dict[str, Node] = {}
-    for field in about.kinds:
-        value, place = getattr(x, field), f"{where}.{field}"
+    values = uses.fields(x) if about.converted else {field: getattr(x, field) for field in about.kinds}
+    for field, value in values.items():
+        place = f"{where}.{field}"
         if field in rounded:
             fields[field] = _rounded(value, place, arrays, dtype)
         else:

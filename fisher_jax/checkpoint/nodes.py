@@ -293,6 +293,10 @@ def static_value(node: Node) -> Any:
     if isinstance(node, Sequence):
         items = [static_value(item) for item in node.items]
         return items if node.kind == "list" else tuple(items)
+    if isinstance(node, Dict):
+        return {key: static_value(item) for key, item in node.items}
+    if isinstance(node, Record):
+        return {"type": node.type, **{name: static_value(item) for name, item in node.fields.items()}}
     return NotImplemented
 
 

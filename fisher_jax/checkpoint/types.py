@@ -22,6 +22,7 @@ class StateType:
             number, a string; ``anything`` holds whatever can be saved.
         optional: those of them that may be ``None``.
         static: fields that are not leaves, each with the test that its value passes.
+        converted: whether it holds more than data, see `uses`.
         statistic: what the values of a measured state are of their groups, ``"sum"`` or ``"mean"``.
     """
 
@@ -34,6 +35,7 @@ class StateType:
     optional: str = ""
     static: dict[str, Callable[[Any], bool]] = dataclasses.field(default_factory=dict)
     statistic: str | None = None
+    converted: bool = False
 
     @functools.cached_property
     def kinds(self) -> dict[str, str]:
@@ -69,6 +71,10 @@ def _number(x: Any) -> bool:
 
 def _form(x: Any) -> bool:
     return type(x) is str
+
+
+def _plan(x: Any) -> bool:
+    return type(x) is tuple and all(type(part) is dict and part.get("type") == "kfac block" for part in x)
 
 
 def _names(x: Any) -> bool:
@@ -153,6 +159,32 @@ _TABLE = {
         "kronecker.decomposition:BlockFactors", anything="A G", arrays="rows diagonal eigenvalues",
         optional="A G rows diagonal eigenvalues",
     ),
+    "kfac softmax head": StateType("kronecker.woodbury:SoftmaxHead", arrays="mean columns"),
+    "kfac observation": StateType(
+        "kronecker.observation:Observation", trees="sums", arrays="weight bad", anything="probabilities taps",
+        optional="probabilities taps",
+    ),
+    "kfac factors": StateType(
+        "kronecker.curvature:Factors", anything="blocks", arrays="damping",
+        static={"plan": _plan, "form": _form, "power": _number},
+    ),
+    "kfac block": StateType(
+        "kronecker.blocks:Block", texts="kind path", numbers="leaf number units width head low_rank columns bias",
+        anything="use bias_use", optional="bias use bias_use",
+    ),
+    "parameter use": StateType(
+        "provenance:Use", texts="kind primitive where", anything="segments loops operand roles options signature",
+        numbers="index", converted=True,
+    ),
+    "kfac merge": StateType("kronecker.merging:KFACMerge", trees="params", arrays="residual num_steps"),
+    "kfac spectrum": StateType(
+        "kronecker.spectrum:KFACSpectrum", arrays="eigenvalues", anything="paths blocks", numbers="trace dimension",
+    ),
+    "kfac block eigenvalues": StateType(
+        "kronecker.spectrum:BlockEigenvalues", texts="kind", arrays="eigenvalues residuals",
+        numbers="dimension num_zero trace",
+    ),
+    "kfac coverage": StateType("kronecker.table:KFACCoverage", anything="rows"),
     "kfac eigen": StateType("kronecker.factors:Eigen", arrays="values vectors"),
     "kfac diagonal": StateType("kronecker.factors:Diagonal", arrays="values"),
     "kfac low rank": StateType("kronecker.factors:LowRank", arrays="columns values vectors"),

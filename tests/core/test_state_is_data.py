@@ -239,3 +239,14 @@ def test_block_spectra_restore_with_a_template(tmp_path):
     fj.checkpoint.save(tmp_path / "state", state)
     for like in (None, state, spectra.init(params)):
         assert bits(fj.checkpoint.restore(tmp_path / "state", like=like)) == bits(state)
+
+
+def test_kfac_factors_restore_and_precondition(tmp_path):
+    apply_fn, params, batch = problem()
+    factors = fj.kfac_factors(apply_fn, params, batch)
+    fj.checkpoint.save(tmp_path / "state", factors)
+    for like in (None, factors):
+        found = fj.checkpoint.restore(tmp_path / "state", like=like)
+        assert jax.tree.structure(found) == jax.tree.structure(factors)
+        ones = jax.tree.map(jnp.ones_like, params)
+        assert bits(fj.precondition(found, ones)) == bits(fj.precondition(factors, ones))

@@ -55,7 +55,7 @@ def squares_of_documents(report_of_all, report_arguments, tiny_model):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fisher_jax.cli.report.accumulate", remember)
-        patch.setattr("fisher_jax.cli.report.blocks", lambda found: [])
+        patch.setattr("fisher_jax.cli.report_writing.blocks", lambda found: [])
         patch.setattr(accumulate, "_make_step", lambda model, settings: _stop)
         assert main(report_arguments(report_of_all.parent / "rows", *ALL)) == 2
     documents: dict = {}

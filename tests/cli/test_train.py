@@ -143,7 +143,7 @@ def test_a_crash_loses_nothing_that_was_saved(finished, tmp_path, arguments, mon
 def test_a_finished_run_is_used_as_it_is(finished, arguments, capsys, without_pages):
     before = fj.checkpoint.describe(finished / "state")
     assert main(arguments(finished)) == 0
-    assert "was finished before" in capsys.readouterr().out
+    assert "nothing had to be computed" in capsys.readouterr().out
     assert "had --steps 6, and this one has 7" in _refused(arguments(finished, "--steps", "7"), capsys)
     assert fj.checkpoint.describe(finished / "state") == before
 

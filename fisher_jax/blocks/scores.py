@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jaxtyping import Array
 
+from fisher_jax import passes
 from fisher_jax.likelihoods import Likelihood
 from fisher_jax.meshes import automatic
 from fisher_jax.selection import Selection
@@ -137,7 +138,7 @@ def _by_token(problem: Problem, params: Tree, row: Callable, number: int, absorb
         def several(step, carry):
             index = step * chunk + jnp.arange(chunk, dtype=jnp.int32)
             live = index < number_active
-            return absorb(carry, jax.vmap(score)(order[jnp.minimum(index, tokens - 1)], live), live)
+            return absorb(carry, passes.each(score, order[jnp.minimum(index, tokens - 1)], live), live)
 
         return jax.lax.fori_loop(0, (number_active + chunk - 1) // chunk, several, carry), None
 

@@ -1,4 +1,4 @@
-"""The squares of every token, ``chunk_size`` gradients at a time: the reference way."""
+"""The squares of every token, ``chunk_size`` of them at a time: the reference way."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax import meshes, rejection
+from fisher_jax import meshes, passes, rejection
 from fisher_jax import moments as moments_room
 from fisher_jax.batch import Batch
 from fisher_jax.diagonal.problem import Problem, log_probs, split, tokens_of, unit_ids, zeros_like
@@ -64,7 +64,7 @@ def _sum_over(function: Callable[[Array], Tree], number: int, chunk: int) -> Tre
 
     def step(total, start):
         index = start + jnp.arange(size)
-        found = jax.vmap(function)(jnp.minimum(index, number - 1))
+        found = passes.each(function, jnp.minimum(index, number - 1))
         keep = index < number
         return jax.tree.map(lambda t, x: t + jnp.tensordot(keep.astype(x.dtype), x, 1), total, found), None
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax.jax_internals import broadcast_axes, named_axes, permutation
+from fisher_jax.jax_internals import broadcast_axes, named_axes, permutation, unstacked_axis
 from fisher_jax.provenance import Segment, Step, Use
 
 __all__ = ["Atom", "UntraceableError", "in_leaf_order", "roles_of_leaf", "trace_axes"]
@@ -70,9 +70,11 @@ def _step(step: Step, axes: Axes, taken: set[int]) -> Axes:
         places = {to: i for i, to in enumerate(broadcast_axes(step.eqn))}
         return [axes[places[i]] if i in places else () for i in range(len(after))]
     if name == "squeeze":
-        gone = set(named_axes(step.eqn))
-        taken |= {atom.axis for i in gone for atom in axes[i] if not atom.whole}
-        return [atoms for i, atoms in enumerate(axes) if i not in gone]
+        return _without(set(named_axes(step.eqn)), axes, taken)
+    if name == "unstack":
+        own = unstacked_axis(step.eqn)
+        cut = [(_cut(a, 1),) if i == own and a and before[i] > 1 else a for i, a in enumerate(axes)]
+        return _without({own}, cut, taken)
     if name == "expand_dims":
         added = set(named_axes(step.eqn))
         rest = iter(axes)
@@ -84,6 +86,12 @@ def _step(step: Step, axes: Axes, taken: set[int]) -> Axes:
     if before != after:
         raise UntraceableError(f"{name} from {list(before)} to {list(after)}")
     return axes
+
+
+def _without(gone: set[int], axes: Axes, taken: set[int]) -> Axes:
+    """Axes of length 1 removed; what had been cut out of a longer axis is noted."""
+    taken |= {atom.axis for i in gone for atom in axes[i] if not atom.whole}
+    return [atoms for i, atoms in enumerate(axes) if i not in gone]
 
 
 def _cut(atoms: tuple[Atom, ...], size: int) -> Atom:

@@ -20,7 +20,7 @@ __all__ = [
     "Body", "Contraction", "Convolution", "Lookup", "Loop", "Remat", "abstract", "bind", "broadcast_axes",
     "called", "contraction", "convolution", "has_constants", "inside", "is_literal", "is_traced", "lookup",
     "loop", "named_axes", "opened", "permutation", "rematerialised", "run", "slice_bounds", "stacked",
-    "unstacked", "user_line", "zeros",
+    "unstacked", "unstacked_axis", "user_line", "zeros",
 ]  # fmt: skip
 
 _JAX = os.path.dirname(jax.__file__) + os.sep
@@ -165,6 +165,11 @@ def named_axes(eqn: Any) -> tuple[int, ...]:
     """Axes a ``squeeze`` removes (of the operand), an ``expand_dims`` adds (of the result) or a ``rev`` flips."""
     ndim = max(len(x.aval.shape) for x in (eqn.invars[0], eqn.outvars[0]))
     return tuple(i % ndim for i in eqn.params["dimensions"])
+
+
+def unstacked_axis(eqn: Any) -> int:
+    """The axis of the operand along which an ``unstack`` takes it apart, one result for each place."""
+    return eqn.params["axis"] % len(eqn.invars[0].aval.shape)
 
 
 def slice_bounds(eqn: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:

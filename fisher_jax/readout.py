@@ -164,7 +164,7 @@ def _keeps_outputs(eqn: Any) -> bool:
     """Whether the last axis is the same before and after, and the tokens keep their order."""
     before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     name = eqn.primitive.name
-    if name in ("slice", "split", "rev", "broadcast_in_dim"):
+    if name in ("slice", "split", "unstack", "rev", "broadcast_in_dim"):
         return False
     if name == "transpose":
         return permutation(eqn) == tuple(range(len(before)))

@@ -35,8 +35,8 @@ __all__ = ["LAYOUT", "evaluate"]
 # Operations that only move a parameter's numbers around, or change their type.
 LAYOUT = {
     "transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "convert_element_type", "copy", "copy_p",
-    "sharding_constraint", "slice", "split", "rev", "reduce_precision", "layout_constraint", "reshard", "mesh_cast",
-    "pvary", "pcast",
+    "sharding_constraint", "slice", "split", "unstack", "rev", "reduce_precision", "layout_constraint", "reshard",
+    "mesh_cast", "pvary", "pcast",
 }  # fmt: skip
 
 # Where a parameter meets data: the kind of tap, by primitive.

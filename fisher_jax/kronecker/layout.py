@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from fisher_jax.axes import trace_axes
 from fisher_jax.dense import operand_axes
-from fisher_jax.jax_internals import broadcast_axes, named_axes, permutation, slice_bounds
+from fisher_jax.jax_internals import broadcast_axes, named_axes, permutation, slice_bounds, unstacked_axis
 from fisher_jax.kronecker.convolution import kernel_blocks
 from fisher_jax.provenance import Segment, Step, Use
 
@@ -53,6 +53,8 @@ def _moved(step: Step, x: Array) -> Array:
         return jax.lax.broadcast_in_dim(x, shape, broadcast_axes(step.eqn))
     if name == "rev":
         return jax.lax.rev(x, named_axes(step.eqn))
+    if name == "unstack":
+        return jax.lax.index_in_dim(x, step.output, unstacked_axis(step.eqn), keepdims=False)
     if name == "slice":
         return jax.lax.slice(x, *slice_bounds(step.eqn))
     return step(x)

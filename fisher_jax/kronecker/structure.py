@@ -18,12 +18,12 @@ from fisher_jax.tracing import LAYOUT
 __all__ = ["Structure", "structure"]
 
 # What a parameter goes through and stays one, in one piece and in order.
-_LAYOUT = LAYOUT - {"split", "rev"} | {"name", "optimization_barrier"}
+_LAYOUT = LAYOUT - {"split", "unstack", "rev"} | {"name", "optimization_barrier"}
 # Keep the entries of an array in row-major order.
 _IN_PLACE = _LAYOUT - {"transpose", "slice", "broadcast_in_dim"}
 _ELEMENTWISE = {
     "add", "sub", "mul", "div", "neg", "tanh", "logistic", "exp", "log", "max", "min", "pow", "integer_pow", "sqrt",
-    "rsqrt", "erf", "select_n", "abs", "sin", "cos", "log1p", "expm1", "clamp",
+    "rsqrt", "erf", "select_n", "abs", "sin", "cos", "log1p", "expm1", "clamp", "log2", "one_minus_square",
 }  # fmt: skip
 
 
@@ -92,6 +92,8 @@ def _equation(eqn: Any, given: list[_Tag | None], found: Structure) -> list[_Tag
         return nothing
     if (inner := inside(eqn)) is not None:
         return _walk(inner, given, found)
+    if name == "unstack":
+        return [given[0] if given[0] and given[0].kind == "param" else None] * len(eqn.outvars)
     if len(eqn.outvars) != 1:
         return nothing
     if name == "dot_general":

@@ -93,6 +93,7 @@ ROWS = [
     ("name of a cast", lambda w: w.astype(jnp.bfloat16), (W,), name, "convert_element_type"),
     ("name of a slice", lambda w: w[:1], (W,), name, "slice"),
     ("name of a split", lambda w: jnp.split(w, 3, 1), (W,), name, "split"),
+    ("name of an unpacking", lambda w: jnp.unstack(w, axis=1), (W,), name, "unstack"),
     ("name of a reversal", lambda w: jax.lax.rev(w, (0,)), (W,), name, "rev"),
     ("name of a rounding", lambda w: jax.lax.reduce_precision(w, 8, 7), (W,), name, "reduce_precision"),
     ("name of a copy", jnp.copy, (W,), name, "copy"),
@@ -112,6 +113,7 @@ ROWS = [
      ask.broadcast_axes, (1, 2)),
     ("axes of a squeeze", lambda w: jax.lax.squeeze(w, [-2]), (W[:1],), ask.named_axes, (0,)),
     ("axes of a reversal", lambda w: jax.lax.rev(w, (1,)), (W,), ask.named_axes, (1,)),
+    ("axis of an unpacking", lambda w: jnp.unstack(w, axis=-1), (W,), ask.unstacked_axis, 1),
     ("bounds of a slice", lambda w: w[:, 1:3], (W,), ask.slice_bounds, ((0, 1), (2, 3), None)),
     # Functions inside of equations.
     ("function of a jit", jax.jit(jnp.sin), (W,), lambda e: body(ask.called(e)), [0, 0, 1, ["sin"]]),

@@ -332,3 +332,24 @@ def test_rows_of_leaves_of_every_sort_and_of_one_token(options):
     after = jax.jit(fisher.update)(state, params, padding, jax.random.key(1))
     assert int(after.rejected) == 0
     assert fj.welford.count(after) == 1
+
+
+@pytest.mark.parametrize("unpack", [lambda w: list(w), jnp.unstack, lambda w: [w[0], w[1]]])
+def test_rows_of_layers_that_are_unpacked(unpack):
+    """Each layer keeps rows of its own, however a stack of kernels is taken apart."""
+
+    def model(p, x):
+        for w, b in zip(unpack(p["w"]), unpack(p["b"]), strict=True):
+            x = jnp.tanh(x @ w + b)
+        return x
+
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(2, 3, 3))), "b": jnp.asarray(rng.normal(size=(2, 3)))}
+    batch = fj.Batch(jnp.asarray(rng.normal(size=(4, 3))), jnp.array([0, 1, 2, 0]))
+
+    def mean(groups):
+        return fj.group_fisher(model, groups=groups, estimator="exact", example=batch).observe(params, batch).mean
+
+    entries, rows = mean("param"), mean("row")
+    np.testing.assert_allclose(rows["w"], entries["w"].sum(1), rtol=1e-5)
+    np.testing.assert_allclose(rows["b"], entries["b"], rtol=1e-5)

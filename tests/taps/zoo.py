@@ -326,14 +326,18 @@ def cut_and_joined():
         joined = jnp.concatenate([p["q"], p["k"]], axis=1)
         up, gate = jnp.split(p["fused"], 2, axis=1)
         (first, second) = p["pair"]
+        left, right = jnp.unstack(p["columns"], axis=1)
         scales = p["scales"][::-1][1:]
-        return jnp.sum(jnp.tanh(x @ joined) ** 2) + jnp.sum(
-            (x @ up) * (x @ gate) * first + second + x[:, :2] * scales
+        return (
+            jnp.sum(jnp.tanh(x @ joined) ** 2)
+            + jnp.sum((x @ up) * (x @ gate) * first + second + x[:, :2] * scales)
+            + jnp.sum(jnp.sin(x * left + right))
         )
 
-    params = {"q": draw(3, 2), "k": draw(3, 4), "fused": draw(3, 4), "pair": draw(2, 2), "scales": draw(3)}
+    params = {"q": draw(3, 2), "k": draw(3, 4), "fused": draw(3, 4), "pair": draw(2, 2), "scales": draw(3),
+              "columns": draw(3, 2)}  # fmt: skip
     kinds = {"q": ["generic"], "k": ["generic"], "fused": ["dense", "dense"], "pair": ["scale", "bias"],
-             "scales": ["scale"]}  # fmt: skip
+             "scales": ["scale"], "columns": ["scale", "bias"]}  # fmt: skip
     return loss, params, (draw(5, 3),), kinds
 
 

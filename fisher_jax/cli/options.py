@@ -1,6 +1,7 @@
 """Options that several commands share, and the values they take; no heavy import, so that help is instant."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,9 @@ def refuse_model_there(options: argparse.Namespace, sources: Sequence[str | Path
 
     One that the command wrote itself, with its ``result`` beside it, is told again by the command.
     """
-    out = options.out.resolve()
+    out = Path(os.path.realpath(options.out))
     for source in map(Path, sources):
-        if source.is_dir() and out.is_relative_to(source.resolve()):
+        if source.is_dir() and out.is_relative_to(os.path.realpath(source)):
             raise InputError(f"--out {options.out} lies in {source}, which is read; choose another --out.")
     there = (options.out / "config.json").exists() and not (options.out / result).exists()
     if there and not options.overwrite:

@@ -3,13 +3,17 @@
 import csv
 import io
 import json
+import os
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from rich.table import Table
 from rich.text import Text
+from tiny import prose
 
 from fisher_jax.cli import html, markdown
 from fisher_jax.cli.blocks import Heading, Paragraph, Picture
@@ -19,6 +23,7 @@ from fisher_jax.cli.main import main
 from fisher_jax.cli.printable import printable, quoted, readable, shortened
 from fisher_jax.cli.progress import StreamProgress
 from fisher_jax.cli.terminal import Terminal, headed
+from fisher_jax.models import load
 
 NAMES = [
     "[/x]", "[final]", "[bold]x[/bold]", "[link=file:///etc]x", ":smile:", "\x1b[2J\x1b]0;title\x07", "a\nb", "a\rb",
@@ -168,3 +173,24 @@ def test_long_names_keep_their_ends():
     assert shortened("a" * 500 + "z").endswith("z")
     assert len(shortened("a" * 500)) == 121
     assert readable(" Paris\n") == "␣Paris\\n"
+
+
+def test_a_report_of_odd_names_from_end_to_end(tmp_path, tiny_model, capsys):
+    model = tmp_path / "[/x]\x1b[31m\n=1"
+    shutil.copytree(tiny_model, model)
+    texts = [os.fsdecode(os.fsencode(tmp_path) + b"/\xff[/x]\x1b]0;t\x07\n=%d.txt" % number) for number in range(8)]
+    for number, path in enumerate(texts):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text(f"{prose(number)} [/x] =1+1 \x1b[31m | <script> `x` @a -1 +2 \t\r\n")
+    out = tmp_path / "[final]=\x1b[2J\nout"
+    sizes = ["--seq-len", "32", "--batch-size", "4"]
+    assert main(["report", "--model", str(model), "--text", *texts, "--out", str(out), *sizes]) == 0
+    captured = capsys.readouterr()
+    assert harmless(captured.out + captured.err)
+    assert "[/x]\\x1b[31m\\n=1" in captured.out
+    for name in ("report.md", "report.html", "importance.csv"):
+        assert harmless((out / name).read_text("utf-8"))
+    with (out / "importance.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    text_of = load(model).tokenizer.token_text
+    assert all(json.loads(row["token"]) == text_of(int(row["token_id"])) for row in rows)

@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, str]] = {
         "--operator": "choice", "--parameters": "pattern", "--k": _COUNT, "--density": "switch", "--blocks": "switch",
         "--model": "model", "--text": "text", "--split-documents": "choice", "--tokens": _COUNT,
         "--max-tokens": _COUNT, "--length": _COUNT, "--seq-len": _COUNT, "--tol": "fraction",
-        "--max-products": _COUNT, "--basis": _COUNT, "--batch-size": _COUNT, "--remat": "switch", "--probes": _COUNT,
+        "--max-products": _COUNT, "--check-every": _COUNT, "--basis": _COUNT, "--batch-size": _COUNT, "--remat": "switch", "--probes": _COUNT,
         "--density-steps": _COUNT, "--block-tokens": _COUNT, "--dtype": "choice", "--seed": "seed", "--out": "out",
         "--resume": "switch", "--overwrite": "switch", "--save-every": _COUNT,
     },

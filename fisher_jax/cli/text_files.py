@@ -23,7 +23,7 @@ def check_text_file(path: str) -> None:
         InputError: no such file, not a plain one, empty, or a beginning that is not UTF-8 text.
     """
     with _opened(path) as stream:
-        beginning = stream.read(_BEGINNING)
+        beginning = next(_raw(stream, path, _BEGINNING), b"")
         whole = len(beginning) < _BEGINNING
     text = "".join(_decoded(iter([beginning]), path, whole=whole))
     if whole and not has_text(text):
@@ -104,10 +104,10 @@ def _opened(path: str) -> BinaryIO:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
-def _raw(stream: BinaryIO, name: str) -> Iterator[bytes]:
+def _raw(stream: BinaryIO, name: str, most: int = _PIECE) -> Iterator[bytes]:
     size = 0
     try:
-        while piece := stream.read(_PIECE):
+        while piece := stream.read(most):
             size += len(piece)
             if size > MOST_BYTES:
                 raise InputError(f"{name} has more than {MOST_BYTES / 2**30:g} GiB; give a part of it.")

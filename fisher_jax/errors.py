@@ -1,6 +1,8 @@
 """The errors that a person can act on."""
 
-__all__ = ["ConflictError", "InputError", "RejectedBatchError"]
+from typing import Any
+
+__all__ = ["ConflictError", "InputError", "RejectedBatchError", "shown"]
 
 
 class InputError(ValueError):
@@ -16,3 +18,21 @@ class ConflictError(InputError):
 
 class RejectedBatchError(ValueError):
     """A batch was rejected inside a compiled step; the state was left as it was before that batch."""
+
+
+def shown(found: Any, most: int = 120) -> str:
+    """A value from a file for a sentence: as Python writes it, hence control characters escaped, and cut to ``most``
+    characters.
+
+    >>> shown("a\\x1b[31m")
+    "'a\\\\x1b[31m'"
+    >>> shown([1] * 1000, 12)
+    '[1, 1, 1, 1…'
+    """
+    # A large value is not written out whole only to be cut.
+    part = found[:most] if isinstance(found, str | bytes | list | tuple) else found
+    try:
+        text = "{…}" if isinstance(found, dict) and len(found) > most else repr(part)
+    except RecursionError:
+        text = "something nested deeply"
+    return text if len(text) <= most else f"{text[: most - 1]}…"

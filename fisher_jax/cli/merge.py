@@ -20,15 +20,16 @@ from fisher_jax.cli.folder import write_atomically
 from fisher_jax.cli.held_out import held_out
 from fisher_jax.cli.merge_settings import MergeSettings
 from fisher_jax.cli.merge_weights import read_weights, states_digest
-from fisher_jax.cli.model_folder import model_folder, save_model
+from fisher_jax.cli.model_folder import check_can_be_written, model_folder, save_model
 from fisher_jax.cli.model_result import MADE_FROM, read_result
 from fisher_jax.cli.pages import digest
 from fisher_jax.cli.printable import printable
 from fisher_jax.cli.run_folder import run_folder
 from fisher_jax.cli.terminal import Terminal, headed
+from fisher_jax.cli.unread import say_unread
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
-from fisher_jax.models.origin import read_origin
+from fisher_jax.models.origin import Origin, read_origin
 
 __all__ = ["run"]
 
@@ -43,12 +44,14 @@ def run(settings: MergeSettings) -> int:
         base = None if settings.base is None else read(console, settings.base, " (base)")
         for other in [*loaded[1:], *([] if base is None else [base])]:
             check_same(loaded[0], other)
+        origin = read_origin(settings.models[0])
+        check_can_be_written(loaded[0].config, origin)
         texts = {default_task(sources): texts_of(settings, loaded[0], sources) for sources in settings.text}
         facts = made_from(settings, loaded, base, texts)
         earlier = read_result(settings.out, "merge.json", facts, settings.overwrite)
         if earlier is None:
             with model_folder(settings.out) as incoming:
-                merge_and_measure(settings, console, incoming, loaded, base, texts, facts)
+                merge_and_measure(settings, console, incoming, loaded, base, origin, texts, facts)
     if earlier is not None:
         if texts:
             console.print(table_of(earlier["bits_per_byte"]))
@@ -87,13 +90,13 @@ def merge_and_measure(
     incoming: Path,
     loaded: Sequence[LanguageModel],
     base: LanguageModel | None,
+    origin: Origin,
     texts: dict[str, list[str]],
     facts: dict[str, Any],
 ) -> None:
     fishers = weights_of(settings, console, loaded, base)
     merged = merge(settings, loaded, base, fishers)
     params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), merged)
-    origin = read_origin(settings.models[0])
     save_model(incoming, loaded[0].config, params, loaded[0].tokenizer, origin)
     console.print(headed("merged", f"in {settings.dtype}"))
     content = {
@@ -108,7 +111,9 @@ def merge_and_measure(
 
 def read(console: Console, source: str, what: str = "") -> LanguageModel:
     console.print(headed(f"model{what}", source))
-    return load(source)
+    model = load(source)
+    say_unread(console, model)
+    return model
 
 
 def check_same(first: LanguageModel, other: LanguageModel) -> None:

@@ -1,6 +1,5 @@
 """A model that a command made from another one, as a Hugging Face folder with what the other one's files say."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fisher_jax.cli.folder import disk_error, write_atomically
+from fisher_jax.cli.folder import disk_error
 from fisher_jax.cli.temporary import temporary_beside
 from fisher_jax.models import DecoderConfig, Tokenizer, save
 from fisher_jax.models.origin import Origin
+from fisher_jax.models.saving import hf_settings
 
-__all__ = ["model_folder", "save_model"]
+__all__ = ["check_can_be_written", "model_folder", "save_model"]
 
 _CONFIG = "config.json"  # without it no folder is taken for a model
 _OF_AN_EARLIER_MODEL = (
@@ -64,8 +64,12 @@ def save_model(folder: Path, config: DecoderConfig, params: Any, tokenizer: Toke
             tokenizer,
             settings=origin.settings,
             tokenizer_settings=origin.tokenizer_settings,
+            generation=origin.generation,
         )
-        if origin.generation:
-            write_atomically(folder / "generation_config.json", json.dumps(origin.generation, indent=2) + "\n")
     except OSError as error:
         raise disk_error(error, folder) from error
+
+
+def check_can_be_written(config: DecoderConfig, origin: Origin) -> None:
+    """Raises InputError for what `save_model` would refuse, before hours of work."""
+    hf_settings(config, origin.settings)

@@ -1,6 +1,7 @@
 """Names and tokens as one line of printable characters: what others wrote never reaches a terminal or a page raw."""
 
 import json
+import re
 
 __all__ = ["printable", "quoted", "readable", "shortened"]
 
@@ -11,7 +12,12 @@ def printable(text: str) -> str:
 
 
 def readable(token: str) -> str:
-    """A token on one line with its spaces visible: " Paris" is "␣Paris", a newline "\\n"."""
+    """A token on one line with its spaces visible: " Paris" is "␣Paris", a newline "\\n".
+
+    What rows without a token are called, ``<no text 151700>``, stays as it is.
+    """
+    if _NO_TEXT.fullmatch(token):
+        return token
     return printable(token.replace("\\", "\\\\").replace(" ", "␣")) or "∅"
 
 
@@ -32,4 +38,5 @@ def _escape(character: str) -> str:
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
 
 
+_NO_TEXT = re.compile(r"<no text \d+>")
 _NAMED = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}

@@ -28,6 +28,7 @@ from fisher_jax.cli.run_state import Progress, StateStore
 from fisher_jax.cli.settings import Settings
 from fisher_jax.cli.summary import summary, told_again
 from fisher_jax.cli.terminal import Terminal
+from fisher_jax.cli.unread import say_unread
 from fisher_jax.models import LanguageModel, load
 
 __all__ = ["run"]
@@ -59,6 +60,7 @@ def _measure_and_write(settings: Settings, console: Console, clock: Clock, store
     with clock.stage("model", settings.model):
         model = load(settings.model, dtype=settings.dtype)
         console.print(f"  {model.name}: vocabulary {model.config.vocab_size:,}, width {model.config.width:,}")
+        say_unread(console, model)
     settings = _fitted(settings, model)
     with clock.stage("text", describe_sources(settings.text)):
         packed = _pack(settings, model)

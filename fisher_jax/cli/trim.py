@@ -14,7 +14,7 @@ from fisher_jax.cli.compression import Loss, bits_per_byte, difference, measure_
 from fisher_jax.cli.corpora import describe_sources
 from fisher_jax.cli.folder import write_atomically
 from fisher_jax.cli.held_out import held_out
-from fisher_jax.cli.model_folder import model_folder, save_model
+from fisher_jax.cli.model_folder import check_can_be_written, model_folder, save_model
 from fisher_jax.cli.model_result import MADE_FROM, read_result
 from fisher_jax.cli.orderings import orderings
 from fisher_jax.cli.pages import digest
@@ -24,9 +24,10 @@ from fisher_jax.cli.task_choice import candidates, choose
 from fisher_jax.cli.task_state import Task, check_model, read_task
 from fisher_jax.cli.terminal import Terminal, headed
 from fisher_jax.cli.trim_settings import TrimSettings
+from fisher_jax.cli.unread import say_unread
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
-from fisher_jax.models.origin import read_origin
+from fisher_jax.models.origin import Origin, read_origin
 from fisher_jax.models.trimming import cut_model, kept_tokens, read_vocabulary
 
 __all__ = ["run"]
@@ -50,6 +51,9 @@ def run(settings: TrimSettings) -> int:
         console.print(headed("model", settings.model))
         model = load(settings.model)
         console.print(f"  {describe(model)}")
+        say_unread(console, model)
+        origin = read_origin(settings.model)
+        check_can_be_written(model.config, origin)
         if task is not None:
             check_model(task, model)
         texts = held_out(model, settings.text, settings.split_documents, settings.documents, settings.characters)
@@ -57,7 +61,7 @@ def run(settings: TrimSettings) -> int:
         earlier = read_result(settings.out, "trim.json", facts, settings.overwrite)
         if earlier is None:
             with model_folder(settings.out) as incoming:
-                trim(settings, console, incoming, model, task, texts, facts)
+                trim(settings, console, incoming, model, origin, task, texts, facts)
     if earlier is not None:
         for line in told(earlier):
             console.print(f"  {line}")
@@ -82,8 +86,8 @@ def made_from(
 
 
 def trim(
-    settings: TrimSettings, console: Terminal, incoming: Path, model: LanguageModel, task: Task | None,
-    texts: list[str], facts: dict[str, Any],
+    settings: TrimSettings, console: Terminal, incoming: Path, model: LanguageModel, origin: Origin,
+    task: Task | None, texts: list[str], facts: dict[str, Any],
 ) -> None:  # fmt: skip
     vocabulary = read_vocabulary(model.tokenizer)
     order = most_important_first(model, None if task is None else task.arrays, settings.by)
@@ -98,7 +102,7 @@ def trim(
             "still can",
         )
     )
-    write(settings, incoming, model, trimmed, kept)
+    write(settings, incoming, trimmed, origin.renumbered(kept))
     written = dataclasses.replace(load(incoming, dtype=settings.dtype), name=settings.out.resolve().name)
     console.print(f"  {describe(written)}, {folder_size(incoming)}")
     largest = largest_difference(model, written, kept, texts)
@@ -162,10 +166,7 @@ def check_texts(model: LanguageModel, trimmed: LanguageModel, texts: list[str]) 
             raise InputError("the smaller tokenizer does not give back a held-out text; please report this")
 
 
-def write(
-    settings: TrimSettings, folder: Path, model: LanguageModel, trimmed: LanguageModel, kept: np.ndarray
-) -> None:  # fmt: skip
-    origin = read_origin(settings.model).renumbered(kept)
+def write(settings: TrimSettings, folder: Path, trimmed: LanguageModel, origin: Origin) -> None:
     params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), trimmed.params)
     save_model(folder, trimmed.config, params, trimmed.tokenizer, origin)
 

@@ -15,7 +15,7 @@ from fisher_jax.models.optional import optional
 __all__ = ["Entry", "folder", "read", "write"]
 
 # Part of every file name: raise it when the parameters' layout or the tokenizer's construction changes.
-VERSION = 1
+VERSION = 2
 
 
 class Entry(NamedTuple):
@@ -47,7 +47,7 @@ def read(fingerprint: str, dtype: str) -> Entry | None:
             sums = json.loads(notes["checksums"])
             params = {path: opened.get_tensor(path) for path in sums}
             entry = Entry(params, DecoderConfig.from_json(notes["config"]), notes["tokenizer"])
-    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError):
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         return None
     intact = all(checksum(params[path]) == sums[path] for path in sums)
     return entry if intact and checksum(entry.tokenizer) == int(notes["tokenizer_checksum"]) else None

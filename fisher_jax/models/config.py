@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 
-from fisher_jax.errors import InputError
+from fisher_jax.errors import InputError, shown
 
 __all__ = ["DecoderConfig", "linear_divisors", "llama3_divisors"]
 
@@ -60,8 +60,14 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for name in SIZES:
-            if (size := getattr(self, name)) < 1:
-                raise InputError(f"the model's {name} is {size}, but must be at least 1")
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise InputError(f"the model's {name} is {shown(size)}, but must be a whole number, at least 1")
+        positive = {name: getattr(self, name) for name in ("norm_eps", "rope_base", "logit_soft_cap")}
+        for name, value in (*positive.items(), *(("rope_divisors", x) for x in self.rope_divisors or ())):
+            optional = name == "logit_soft_cap" and value is None
+            if not optional and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise InputError(f"the model's {name} is {shown(value)}, but must be a positive number")
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise InputError(f"the model's {name} is {value!r}, but must be one of {', '.join(allowed)}")
@@ -76,6 +82,22 @@ class DecoderConfig:
             raise InputError(
                 f"found {len(self.rope_divisors)} rotary divisors, wanted one per frequency: {self.head_size // 2}"
             )
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the decoder has, by arithmetic alone.
+
+        >>> DecoderConfig(vocab_size=11, width=8, num_layers=2, num_heads=2, num_kv_heads=1, head_size=4, mlp_size=16,
+        ...               max_positions=6).num_parameters
+        1280
+        """
+        width, mlp, norms = self.width, self.mlp_size, 2 if self.norm == "layer" else 1
+        q, kv = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        attention = width * (2 * q + 2 * kv) + self.qkv_bias * (q + 2 * kv) + self.out_bias * width
+        layer = attention + 2 * norms * width + self.qk_norm * 2 * norms * self.head_size
+        layer += (2 + self.gated) * width * mlp + self.mlp_bias * ((1 + self.gated) * mlp + width)
+        rows = self.vocab_size * (1 if self.tied else 2) + (self.max_positions if self.positions == "learned" else 0)
+        return self.num_layers * layer + rows * width + norms * width
 
     def to_json(self) -> str:
         """One line of JSON with sorted keys; `from_json` gives back an equal configuration."""

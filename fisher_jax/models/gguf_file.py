@@ -1,14 +1,18 @@
 """GGUF files: configuration and weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fisher_jax.errors import InputError
+from fisher_jax.errors import InputError, shown
 from fisher_jax.models.config import DecoderConfig, linear_divisors
-from fisher_jax.models.layout import GGUF_NAMES, assemble, undo_interleaving
+from fisher_jax.models.domains import EPSILON, ROPE_BASE, ROPE_FACTOR
+from fisher_jax.models.gguf_header import read_header
+from fisher_jax.models.layout import GGUF_NAMES, assemble, check_entries, undo_interleaving
 from fisher_jax.models.optional import optional
+from fisher_jax.models.settings import MOST_HEAD, MOST_INDEX, MOST_LAYERS, REQUIRED, Settings
 
 __all__ = ["GgufFile"]
 
@@ -24,120 +28,144 @@ HARMLESS = {"rope.scaling.original_context_length", "rope.scaling.finetuned"}
 
 
 class GgufFile:
-    """An open GGUF file; ``metadata(key)`` and ``read(tensor)`` are read on demand.
+    """An open GGUF file; ``settings`` are its metadata, ``read(tensor)`` reads on demand.
 
-    Raises ``InputError`` for files that are not GGUF, that are cut off, or whose architecture, rotary scaling
-    or tensor types are not supported.
+    Raises ``InputError`` for files that are not GGUF, that are cut off or contradict themselves, or whose
+    architecture, rotary scaling or tensor types are not supported.
     """
 
     def __init__(self, path: Path):
         gguf = optional("gguf", f"reading {path.name}")
-        self.label = path.name
-        with path.open("rb") as file:
-            if (magic := file.read(4)) != b"GGUF":
-                raise InputError(f"{path} is not a GGUF file: it begins with {magic!r} instead of b'GGUF'")
-        try:
-            self.reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OverflowError, MemoryError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is cut off or damaged ({error}); fetch the file again") from error
-        self.dequantize = gguf.quants.dequantize
-        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        self.path, self.label = path, path.name
+        self.kinds, self.dequantize = gguf.GGMLQuantizationType, gguf.quants.dequantize
+        sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+        header = read_header(path, sizes)
+        self.tensors = header.tensors
+        self.shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
         self.names = frozenset(self.tensors)
-        self.architecture = self.metadata("general.architecture")
+        self.settings = GgufSettings(header.metadata, self.label)
+        self.architecture = self.settings.text("general.architecture")
         if self.architecture not in ARCHITECTURES:
             raise InputError(
-                f"{path.name} has the architecture {self.architecture!r}; "
+                f"{path.name} has the architecture {shown(self.architecture)}; "
                 f"supported from GGUF files: {', '.join(ARCHITECTURES)}"
             )
-        if self.metadata("split.count", 1) > 1:
+        if self.settings.integer("split.count", 0, MOST_INDEX, 1) > 1:
             raise InputError(f"{path.name} is one part of a split GGUF file; join the parts first")
-
-    def metadata(self, key: str, default: Any = ...) -> Any:
-        """A metadata value; without a default, an ``InputError`` where the file has none."""
-        field = self.reader.get_field(key)
-        if field is not None:
-            return field.contents()
-        if default is ...:
-            raise InputError(f"{self.label} lacks the metadata entry {key!r}")
-        return default
-
-    def number(self, key: str, default: Any = ...) -> Any:
-        """A number under the architecture's own prefix, floats as their shortest decimal (1e-05)."""
-        value = self.metadata(f"{self.architecture}.{key}", default)
-        if isinstance(value, list):
-            raise InputError(f"{self.label} has a different {key} per layer, which is not supported")
-        return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def config(self) -> DecoderConfig:
         """The decoder's shape; an ``InputError`` for entries that would change it in unknown ways."""
         prefix = f"{self.architecture}."
-        keys = {key.removeprefix(prefix) for key in self.reader.fields if key.startswith(prefix)}
-        if unknown := keys - READ - HARMLESS:
-            raise InputError(f"{self.label} has settings that are not supported: {', '.join(sorted(unknown))}")
-        if self.number("expert_count", 0):
+        own = {k.removeprefix(prefix): v for k, v in self.settings.values.items() if k.startswith(prefix)}
+        if unknown := own.keys() - READ - HARMLESS:
+            raise InputError(
+                f"{self.label} has settings that are not supported: {shown(', '.join(sorted(unknown)))[1:-1]}"
+            )
+        read = GgufSettings(own, self.label)
+        if read.integer("expert_count", 0, MOST_INDEX, 0):
             raise InputError(f"{self.label} is a mixture of experts, which is not supported")
-        width, num_heads = self.number("embedding_length"), self.number("attention.head_count")
-        head_size = self.number("attention.key_length", width // num_heads)
+        width, num_heads = read.size("embedding_length"), read.size("attention.head_count")
+        head_size = read.integer("attention.key_length", 1, MOST_HEAD, None) or share(self.label, width, num_heads)
         for key in ("attention.value_length", "rope.dimension_count"):
-            if (found := self.number(key, head_size)) != head_size:
+            if (found := read.size(key, head_size)) != head_size:
                 raise InputError(f"{self.label} has {key} {found}, but only the head size {head_size} is supported")
-        max_positions = self.number("context_length")
+        max_positions = read.integer("context_length", 1, MOST_INDEX)
         bias = {part: f"blk.0.{part}.bias" in self.names for part in ("attn_q", "attn_output", "ffn_down")}
-        return DecoderConfig(
-            vocab_size=self.number("vocab_size", int(self.shape("token_embd.weight")[0])),
+        config = DecoderConfig(
+            vocab_size=read.size("vocab_size", self.shape("token_embd.weight")[0]),
             width=width,
-            num_layers=self.number("block_count"),
+            num_layers=read.integer("block_count", 1, MOST_LAYERS),
             num_heads=num_heads,
-            num_kv_heads=self.number("attention.head_count_kv", num_heads),
+            num_kv_heads=read.size("attention.head_count_kv", num_heads),
             head_size=head_size,
-            mlp_size=self.number("feed_forward_length"),
-            max_positions=min(max_positions, self.number("attention.sliding_window", 0) or max_positions),
-            norm_eps=self.number("attention.layer_norm_rms_epsilon"),
-            rope_base=self.number("rope.freq_base", 10_000.0),
-            rope_divisors=self.rope_divisors(head_size),
+            mlp_size=read.size("feed_forward_length"),
+            max_positions=min(
+                max_positions, read.integer("attention.sliding_window", 0, MOST_INDEX, 0) or max_positions
+            ),
+            norm_eps=read.number("attention.layer_norm_rms_epsilon", **EPSILON),
+            rope_base=read.number("rope.freq_base", 10_000.0, **ROPE_BASE),
+            rope_divisors=self.rope_divisors(read, head_size),
             qkv_bias=bias["attn_q"],
             out_bias=bias["attn_output"],
             mlp_bias=bias["ffn_down"],
             qk_norm="blk.0.attn_q_norm.weight" in self.names,
             tied="output.weight" not in self.names,
         )
+        check_entries(self, config)
+        return config
 
-    def rope_divisors(self, head_size: int) -> tuple[float, ...] | None:
+    def rope_divisors(self, read: Settings, head_size: int) -> tuple[float, ...] | None:
         """Linear scaling from the metadata times Llama 3's divisors, which GGUF keeps as a tensor."""
-        kind = self.number("rope.scaling.type", "none")
+        kind = read.text("rope.scaling.type", "none")
         if kind not in ("none", "linear"):
-            raise InputError(f"{self.label} has rotary scaling {kind!r}; supported: none, linear and llama3")
-        divisors = None
-        if kind == "linear":
-            divisors = linear_divisors(self.number("rope.scaling.factor"), head_size)
-        if "rope_freqs.weight" in self.names:
-            factors = tuple(float(x) for x in self.read("rope_freqs.weight"))
-            divisors = factors if divisors is None else tuple(a * b for a, b in zip(factors, divisors, strict=True))
-        return divisors
+            raise InputError(f"{self.label} has rotary scaling {shown(kind)}; supported: none, linear and llama3")
+        factor = read.number("rope.scaling.factor", **ROPE_FACTOR) if kind == "linear" else 1.0
+        if "rope_freqs.weight" not in self.names:
+            return None if kind == "none" else linear_divisors(factor, head_size)
+        if (shape := self.shapes["rope_freqs.weight"]) != (head_size // 2,):
+            raise InputError(
+                f"rope_freqs.weight in {self.label} has the sizes {list(shape)}, but heads of {head_size} have "
+                f"{head_size // 2} frequencies"
+            )
+        divisors = self.read("rope_freqs.weight")
+        if not np.all(np.isfinite(divisors) & (divisors > 0)):
+            raise InputError(f"rope_freqs.weight in {self.label} has values that are not positive; fetch it again")
+        return tuple(float(x) * factor for x in divisors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self.tensors:
+        if name not in self.shapes:
             raise InputError(f"{self.label} lacks the tensor {name}")
-        return tuple(int(size) for size in reversed(self.tensors[name].shape))
+        return self.shapes[name]
 
     def read(self, name: str) -> np.ndarray:
         """A tensor as float32, dequantised."""
         tensor = self.tensors[name]
+        kind = self.kinds(tensor.kind)
+        raw = np.fromfile(self.path, np.uint8, tensor.size, offset=tensor.start)
+        if raw.size < tensor.size:
+            raise InputError(f"{name} in {self.label} ends early; the file became shorter while it was read")
         try:
-            values = self.dequantize(tensor.data, tensor.tensor_type)
+            values = self.dequantize(raw.reshape(*tensor.shape[:-1], -1), kind)
         except NotImplementedError as error:
-            kind = tensor.tensor_type.name
-            raise InputError(f"{name} in {self.label} is stored as {kind}, which cannot be read") from error
-        return values.reshape(self.shape(name))
+            raise InputError(
+                f"{shown(name)} in {self.label} is stored as {kind.name}, which cannot be read"
+            ) from error
+        return values.reshape(tensor.shape)
 
     def params(self, config: DecoderConfig, dtype) -> dict:
         """The decoder's parameters as NumPy arrays, layers stacked."""
 
         def orient(path: str, tensor: np.ndarray) -> np.ndarray:
-            if self.architecture == "llama" and path.startswith("layers/attention/q/"):
-                tensor = undo_interleaving(tensor, config.num_heads)
-            if self.architecture == "llama" and path.startswith("layers/attention/k/"):
-                tensor = undo_interleaving(tensor, config.num_kv_heads)
+            heads = {"layers/attention/q/": config.num_heads, "layers/attention/k/": config.num_kv_heads}
+            number = heads.get(path[: len("layers/attention/q/")], 0) if self.architecture == "llama" else 0
+            # Rows that the heads cannot share are refused by their shape.
+            if number and tensor.shape[0] == number * config.head_size:
+                tensor = undo_interleaving(tensor, number)
             return tensor.T if path.endswith("/kernel") else tensor
 
         return assemble(self, config, GGUF_NAMES, dtype, orient, ignored={"rope_freqs.weight"})
+
+
+class GgufSettings(Settings):
+    """Metadata, in which a whole number is never a float: its type is in the file."""
+
+    def __init__(self, values: Mapping[str, Any], label: str):
+        super().__init__(values, label)
+
+    def get(self, key: str, default: Any = REQUIRED) -> Any:
+        if isinstance(self.values.get(key), list | np.ndarray) and not key.startswith("tokenizer."):
+            raise InputError(f"{self.label} has a different {key} per layer, which is not supported")
+        if key not in self.values and default is REQUIRED:
+            raise InputError(f"{self.label} lacks the metadata entry {key!r}")
+        return super().get(key, default)
+
+    def number(self, key: str, default: Any = REQUIRED, **limits: float) -> Any:
+        if isinstance(self.values.get(key), int):
+            self.refuse(key, "stored as a float")
+        return super().number(key, default, **limits)
+
+
+def share(label: str, width: int, num_heads: int) -> int:
+    if width % num_heads:
+        raise InputError(f"{label} has a width of {width:,}, which its {num_heads:,} heads cannot share evenly")
+    return width // num_heads

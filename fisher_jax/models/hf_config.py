@@ -1,11 +1,13 @@
 """``config.json`` of Hugging Face models: what changes the computation is honoured or refused."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from fisher_jax.errors import InputError
+from fisher_jax.errors import InputError, shown
 from fisher_jax.models.config import DecoderConfig, linear_divisors, llama3_divisors
+from fisher_jax.models.domains import EPSILON, ROPE_BASE, ROPE_FACTOR, ROPE_PART
+from fisher_jax.models.settings import MOST_HEAD, MOST_INDEX, MOST_LAYERS, MOST_SIZE, Settings
 
-__all__ = ["config_from_hf"]
+__all__ = ["ARCHITECTURES", "config_from_hf"]
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -16,122 +18,166 @@ ARCHITECTURES = {
 }
 
 
-def config_from_hf(settings: dict, label: str, *, has_head: bool) -> DecoderConfig:
+class Defaults(NamedTuple):
+    """What transformers takes for settings that a ``config.json`` lacks; ``None``: it follows from others."""
+
+    num_kv_heads: int | None = None
+    head_size: int | None = None
+    window: int | None = None
+
+
+# For num_key_value_heads an absent setting is not the same as null, which stands for num_attention_heads.
+DEFAULTS = {
+    "llama": Defaults(),
+    "mistral": Defaults(num_kv_heads=8, window=4096),
+    "qwen2": Defaults(num_kv_heads=32, window=4096),
+    "qwen3": Defaults(num_kv_heads=32, head_size=128, window=4096),
+}
+# By quantization_config.quant_method, as people call them.
+QUANTIZATIONS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes"}
+
+
+def config_from_hf(settings: Any, label: str, *, has_head: bool) -> DecoderConfig:
     """The decoder's shape from the content of a ``config.json``.
 
     ``has_head`` (the files hold an ``lm_head.weight``) decides about tying where the settings do not. A
     sliding window shorter than the positions becomes ``max_positions``: within one window both
     attentions are equal.
     """
-    kind = settings.get("model_type")
-    architectures = settings.get("architectures") or [ARCHITECTURES.get(str(kind))]
+    read = Settings(settings, f"the config.json of {label}")
+    kind = read.text("model_type", None)
+    architectures = read.texts("architectures", None) or [ARCHITECTURES.get(kind)]
     if kind not in ARCHITECTURES or architectures != [ARCHITECTURES[kind]]:
-        found = architectures[0] or kind
+        found = shown(architectures[0] or kind)
         raise InputError(f"{label} is a {found}; supported: {', '.join(ARCHITECTURES.values())}")
-    read = Settings(settings, label)
-    read.must("quantization_config", None)
+    refuse_quantized(read, label)
     read.must("add_cross_attention", False)
-    tied = settings.get("tie_word_embeddings")
-    tied = not has_head if tied is None else bool(tied)
+    tied = read.boolean("tie_word_embeddings", kind == "gpt2" or not has_head)
     return gpt2_config(read, tied) if kind == "gpt2" else llama_config(read, kind, tied)
 
 
-class Settings:
-    """A ``config.json`` that names itself in its errors."""
-
-    def __init__(self, values: dict, label: str):
-        self.values, self.label = values, label
-
-    def get(self, key: str, default: Any = ...) -> Any:
-        """A setting; ``null`` counts as absent; without a default an absent one is an ``InputError``."""
-        if (value := self.values.get(key)) is not None:
-            return value
-        if default is ...:
-            raise InputError(f"the config.json of {self.label} has no {key}")
-        return default
-
-    def must(self, key: str, *allowed: Any) -> None:
-        """Refuse any value but the allowed ones, the first of which is meant where the setting is absent."""
-        if (found := self.get(key, allowed[0])) not in allowed:
-            wanted = " or ".join(repr(value) for value in allowed)
-            raise InputError(f"{self.label} has {key} {found!r}; supported: {wanted}")
+def refuse_quantized(read: Settings, label: str) -> None:
+    """Weights of a few bits are called by the name of their method."""
+    method = None
+    if (found := read.inner("quantization_config")) is not None:
+        by_bits = any(found.values.get(f"load_in_{bits}bit") for bits in (4, 8))
+        name = found.text("quant_method", "bitsandbytes" if by_bits else "an unknown method")
+        method = QUANTIZATIONS.get(name, name)
+    elif read.get("quantization", None) is not None:
+        method = "MLX"
+    if method is not None:
+        raise InputError(
+            f"{label} is quantized with {shown(method)[1:-1]} (quantization_config), which is not read; load the "
+            "model from which it was made, or a GGUF file of it"
+        )
 
 
 def llama_config(read: Settings, kind: str, tied: bool) -> DecoderConfig:
     read.must("hidden_act", "silu")
-    read.must("partial_rotary_factor", 1.0)
-    num_heads, width = read.get("num_attention_heads"), read.get("hidden_size")
-    head_size = read.get("head_dim", width // num_heads)
-    attention_bias = read.get("attention_bias", False) and kind in ("llama", "qwen3")
-    max_positions = read.get("max_position_embeddings")
+    read.must("partial_rotary_factor", 1.0, 1)
+    num_heads, width = read.size("num_attention_heads"), read.size("hidden_size")
+    num_layers = read.integer("num_hidden_layers", 1, MOST_LAYERS)
+    head_size = read.integer("head_dim", 1, MOST_HEAD, DEFAULTS[kind].head_size) or share(
+        read, "hidden_size", width, "num_attention_heads", num_heads
+    )
+    attention_bias = read.boolean("attention_bias", False) and kind in ("llama", "qwen3")
+    max_positions = read.integer("max_position_embeddings", 1, MOST_INDEX)
     base, divisors = rotary(read, head_size)
     return DecoderConfig(
-        vocab_size=read.get("vocab_size"),
+        vocab_size=read.size("vocab_size"),
         width=width,
-        num_layers=read.get("num_hidden_layers"),
+        num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=read.get("num_key_value_heads", num_heads),
+        num_kv_heads=num_kv_heads(read, kind, num_heads),
         head_size=head_size,
-        mlp_size=read.get("intermediate_size"),
-        max_positions=min(max_positions, sliding_window(read, kind) or max_positions),
-        norm_eps=read.get("rms_norm_eps", 1e-6),
+        mlp_size=read.size("intermediate_size"),
+        max_positions=min(max_positions, sliding_window(read, kind, num_layers) or max_positions),
+        norm_eps=read.number("rms_norm_eps", 1e-6, **EPSILON),
         rope_base=base,
         rope_divisors=divisors,
         qkv_bias=attention_bias or kind == "qwen2",
         out_bias=attention_bias,
-        mlp_bias=read.get("mlp_bias", False) and kind == "llama",
+        mlp_bias=read.boolean("mlp_bias", False) and kind == "llama",
         qk_norm=kind == "qwen3",
         tied=tied,
     )
 
 
-def sliding_window(read: Settings, kind: str) -> int | None:
-    """The attention window, where one is in force. Llama has none; Qwen has one only if it is switched on."""
-    if kind == "llama" or (kind in ("qwen2", "qwen3") and not read.get("use_sliding_window", False)):
+def num_kv_heads(read: Settings, kind: str, num_heads: int) -> int:
+    default = num_heads if "num_key_value_heads" in read.values else DEFAULTS[kind].num_kv_heads or num_heads
+    return read.size("num_key_value_heads", default)
+
+
+def share(read: Settings, of: str, width: int, among: str, num_heads: int) -> int:
+    if width % num_heads:
+        raise InputError(f"{read.label} has {of} {width}, which is not a multiple of its {among} {num_heads}")
+    return width // num_heads
+
+
+def sliding_window(read: Settings, kind: str, num_layers: int) -> int | None:
+    """The attention window, where a layer uses one.
+
+    Llama has none. All layers of Mistral use it. Qwen's do where it is switched on: those that ``layer_types`` names,
+    else those from ``max_window_layers`` on.
+    """
+    if kind == "llama":
         return None
-    return read.get("sliding_window", None)
+    default = None if "sliding_window" in read.values else DEFAULTS[kind].window
+    window = read.integer("sliding_window", 1, MOST_INDEX, default)
+    if kind == "mistral":
+        return window
+    first = read.integer("max_window_layers", 0, MOST_INDEX, 28)
+    types = read.texts("layer_types", None)
+    if types is not None and (len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}):
+        read.refuse("layer_types", f"{num_layers} times full_attention or sliding_attention")
+    sliding = first < num_layers if types is None else "sliding_attention" in types
+    return window if read.boolean("use_sliding_window", False) and sliding else None
 
 
 def rotary(read: Settings, head_size: int) -> tuple[float, tuple[float, ...] | None]:
     """Base and divisors, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``."""
-    scaling = Settings(read.get("rope_parameters", None) or read.get("rope_scaling", {}), read.label)
-    base = float(scaling.get("rope_theta", None) or read.get("rope_theta", 10_000.0))
-    scaling.must("partial_rotary_factor", 1.0)
-    kind = scaling.get("rope_type", None) or scaling.get("type", "default")
+    base = read.number("rope_theta", 10_000.0, **ROPE_BASE)
+    scaling = read.inner("rope_parameters") or read.inner("rope_scaling")
+    if scaling is None:
+        return base, None
+    base = scaling.number("rope_theta", base, **ROPE_BASE)
+    scaling.must("partial_rotary_factor", 1.0, 1)
+    kind = scaling.text("rope_type", None) or scaling.text("type", "default")
     if kind == "default":
         return base, None
     if kind == "linear":
-        return base, linear_divisors(scaling.get("factor"), head_size)
+        return base, linear_divisors(scaling.number("factor", **ROPE_FACTOR), head_size)
     if kind == "llama3":
+        low, high = (scaling.number(f"{end}_freq_factor", **ROPE_PART) for end in ("low", "high"))
+        if low >= high:
+            scaling.refuse("low_freq_factor", f"below its high_freq_factor {high:g}")
         return base, llama3_divisors(
-            factor=scaling.get("factor"),
-            low_freq_factor=scaling.get("low_freq_factor"),
-            high_freq_factor=scaling.get("high_freq_factor"),
-            original_positions=scaling.get("original_max_position_embeddings"),
+            factor=scaling.number("factor", **ROPE_FACTOR),
+            low_freq_factor=low,
+            high_freq_factor=high,
+            original_positions=scaling.integer("original_max_position_embeddings", 1, MOST_SIZE),
             base=base,
             head_size=head_size,
         )
-    raise InputError(f"{read.label} has rotary scaling {kind!r}; supported: default, linear, llama3")
+    raise InputError(f"{read.label} has rotary scaling {shown(kind)}; supported: default, linear, llama3")
 
 
 def gpt2_config(read: Settings, tied: bool) -> DecoderConfig:
     read.must("activation_function", "gelu_new", "gelu_pytorch_tanh")
     read.must("scale_attn_weights", True)
     read.must("scale_attn_by_inverse_layer_idx", False)
-    width, num_heads = read.get("n_embd"), read.get("n_head")
-    if width % num_heads:
-        raise InputError(f"{read.label} has n_embd {width}, which is not a multiple of its n_head {num_heads}")
+    width, num_heads = read.size("n_embd"), read.size("n_head")
     return DecoderConfig(
-        vocab_size=read.get("vocab_size"),
+        vocab_size=read.size("vocab_size"),
         width=width,
-        num_layers=read.get("n_layer"),
+        num_layers=read.integer("n_layer", 1, MOST_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_size=width // num_heads,
-        mlp_size=read.get("n_inner", 4 * width),
-        max_positions=read.get("n_positions"),
+        head_size=share(read, "n_embd", width, "n_head", num_heads),
+        mlp_size=read.size("n_inner", 4 * width),
+        max_positions=read.size("n_positions"),
         norm="layer",
-        norm_eps=read.get("layer_norm_epsilon", 1e-5),
+        norm_eps=read.number("layer_norm_epsilon", 1e-5, **EPSILON),
         positions="learned",
         activation="gelu_tanh",
         gated=False,

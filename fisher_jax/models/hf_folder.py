@@ -1,74 +1,109 @@
 """Hugging Face folders: ``config.json``, ``*.safetensors`` (in one piece or sharded), ``tokenizer.json``."""
 
 import hashlib
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fisher_jax.errors import InputError
+from fisher_jax.errors import InputError, shown
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.hf_config import config_from_hf
-from fisher_jax.models.layout import GPT2_NAMES, HF_NAMES, assemble
-from fisher_jax.models.optional import optional
+from fisher_jax.models.json_files import MOST_BYTES, read_json, read_text
+from fisher_jax.models.layout import GPT2_NAMES, HF_NAMES, assemble, check_entries
+from fisher_jax.models.safetensors_file import StoredTensor, open_safetensors, read_header
+from fisher_jax.models.settings import Settings
 from fisher_jax.models.tokenizer import Tokenizer
 
-__all__ = ["HfFolder"]
+__all__ = ["INDEX", "ONLY", "HfFolder", "shards_of"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that old checkpoints carry and that follow from the configuration.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
+INDEX, ONLY = "model.safetensors.index.json", "model.safetensors"
+# Endings of files that hold weights.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+
+
 class HfFolder:
-    """An open model folder. Raises ``InputError`` for missing or damaged files and unsupported models."""
+    """An open model folder. Raises ``InputError`` for missing or damaged files and unsupported models.
+
+    Attributes:
+        unread: names of other files of the folder that look like weights; they are not read.
+    """
 
     def __init__(self, path: Path):
         self.path, self.label = path, path.name
+        refuse_adapter(path)
         self.settings = self.json("config.json")
         self.gpt2 = self.settings.get("model_type") == "gpt2"
         self.files = self.weight_files()
-        self.places: dict[str, tuple] = {}
+        self.unread = tuple(name for name in weights_in(path) if name not in {file.name for file in self.files})
+        self.places: dict[str, tuple[Path, str]] = {}
+        self.stored: dict[str, StoredTensor] = {}
+        self.opened: dict[Path, Any] = {}
         for file in self.files:
-            opened = open_safetensors(file)
-            for name in opened.keys():  # noqa: SIM118 - it is a function of the file, not a mapping
+            for name, tensor in read_header(file).items():
                 ours = name.removeprefix("transformer.") if self.gpt2 else name
                 if ours in self.places:
-                    raise InputError(f"{self.label} holds the tensor {name} twice")
-                self.places[ours] = (opened, name)
+                    raise InputError(f"{self.label} holds the tensor {shown(name)} twice")
+                self.places[ours], self.stored[ours] = (file, name), tensor
         self.names = frozenset(self.places)
+        self.shapes = {name: tensor.shape for name, tensor in self.stored.items()}
+        self.check_index()
 
     def json(self, name: str) -> dict:
+        """The content of one of the folder's files, which must be an object."""
         file = self.path / name
         if not file.is_file():
             raise InputError(f"{self.path} has no {name}; it is not a complete Hugging Face model folder")
-        try:
-            return json.loads(file.read_text("utf-8"))
-        except ValueError as error:
-            raise InputError(f"{file} is not valid JSON: {error}") from error
+        content = read_json(file)
+        if not isinstance(content, dict):
+            raise InputError(f"{file} must be an object with named settings, found {shown(content)}")
+        return content
 
     def weight_files(self) -> list[Path]:
-        """The shards that the index names, else every safetensors file of the folder."""
-        if not (self.path / "model.safetensors.index.json").is_file():
-            if found := sorted(self.path.glob("*.safetensors")):
-                return found
-            raise InputError(f"{self.path} has no *.safetensors; only that weight format is read from folders")
-        weight_map = self.json("model.safetensors.index.json")["weight_map"]
-        files = [self.path / name for name in sorted(set(weight_map.values()))]
+        """The shards that the index names, else ``model.safetensors``; no other file is a model's weights."""
+        if not (self.path / INDEX).is_file():
+            if (self.path / ONLY).is_file():
+                return [self.path / ONLY]
+            beside = ", ".join(weights_in(self.path)[:8])
+            raise InputError(
+                f"{self.path} has no {ONLY} and no {INDEX}; only these are read from folders"
+                + (f", not {shown(beside)[1:-1]}" if beside else "")
+            )
+        self.weight_map = shards_of(self.json(INDEX), str(self.path / INDEX))
+        files = [self.path / name for name in sorted(set(self.weight_map.values()))]
         if absent := [file.name for file in files if not file.is_file()]:
-            raise InputError(f"{self.path} lacks {', '.join(absent)}, which its model.safetensors.index.json names")
+            raise InputError(f"{self.path} lacks {shown(', '.join(absent))[1:-1]}, which its {INDEX} names")
         return files
+
+    def check_index(self) -> None:
+        """Every tensor lies in the shard that the index says."""
+        found = {name: file.name for file, name in self.places.values()}
+        for name, file in getattr(self, "weight_map", found).items():
+            if found.get(name) != file:
+                there = f"it lies in {found[name]}" if name in found else "no shard has it"
+                raise InputError(f"{self.path / INDEX} says that {shown(name)} lies in {file}, but {there}")
 
     def config(self) -> DecoderConfig:
         """The decoder's shape, from ``config.json``."""
-        return config_from_hf(self.settings, self.label, has_head="lm_head.weight" in self.names)
+        config = config_from_hf(self.settings, self.label, has_head="lm_head.weight" in self.names)
+        check_entries(self, config)
+        return config
 
     def read(self, name: str) -> np.ndarray:
         """A tensor in the dtype of its file."""
-        opened, stored_name = self.places[name]
-        if (kind := opened.get_slice(stored_name).get_dtype()) not in FLOATS:
-            raise InputError(f"{stored_name} in {self.label} is stored as {kind}; supported: {', '.join(FLOATS)}")
-        return opened.get_tensor(stored_name)
+        file, stored_name = self.places[name]
+        if (kind := self.stored[name].kind) not in FLOATS:
+            raise InputError(
+                f"{shown(stored_name)} in {self.label} is stored as {kind}; supported: {', '.join(FLOATS)}"
+            )
+        if file not in self.opened:
+            self.opened[file] = open_safetensors(file)
+        return self.opened[file].get_tensor(stored_name)
 
     def params(self, config: DecoderConfig, dtype) -> dict:
         """The decoder's parameters as NumPy arrays, layers stacked."""
@@ -92,14 +127,17 @@ class HfFolder:
 
         return assemble(self, config, GPT2_NAMES if self.gpt2 else HF_NAMES, dtype, orient, ignored)
 
-    def tokenizer(self) -> Tokenizer:
-        """From ``tokenizer.json``."""
+    def tokenizer(self, rows: int) -> Tokenizer:
+        """From ``tokenizer.json``, for a head of so many rows."""
         file = self.path / "tokenizer.json"
         if not file.is_file():
             raise InputError(
                 f"{self.path} has no tokenizer.json; save it there with the fast tokenizer's save_pretrained"
             )
-        return Tokenizer.from_json(file.read_text("utf-8"))
+        # Published ones take at most 150 bytes for a token.
+        return Tokenizer.from_json(
+            read_text(file, most=MOST_BYTES + 256 * rows), f"the tokenizer.json of {self.label}"
+        )
 
     def fingerprint(self) -> str:
         """From the bytes of ``config.json`` and of every weight file."""
@@ -111,9 +149,39 @@ class HfFolder:
         return digest.hexdigest()[:16]
 
 
-def open_safetensors(file: Path):
-    safetensors = optional("safetensors", f"reading {file.name}")
-    try:
-        return safetensors.safe_open(file, framework="np")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{file} is cut off or damaged ({error}); fetch the file again") from error
+def refuse_adapter(path: Path) -> None:
+    """A folder of a LoRA adapter is called by its name."""
+    file = path / "adapter_config.json"
+    if file.is_file() and not (path / "config.json").is_file():
+        adapter = Settings(read_json(file), str(file))
+        kind, base = adapter.text("peft_type", "LORA"), adapter.text("base_model_name_or_path", None)
+        name = "LoRA" if kind == "LORA" else shown(kind)
+        of = f" of {shown(base)}" if base else ""
+        raise InputError(
+            f"{path} is a {name} adapter{of}, not a model; merge it into that model first and give the result"
+        )
+
+
+def shards_of(index: Any, label: str) -> dict[str, str]:
+    """The file name of every tensor; an ``InputError`` for names that leave the folder."""
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{label} has no weight_map from tensors to files, found {shown(weight_map)}")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not plain(name):
+            raise InputError(
+                f"{label} says that {shown(tensor)} lies in {shown(name)}, but it must be the name of a .safetensors "
+                "file beside it"
+            )
+    return weight_map
+
+
+def plain(name: str) -> bool:
+    """The name of a file in the same folder."""
+    return name.endswith(".safetensors") and not set(name) & set("/\\\0") and name.isprintable() and len(name) < 256
+
+
+def weights_in(path: Path) -> list[str]:
+    """Files of the folder that look like weights, by name; so do those in its subfolder ``original``."""
+    found = [*path.iterdir(), *((path / "original").iterdir() if (path / "original").is_dir() else ())]
+    return sorted(str(file.relative_to(path)) for file in found if file.name.endswith(WEIGHTS) and file.is_file())

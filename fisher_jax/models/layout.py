@@ -1,12 +1,13 @@
 """From the tensors of a weight file to the decoder's parameters: names, orientations, completeness."""
 
-from collections.abc import Callable, Iterable, Set
+import math
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Protocol
 
 import jax
 import numpy as np
 
-from fisher_jax.errors import InputError
+from fisher_jax.errors import InputError, shown
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.functions import abstract_params
 
@@ -16,6 +17,7 @@ __all__ = [
     "HF_NAMES",
     "TensorFile",
     "assemble",
+    "check_entries",
     "flatten",
     "undo_interleaving",
     "unflatten",
@@ -101,6 +103,7 @@ class TensorFile(Protocol):
 
     label: str
     names: frozenset[str]
+    shapes: Mapping[str, tuple[int, ...]]
 
     def read(self, name: str) -> np.ndarray: ...
 
@@ -135,18 +138,30 @@ def assemble(
         stacked = path.startswith("layers/")
         out = np.empty(leaf.shape, leaf.dtype)
         for i, name in enumerate(sources[path]):
-            tensor = file.read(name)
-            check_finite(file, name, tensor)
-            tensor = orient(path, tensor)
             target = out[i] if stacked else out
+            tensor = file.read(name)
+            # Of another rank it cannot even be turned.
+            tensor = orient(path, tensor) if tensor.ndim == target.ndim else tensor
             if tensor.shape != target.shape:
                 raise InputError(
                     f"{name} in {file.label} gives {path} the shape {list(tensor.shape)}, "
                     f"but the configuration wants {list(target.shape)}"
                 )
-            target[...] = tensor
+            with np.errstate(over="ignore"):  # what becomes infinite is refused below
+                target[...] = tensor
+            check_finite(file, name, target)
         params[path] = out
     return unflatten(params)
+
+
+def check_entries(file: TensorFile, config: DecoderConfig) -> None:
+    """Raises InputError where the files cannot hold so many parameters, before a list of their names is made."""
+    there, wanted = sum(map(math.prod, file.shapes.values())), config.num_parameters
+    if wanted > there or config.num_layers > max(len(file.names), 1):
+        raise InputError(
+            f"{file.label} asks in its configuration for {config.num_layers:,} layers and {wanted:,} parameters, but "
+            f"its files hold {len(file.names):,} tensors with {there:,}"
+        )
 
 
 def check_finite(file: TensorFile, name: str, tensor: np.ndarray) -> None:
@@ -166,8 +181,10 @@ def undo_interleaving(tensor: np.ndarray, num_heads: int) -> np.ndarray:
 
 def listed(names: Set[str], most: int = 5) -> str:
     """Sorted names in a sentence, the first few and a count."""
-    shown = ", ".join(sorted(names)[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more tensors"
+    first = ", ".join(
+        name if name.isprintable() and len(name) < 100 else shown(name) for name in sorted(names)[:most]
+    )
+    return first if len(names) <= most else f"{first} and {len(names) - most} more tensors"
 
 
 def flatten(params) -> dict:

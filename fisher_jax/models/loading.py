@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fisher_jax.errors import InputError
+from fisher_jax.errors import InputError, shown
 from fisher_jax.models import cache
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.functions import DecoderFunctions, from_config, weight_dtype
 from fisher_jax.models.gguf_file import GgufFile
-from fisher_jax.models.gguf_tokenizer import tokenizer_from_gguf
-from fisher_jax.models.hf_folder import HfFolder
+from fisher_jax.models.gguf_tokenizer import tokenizer_from_gguf, too_many_tokens
+from fisher_jax.models.hf_folder import INDEX, ONLY, HfFolder, shards_of
+from fisher_jax.models.json_files import read_json, short
 from fisher_jax.models.layout import flatten, unflatten
 from fisher_jax.models.optional import optional
 from fisher_jax.models.tokenizer import Tokenizer
@@ -33,13 +34,15 @@ class LanguageModel(DecoderFunctions):
 
     ``fingerprint`` is 16 hexadecimal digits of a SHA-256 of the weight files (and ``config.json``): the same
     for both dtypes, different for any other model. ``tokenizer.vocab_size`` may be smaller than
-    ``config.vocab_size``, since some models pad the head.
+    ``config.vocab_size``, since some models pad the head. ``unread`` names files of a folder that look like weights
+    and are not the model's, such as ``consolidated.safetensors``.
     """
 
     name: str
     params: Any
     tokenizer: Tokenizer
     fingerprint: str
+    unread: tuple[str, ...] = ()
 
 
 def load(source: str | os.PathLike | None = None, *, dtype="float32") -> LanguageModel:
@@ -55,11 +58,14 @@ def load(source: str | os.PathLike | None = None, *, dtype="float32") -> Languag
     everything that cannot be loaded exactly as its files say.
     """
     dtype = weight_dtype(dtype)
-    path = files_of(source)
-    if path.is_file():
-        return load_gguf(path, dtype)
-    local = Path(str(source)).expanduser()
-    return load_folder(path, local.resolve().name if local.is_dir() else str(source), dtype)
+    try:
+        path = files_of(source)
+        if path.is_file():
+            return load_gguf(path, dtype)
+        local = Path(str(source)).expanduser()
+        return load_folder(path, local.resolve().name if local.is_dir() else str(source), dtype)
+    except OSError as error:
+        raise InputError(f"{shown(str(source))} cannot be read ({error.strerror}); check the path") from error
 
 
 def files_of(source: str | os.PathLike | None) -> Path:
@@ -72,7 +78,7 @@ def files_of(source: str | os.PathLike | None) -> Path:
     if path.suffix != ".gguf" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
         return from_hub(str(source))
     raise InputError(
-        f"there is no file or folder {str(source)!r}; give a .gguf file, a Hugging Face folder, "
+        f"there is no file or folder {shown(str(source))}; give a .gguf file, a Hugging Face folder, "
         f"a hub name org/name, or {SHIPPED!r} for the shipped model"
     )
 
@@ -92,17 +98,16 @@ def shipped_file() -> Path:
 
 
 def load_gguf(path: Path, dtype) -> LanguageModel:
-    try:
-        with path.open("rb") as opened:
-            fingerprint = hashlib.file_digest(opened, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+    file = GgufFile(path)
+    with path.open("rb") as opened:
+        fingerprint = hashlib.file_digest(opened, "sha256").hexdigest()[:16]
     entry = cache.read(fingerprint, dtype.name)
     if entry is not None:
-        tokenizer = Tokenizer.from_json(entry.tokenizer)
-        return build(path.stem, entry.config, unflatten(entry.params), tokenizer, fingerprint)
-    file = GgufFile(path)
-    config, tokenizer = file.config(), tokenizer_from_gguf(file)
+        return build(
+            path.stem, entry.config, unflatten(entry.params), Tokenizer.from_json(entry.tokenizer), fingerprint
+        )
+    config = file.config()
+    tokenizer = tokenizer_from_gguf(file)
     params = file.params(config, dtype)
     model = build(path.stem, config, params, tokenizer, fingerprint)
     cache.write(fingerprint, dtype.name, cache.Entry(flatten(params), config, tokenizer.to_json()))
@@ -112,15 +117,21 @@ def load_gguf(path: Path, dtype) -> LanguageModel:
 def load_folder(path: Path, name: str, dtype) -> LanguageModel:
     folder = HfFolder(path)
     config = folder.config()
-    return build(name, config, folder.params(config, dtype), folder.tokenizer(), folder.fingerprint())
+    # Whatever can be refused is refused before a tensor is read.
+    tokenizer = folder.tokenizer(config.vocab_size)
+    check_rows(name, tokenizer, config)
+    return build(name, config, folder.params(config, dtype), tokenizer, folder.fingerprint(), folder.unread)
 
 
-def build(name: str, config: DecoderConfig, params, tokenizer: Tokenizer, fingerprint: str) -> LanguageModel:
+def check_rows(name: str, tokenizer: Tokenizer, config: DecoderConfig) -> None:
     if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"vocabulary mismatch between tokenizer and head of {name}: "
-            f"the tokenizer has {tokenizer.vocab_size} token ids, the head {config.vocab_size} rows"
-        )
+        raise InputError(too_many_tokens(name, tokenizer.vocab_size, config.vocab_size))
+
+
+def build(
+    name: str, config: DecoderConfig, params, tokenizer: Tokenizer, fingerprint: str, unread: tuple[str, ...] = ()
+) -> LanguageModel:
+    check_rows(name, tokenizer, config)
     return LanguageModel(
         config=config,
         graphdef=from_config(config).graphdef,
@@ -128,19 +139,34 @@ def build(name: str, config: DecoderConfig, params, tokenizer: Tokenizer, finger
         params=jax.tree.map(jnp.asarray, params),
         tokenizer=tokenizer,
         fingerprint=fingerprint,
+        unread=unread,
     )
 
 
+# Beside the weights, all that is read of a folder.
+SETTINGS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "adapter_config.json", INDEX,
+)  # fmt: skip
+
+
 def from_hub(name: str) -> Path:
-    """The hub's own cached copy of a model, fetched where needed."""
+    """The hub's own cached copy of a model: what is read of it, fetched where needed."""
     hub = optional("huggingface_hub", f"fetching {name!r} from the hub", "huggingface_hub")
-    wanted = ["*.json", "*.safetensors"]
+
+    def fetch(*wanted: str) -> Path:
+        return Path(hub.snapshot_download(name, allow_patterns=list(wanted), tqdm_class=silent_bar()))
+
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=wanted, tqdm_class=silent_bar()))
+        index = fetch(*SETTINGS) / INDEX
+        shards = sorted(set(shards_of(read_json(index), str(index)).values())) if index.is_file() else [ONLY]
+        return fetch(*SETTINGS, *shards)
+    except InputError:
+        raise
     except Exception as error:  # network, permissions, unknown names: the package has dozens of kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{name!r} is no local file or folder and cannot be fetched from the Hugging Face hub ({reason})"
+            f"{name!r} is no local file or folder and cannot be fetched from the Hugging Face hub "
+            f"({short(error) or type(error).__name__})"
         ) from error
 
 

@@ -1,6 +1,8 @@
 """Write a model as a Hugging Face folder: ``config.json``, ``model.safetensors``, ``tokenizer.json``."""
 
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.hf_config import ARCHITECTURES
 from fisher_jax.models.layout import GPT2_NAMES, HF_NAMES, flatten
 from fisher_jax.models.optional import optional
+from fisher_jax.models.rotary_scaling import linear_scaling, llama3_scaling
 from fisher_jax.models.tokenizer import Tokenizer
 
 __all__ = ["hf_settings", "hf_tensors", "save"]
@@ -25,31 +28,46 @@ def save(
     *,
     settings: Mapping[str, Any] | None = None,
     tokenizer_settings: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a folder that `load` and Hugging Face transformers read; weights keep their dtype.
+
+    All files are written under other names first, and renamed when the last one is complete.
 
     Args:
         folder: created where it is missing; files of these names are replaced.
         settings: further entries of ``config.json``, such as ``bos_token_id``; they win over those of ``config``.
         tokenizer_settings: entries of ``tokenizer_config.json``, such as ``{"eos_token": "<|endoftext|>"}``.
+        generation: entries of ``generation_config.json``, which is written where there are any.
 
     Raises:
-        InputError: the configuration has no counterpart in Hugging Face's families.
+        InputError: the configuration has no counterpart in Hugging Face's families, or a weight is not finite.
     """
     safetensors = optional("safetensors.numpy", "writing a model")
     written = hf_settings(config, settings) | {"dtype": np.dtype(params["embedding"].dtype).name}
     tensors = hf_tensors(config, params)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Metadata that transformers asks for before it reads a file.
-    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "tokenizer.json").write_text(tokenizer.to_json(), "utf-8")
+    for name, tensor in tensors.items():
+        if not np.all(np.isfinite(tensor)):
+            raise InputError(f"{name} has values that are NaN or infinite in {tensor.dtype}, so nothing was written")
     frame = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_positions}
-    write_json(folder / "tokenizer_config.json", frame | dict(tokenizer_settings or {}))
-    write_json(folder / "config.json", written)
+    texts = {
+        "tokenizer.json": tokenizer.to_json(),
+        "tokenizer_config.json": json_text(frame | dict(tokenizer_settings or {})),
+        **({"generation_config.json": json_text(generation)} if generation else {}),
+        "config.json": json_text(written),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
+        # Metadata that transformers asks for before it reads a file.
+        safetensors.save_file(tensors, Path(aside) / "model.safetensors", metadata={"format": "pt"})
+        for name, text in texts.items():
+            (Path(aside) / name).write_text(text, "utf-8")
+        for name in ("model.safetensors", *texts):
+            os.replace(Path(aside) / name, folder / name)
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+def json_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def hf_settings(config: DecoderConfig, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -117,16 +135,16 @@ def family(config: DecoderConfig) -> str:
 
 
 def rotary_settings(config: DecoderConfig) -> dict[str, Any]:
-    base = {"rope_theta": config.rope_base}
-    divisors = config.rope_divisors
+    base, divisors = {"rope_theta": config.rope_base}, config.rope_divisors
     if divisors is None:
         return base
-    if len(set(divisors)) == 1:
-        return base | {"rope_scaling": {"rope_type": "linear", "factor": divisors[0]}}
-    raise InputError(
-        "the scaling of this model's rotary frequencies cannot be written from its numbers; give the rope_scaling of "
-        "its config.json as settings="
-    )
+    scaling = linear_scaling(divisors) or llama3_scaling(divisors, config.rope_base)
+    if scaling is None:
+        raise InputError(
+            "this model divides its rotary frequencies neither by one number nor as Llama 3 does; no config.json of "
+            "Hugging Face's families can say that, so nothing was written; a rope_scaling in settings= would win"
+        )
+    return base | {"rope_scaling": scaling}
 
 
 def hf_tensors(config: DecoderConfig, params: Any) -> dict[str, np.ndarray]:

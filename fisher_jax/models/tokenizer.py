@@ -1,7 +1,10 @@
 """Text to token ids and back."""
 
 from fisher_jax.errors import InputError
+from fisher_jax.models.json_files import parse_json
 from fisher_jax.models.optional import optional
+from fisher_jax.models.panics import refusing_panics, silence
+from fisher_jax.models.tokenizer_file import checked_content, tried
 
 __all__ = ["Tokenizer", "byte_alphabet"]
 
@@ -18,6 +21,8 @@ class Tokenizer:
 
     ``vocab_size`` is the largest token id plus one. It may be smaller than the head's number of rows, since
     some models pad their vocabulary; such ids have no text.
+
+    Raises ``InputError`` where two tokens have one id, or where it fails on ordinary text.
     """
 
     def __init__(self, backend):
@@ -27,20 +32,21 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise InputError("the tokenizer has no tokens")
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise InputError("the tokenizer has two tokens with one id; fetch its file again")
         self.vocab_size = max(vocabulary.values()) + 1
         self.added = frozenset(backend.get_added_tokens_decoder())
         # Byte-level BPE writes bytes in its own alphabet, SentencePiece writes "\u2581" for a space.
         self.bytes_of = byte_alphabet() if writes_bytes(backend) else None
 
     @staticmethod
-    def from_json(text: str) -> "Tokenizer":
-        """From the text of a ``tokenizer.json``; an ``InputError`` where it is not one."""
+    def from_json(text: str, label: str = "the tokenizer") -> "Tokenizer":
+        """From the text of a ``tokenizer.json``; an ``InputError`` where it is not one, or where it contradicts
+        itself. ``label`` names it there."""
         tokenizers = optional("tokenizers", "a tokenizer")
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the package raises plain Exception
-            raise InputError(f"the tokenizer cannot be read: {error}") from error
-        return Tokenizer(backend)
+        content = checked_content(parse_json(text, label), label)
+        with refusing_panics(f"{label} cannot be read"), silence():
+            return tried(Tokenizer(tokenizers.Tokenizer.from_str(content or text)), label)
 
     def to_json(self) -> str:
         """The text of a ``tokenizer.json`` that `from_json` reads."""
@@ -52,18 +58,23 @@ class Tokenizer:
 
         Special tokens written in the text itself, such as ``<|im_start|>``, are recognised.
         """
-        return self.backend.encode(text, add_special_tokens=special).ids
+        with refusing_panics("the tokenizer fails on this text"):
+            return self.backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids) -> str:
         """The text of token ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode([self.known(id) for id in ids], skip_special_tokens=False)
+        with refusing_panics("the tokenizer fails on these tokens"):
+            return self.backend.decode([self.known(id) for id in ids], skip_special_tokens=False)
 
     def token_text(self, id: int) -> str:
         """One token for people to read: its real characters, ``" Paris"`` or ``"\\n"``, and bytes that form
-        no character on their own as ``<0xE2>``."""
-        token = self.backend.id_to_token(self.known(id))
+        no character on their own as ``<0xE2>``. Ids without a token, such as the rows that pad a head, are
+        ``<no text 151700>``."""
+        if not 0 <= int(id) < 2**31:
+            raise InputError(f"token id {id} cannot be; ids begin with 0")
+        token = self.backend.id_to_token(int(id))
         if token is None:
-            raise InputError(f"token id {id} has no text; the tokenizer has ids 0 to {self.vocab_size - 1}")
+            return f"<no text {int(id)}>"
         if int(id) in self.added:
             return token
         if self.bytes_of is None:
@@ -71,6 +82,10 @@ class Tokenizer:
         if any(character not in self.bytes_of for character in token):
             return token
         return show_bytes(bytes(self.bytes_of[character] for character in token))
+
+    def has_text(self, id: int) -> bool:
+        """Whether a token has this id; rows that pad a head have none."""
+        return 0 <= int(id) < 2**31 and self.backend.id_to_token(int(id)) is not None
 
     def known(self, id) -> int:
         if not 0 <= int(id) < self.vocab_size:

@@ -25,12 +25,14 @@ class Vocabulary(NamedTuple):
 
     Attributes:
         size: token ids, 0 to ``size - 1``.
+        known: those of them that a token has; some vocabularies have gaps.
         required: ids that stay: single bytes, the space of SentencePiece, added tokens.
         parts: for every id the tokens that byte-pair encoding passes through to make it; without them the token
             would never be made. Empty for tokens that the merges do not make at all.
     """
 
     size: int
+    known: frozenset[int]
     required: frozenset[int]
     parts: tuple[tuple[int, ...], ...]
 
@@ -60,7 +62,8 @@ def read_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     parts: list[tuple[int, ...]] = [()] * tokenizer.vocab_size
     for token, id in ids.items():
         parts[id] = tuple(ids[piece] for piece in derivation(token, ranks))
-    return Vocabulary(tokenizer.vocab_size, frozenset(required), tuple(parts))
+    known = frozenset(ids.values()) | required
+    return Vocabulary(tokenizer.vocab_size, known, frozenset(required), tuple(parts))
 
 
 def split_merge(merge: str | Sequence[str]) -> Sequence[str]:
@@ -86,20 +89,23 @@ def derivation(token: str, ranks: dict[tuple[str, ...], int]) -> set[str]:
 def kept_tokens(vocabulary: Vocabulary, order: Iterable[int], keep: int) -> np.ndarray:
     """Exactly ``keep`` ids, ascending: the required ones, then by ``order`` (most important first).
 
+    Ids without a token are passed over.
     A token comes with the tokens that it is made from; one that with these would be too many is left out.
 
     Raises:
         InputError: ``keep`` is smaller than what is required, or not smaller than the vocabulary.
     """
-    if not len(vocabulary.required) <= keep < vocabulary.size:
+    if not len(vocabulary.required) <= keep < len(vocabulary.known):
         raise InputError(
-            f"{keep:,} tokens cannot be kept of {vocabulary.size:,}: give a number from {len(vocabulary.required):,} "
-            f"(single bytes and special tokens) to {vocabulary.size - 1:,}"
+            f"{keep:,} tokens cannot be kept of {len(vocabulary.known):,}: give a number from "
+            f"{len(vocabulary.required):,} (single bytes and special tokens) to {len(vocabulary.known) - 1:,}"
         )
     kept = set(vocabulary.required)
     for id in order:
         if len(kept) == keep:
             break
+        if int(id) not in vocabulary.known:
+            continue  # a row of the head without a token
         wanted = {int(id), *vocabulary.parts[id]} - kept
         if len(kept) + len(wanted) <= keep:
             kept |= wanted

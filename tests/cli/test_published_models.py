@@ -40,10 +40,9 @@ def measured(tmp_path_factory):
         json.dumps({"suppress_tokens": [7, 290], "bad_words_ids": [[5], [290, 7]], "eos_token_id": 5})
     )
     texts = tiny.write_texts(root / "texts", words=60)
-    common = ["report", "--model", str(model), "--text", *texts, "--seq-len", "32", "--max-tokens", "400"]
-    for task in ("one", "two"):
-        options = ["--held-out-tokens", "0", "--task", task, "--out", str(root / "report")]
-        assert main([*common, *options]) == 0
+    common = ["report", "--model", str(model), "--seq-len", "32", "--max-tokens", "400", "--held-out-tokens", "0"]
+    for task, part in {"one": texts, "two": texts[4:]}.items():
+        assert main([*common, "--text", *part, "--task", task, "--out", str(root / "report")]) == 0
     return model, tokens, texts, root / "report"
 
 
@@ -76,7 +75,7 @@ def test_a_padded_model_is_trimmed_and_its_settings_are_renumbered(measured, tmp
 def test_a_gguf_with_llama3_factors_is_trimmed_and_merged(tmp_path):
     config = llama3_config()
     file = llama3_gguf(tmp_path / "tiny.gguf", config)
-    texts = tiny.write_texts(tmp_path / "texts", count=8, words=10)
+    texts = tiny.write_texts(tmp_path / "texts", count=16, words=10)
     whole = ["--text", *texts, "--characters", "30", "--keep", "260", "--by", "magnitude"]
     assert main(["trim", "--model", str(file), *whole, "--out", str(tmp_path / "trimmed")]) == 0
     merged = ["merge", "--models", str(file), str(file), "--by", "uniform", "--out", str(tmp_path / "merged")]
@@ -154,7 +153,7 @@ def test_a_report_on_a_malformed_model_is_one_sentence(tmp_path, changes, capsys
 def test_files_that_are_not_read_are_told(tmp_path, capsys):
     model = tiny.write_model(tmp_path / "model")
     (model / "consolidated.safetensors").write_bytes(b"")
-    texts = tiny.write_texts(tmp_path / "texts", count=8, words=20)
+    texts = tiny.write_texts(tmp_path / "texts", count=16, words=20)
     given = ["--text", *texts, "--characters", "30", "--keep", "260", "--by", "magnitude"]
     assert main(["trim", "--model", str(model), *given, "--out", str(tmp_path / "out")]) == 0
     assert "not read, since they are not this model's weights: 'consolidated.safetensors'" in capsys.readouterr().out

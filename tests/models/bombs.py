@@ -1,6 +1,7 @@
-"""Files that claim far more than they hold, each loaded in this process: what it took is printed, 1 if too much.
+"""Files that claim far more than they hold, and a process that loads each of them and says what it took.
 
-Run as a script with a folder to write in.
+`bombs.py write FOLDER` writes them, `bombs.py load FOLDER` loads them and exits with 1 where one took too much: in two
+processes, since writing takes memory too.
 """
 
 import json
@@ -21,11 +22,16 @@ from fisher_jax.errors import InputError
 MOST_MIB, MOST_SECONDS = 300, 10
 
 
-def main(root: Path) -> int:
-    small = llama_folder(root / "small")
-    models.load(small)  # what reading takes by itself: imports, compiled programs
+def write(root: Path) -> int:
+    llama_folder(root / "small")
+    write_json(root / "bombs.json", {name: str(path) for name, path in bombs(root)})
+    return 0
+
+
+def load(root: Path) -> int:
+    models.load(root / "small")  # what reading takes by itself: imports, compiled programs
     start, failed = peak(), False
-    for name, path in bombs(root):
+    for name, path in json.loads((root / "bombs.json").read_text()).items():
         began = time.monotonic()
         try:
             models.load(path)
@@ -94,4 +100,4 @@ def bombs(root: Path):
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit({"write": write, "load": load}[sys.argv[1]](Path(sys.argv[2])))

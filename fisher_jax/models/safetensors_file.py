@@ -1,0 +1,102 @@
+"""The header of a safetensors file, checked before the file is opened for reading."""
+
+import math
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fisher_jax.errors import InputError, shown
+from fisher_jax.models.json_files import MOST_BYTES, parse_json, short, shown_path
+from fisher_jax.models.optional import optional
+
+__all__ = ["StoredTensor", "open_safetensors", "read_header"]
+
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64, "F64": 64,
+    "F32": 32, "F16": 16, "BF16": 16, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+
+class StoredTensor(NamedTuple):
+    """What a header says of a tensor."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def entries(self) -> int:
+        return math.prod(self.shape)
+
+
+def open_safetensors(file: Path):
+    """The file for reading tensors, by the package's own reader."""
+    safetensors = optional("safetensors", f"reading {file.name}")
+    try:
+        return safetensors.safe_open(file, framework="np")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise damaged(file, short(error)) from error
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Types and sizes by name.
+
+    Raises:
+        InputError: the header is larger than 4 MiB or than the file, not JSON, names a tensor twice, or its tensors
+            do not fill the file from end to end.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            first = opened.read(8)
+            if len(first) < 8:
+                raise damaged(file, f"it has {size} bytes, and the header's length alone takes 8")
+            (length,) = struct.unpack("<Q", first)
+            if length > size - 8:
+                raise damaged(file, f"its header would take {length:,} bytes, and the file has {size:,}")
+            if length > MOST_BYTES:
+                raise damaged(file, f"its header would take {length:,} bytes, and {MOST_BYTES:,} are possible")
+            text = opened.read(length)
+    except OSError as error:
+        raise InputError(f"{shown_path(file)} cannot be read ({error.strerror}); check the file") from error
+    header = parse_json(text, f"the header of {shown_path(file)}")
+    if not isinstance(header, dict):
+        raise damaged(file, "its header is not an object")
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise damaged(file, "its __metadata__ is not a mapping of texts")
+    check_filled(file, {name: place(file, name, entry) for name, entry in header.items()}, size - 8 - length)
+    return {name: StoredTensor(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+
+
+def place(file: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end; an ``InputError`` where that does not fit its type and sizes."""
+    fields = entry if isinstance(entry, dict) else {}
+    kind, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(kind, str) or kind not in BITS:
+        raise damaged(file, f"{shown(name)} has the type {shown(kind)}")
+    if not whole(shape) or not whole(offsets) or len(offsets) != 2:
+        raise damaged(file, f"{shown(name)} has the shape {shown(shape)} and the offsets {shown(offsets)}")
+    start, end = offsets
+    if (end - start) * 8 != math.prod(shape) * BITS[kind]:
+        raise damaged(file, f"{shown(name)} has {end - start} bytes for the shape {shown(shape)} of {kind}")
+    return start, end
+
+
+def whole(found: Any) -> bool:
+    return isinstance(found, list) and len(found) <= 32 and all(type(x) is int and 0 <= x < 2**63 for x in found)
+
+
+def check_filled(file: Path, places: dict[str, tuple[int, int]], size: int) -> None:
+    """Tensors follow each other without gap and overlap, up to the end of the file."""
+    due = 0
+    for name, (start, end) in sorted(places.items(), key=lambda item: item[1]):
+        if start != due:
+            raise damaged(file, f"{shown(name)} begins at byte {start:,} of the weights where {due:,} was due")
+        due = end
+    if due != size:
+        raise damaged(file, f"its tensors take {due:,} bytes, and {size:,} are there")
+
+
+def damaged(file: Path, why: str) -> InputError:
+    return InputError(f"{shown_path(file)} is cut off or damaged ({why}); fetch the file again")

@@ -1,0 +1,103 @@
+"""Settings of a model, each read with its type and its domain; what is outside is refused by its name."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fisher_jax.errors import InputError, shown
+
+__all__ = ["MOST_HEAD", "MOST_INDEX", "MOST_LAYERS", "MOST_SIZE", "REQUIRED", "Settings"]
+
+REQUIRED: Any = object()
+# Bounds of what can be a decoder at all: far above every published one, far below what would fill a memory.
+MOST_SIZE, MOST_HEAD, MOST_LAYERS, MOST_INDEX = 2**24, 2**16, 2**14, 2**31 - 1
+MOST_FLOAT = sys.float_info.max
+
+
+class Settings:
+    """What a file says, by name; ``null`` counts as absent, and an absent one without a default is refused.
+
+    >>> read = Settings({"width": 12, "eps": "1e-5"}, "the config.json of tiny")
+    >>> read.integer("width", 1, 64), read.boolean("tied", True)
+    (12, True)
+    >>> read.number("eps")
+    Traceback (most recent call last):
+        ...
+    fisher_jax.errors.InputError: the config.json of tiny has eps '1e-5', but it must be a finite number
+    """
+
+    def __init__(self, values: Any, label: str):
+        if not isinstance(values, Mapping):
+            raise InputError(f"{label} must be an object with named settings, found {shown(values)}")
+        self.values, self.label = values, label
+
+    def integer(self, key: str, low: int, high: int, default: Any = REQUIRED) -> Any:
+        """A whole number from ``low`` to ``high``."""
+        found = self.get(key, default)
+        if found is default:
+            return found
+        if isinstance(found, bool) or not isinstance(found, int) or not low <= found <= high:
+            self.refuse(key, f"a whole number from {low:,} to {high:,}")
+        return found
+
+    def size(self, key: str, default: Any = REQUIRED) -> Any:
+        """A number of things of which there is at least one."""
+        return self.integer(key, 1, MOST_SIZE, default)
+
+    def number(
+        self, key: str, default: Any = REQUIRED, *, low: float = -math.inf, high: float = math.inf
+    ) -> float | Any:
+        """A finite number from ``low`` to ``high``, as a float."""
+        found = self.get(key, default)
+        if found is default:
+            return found
+        number = isinstance(found, int | float) and not isinstance(found, bool)
+        if not number or not low <= found <= high or not abs(found) <= MOST_FLOAT:
+            limits = "" if low == -math.inf else f" from {low:g} to {high:g}"
+            self.refuse(key, f"a finite number{limits}")
+        return float(found)
+
+    def boolean(self, key: str, default: Any = REQUIRED) -> Any:
+        """``true`` or ``false``."""
+        found = self.get(key, default)
+        if found is not default and not isinstance(found, bool):
+            self.refuse(key, "true or false")
+        return found
+
+    def text(self, key: str, default: Any = REQUIRED) -> Any:
+        """A string."""
+        found = self.get(key, default)
+        if found is not default and not isinstance(found, str):
+            self.refuse(key, "a text")
+        return found
+
+    def texts(self, key: str, default: Any = REQUIRED) -> Any:
+        """A list of strings."""
+        found = self.get(key, default)
+        if found is not default and not (isinstance(found, list) and all(isinstance(x, str) for x in found)):
+            self.refuse(key, "a list of texts")
+        return found
+
+    def inner(self, key: str) -> "Settings | None":
+        """Settings inside this one; ``None`` where there are none."""
+        found = self.get(key, None)
+        if found is not None and not isinstance(found, Mapping):
+            self.refuse(key, "an object with named settings")
+        return None if not found else Settings(found, f"{key} in {self.label}")
+
+    def must(self, key: str, *allowed: Any) -> None:
+        """Refuse any value but the allowed ones, the first of which is meant where the setting is absent."""
+        found = self.get(key, allowed[0])
+        if not any(type(found) is type(value) and found == value for value in allowed):
+            self.refuse(key, " or ".join(repr(value) for value in allowed), "only {} can be read")
+
+    def get(self, key: str, default: Any = REQUIRED) -> Any:
+        if (found := self.values.get(key)) is not None:
+            return found
+        if default is REQUIRED:
+            raise InputError(f"{self.label} has no {key}")
+        return default
+
+    def refuse(self, key: str, wanted: str | Sequence[str], sentence: str = "but it must be {}") -> None:
+        raise InputError(f"{self.label} has {key} {shown(self.values[key])}, {sentence.format(wanted)}")

@@ -40,6 +40,7 @@ from fisher_jax.cli.spectrum_settings import SpectrumSettings
 from fisher_jax.cli.spectrum_store import read_facts, read_finished, write_finished
 from fisher_jax.cli.temporary import temporary_beside
 from fisher_jax.cli.terminal import Terminal
+from fisher_jax.cli.unread import say_unread
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
 from fisher_jax.models.layout import flatten, unflatten
@@ -112,6 +113,7 @@ def _measure_and_write(
     """What was found, and whether all of it was there before."""
     with clock.stage("model", settings.model):
         model = load(settings.model, dtype=settings.dtype)
+        say_unread(console, model)
         settings = replace(settings, length=_length(settings, model))
         chosen = _chosen(settings, model, console)
     with clock.stage("text", describe_sources(settings.text)):

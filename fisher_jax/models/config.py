@@ -83,22 +83,6 @@ class DecoderConfig:
                 f"found {len(self.rope_divisors)} rotary divisors, wanted one per frequency: {self.head_size // 2}"
             )
 
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers the decoder has, by arithmetic alone.
-
-        >>> DecoderConfig(vocab_size=11, width=8, num_layers=2, num_heads=2, num_kv_heads=1, head_size=4, mlp_size=16,
-        ...               max_positions=6).num_parameters
-        1280
-        """
-        width, mlp, norms = self.width, self.mlp_size, 2 if self.norm == "layer" else 1
-        q, kv = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
-        attention = width * (2 * q + 2 * kv) + self.qkv_bias * (q + 2 * kv) + self.out_bias * width
-        layer = attention + 2 * norms * width + self.qk_norm * 2 * norms * self.head_size
-        layer += (2 + self.gated) * width * mlp + self.mlp_bias * ((1 + self.gated) * mlp + width)
-        rows = self.vocab_size * (1 if self.tied else 2) + (self.max_positions if self.positions == "learned" else 0)
-        return self.num_layers * layer + rows * width + norms * width
-
     def to_json(self) -> str:
         """One line of JSON with sorted keys; `from_json` gives back an equal configuration."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

@@ -135,18 +135,20 @@ def assemble(
 
     params = {}
     for path, leaf in shapes.items():
-        stacked = path.startswith("layers/")
-        out = np.empty(leaf.shape, leaf.dtype)
+        stacked, out = path.startswith("layers/"), None
+        shape = leaf.shape[1:] if stacked else leaf.shape
         for i, name in enumerate(sources[path]):
-            target = out[i] if stacked else out
             tensor = file.read(name)
             # Of another rank it cannot even be turned.
-            tensor = orient(path, tensor) if tensor.ndim == target.ndim else tensor
-            if tensor.shape != target.shape:
+            tensor = orient(path, tensor) if tensor.ndim == len(shape) else tensor
+            if tensor.shape != shape:
                 raise InputError(
                     f"{name} in {file.label} gives {path} the shape {list(tensor.shape)}, "
-                    f"but the configuration wants {list(target.shape)}"
+                    f"but the configuration wants {list(shape)}"
                 )
+            # Allocated when one tensor has the right shape, for as many as there are names.
+            out = np.empty(leaf.shape, leaf.dtype) if out is None else out
+            target = out[i] if stacked else out
             with np.errstate(over="ignore"):  # what becomes infinite is refused below
                 target[...] = tensor
             check_finite(file, name, target)
@@ -155,12 +157,17 @@ def assemble(
 
 
 def check_entries(file: TensorFile, config: DecoderConfig) -> None:
-    """Raises InputError where the files cannot hold so many parameters, before a list of their names is made."""
-    there, wanted = sum(map(math.prod, file.shapes.values())), config.num_parameters
-    if wanted > there or config.num_layers > max(len(file.names), 1):
+    """Raises InputError where the files cannot hold such a model, before a list of its tensors is made."""
+    there = sum(map(math.prod, file.shapes.values()))
+    if config.num_layers > len(file.names):
         raise InputError(
-            f"{file.label} asks in its configuration for {config.num_layers:,} layers and {wanted:,} parameters, but "
-            f"its files hold {len(file.names):,} tensors with {there:,}"
+            f"{file.label} asks in its configuration for {config.num_layers:,} layers, but its files hold "
+            f"{len(file.names):,} tensors in all"
+        )
+    if (wanted := config.vocab_size * config.width) > there:
+        raise InputError(
+            f"{file.label} asks in its configuration for {config.vocab_size:,} rows of {config.width:,}, which are "
+            f"{wanted:,} numbers, but its files hold {there:,} in all"
         )
 
 

@@ -72,10 +72,13 @@ def files_of(source: str | os.PathLike | None) -> Path:
     """The GGUF file or the folder that `load` reads for this argument, fetched from the hub where needed."""
     if source is None or source == SHIPPED:
         return shipped_file()
-    path = Path(source).expanduser()
-    if path.is_file() or path.is_dir():
+    try:
+        path = Path(source).expanduser() if str(source) else None
+    except (RuntimeError, TypeError):  # ~somebody without a home; not a path at all
+        path = None
+    if path is not None and (path.is_file() or path.is_dir()):
         return path
-    if path.suffix != ".gguf" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
+    if path is not None and path.suffix != ".gguf" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
         return from_hub(str(source))
     raise InputError(
         f"there is no file or folder {shown(str(source))}; give a .gguf file, a Hugging Face folder, "

@@ -1,6 +1,6 @@
 """Files that claim far more than they hold, and a process that loads each of them and says what it took.
 
-`bombs.py write FOLDER` writes them, `bombs.py load FOLDER` loads them and exits with 1 where one took too much: in two
+`bombs.py write FOLDER` writes them, `bombs.py load FOLDER` loads them and exits with 1 where one took too much: two
 processes, since writing takes memory too.
 """
 

@@ -22,9 +22,9 @@ def file(tmp_path):
 
 @pytest.fixture
 def readings(monkeypatch):
-    """The GGUF files that were parsed rather than found in the cache."""
-    seen, original = [], loading.GgufFile
-    monkeypatch.setattr(loading, "GgufFile", lambda path: seen.append(path) or original(path))
+    """The GGUF files whose weights were read rather than found in the cache."""
+    seen, original = [], loading.GgufFile.params
+    monkeypatch.setattr(loading.GgufFile, "params", lambda file, *rest: seen.append(file) or original(file, *rest))
     return seen
 
 

@@ -176,7 +176,7 @@ def test_incomplete_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
         models.load(folder)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match="tokenizer cannot be read"):
+    with pytest.raises(InputError, match=r"tokenizer\.json of tiny has no model"):
         models.load(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
@@ -193,7 +193,7 @@ def test_a_folder_without_safetensors_and_a_cut_off_file_are_refused(tmp_path):
     with pytest.raises(InputError, match="cut off or damaged"):
         models.load(folder)
     weights.unlink()
-    with pytest.raises(InputError, match=r"no \*\.safetensors"):
+    with pytest.raises(InputError, match=r"no model\.safetensors"):
         models.load(folder)
 
 

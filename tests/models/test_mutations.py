@@ -23,7 +23,7 @@ def test_a_mutated_file_is_refused_or_changes_nothing(tmp_path, kind, capfd):
     assert [x for x in found if x.kind not in mutated.GOOD] == []
     kinds = collections.Counter(x.kind for x in found)
     assert kinds["refused"] > len(found) / 3
-    assert kinds["same"] > 0
+    assert kinds["same"] > 0 or kind == "header of model.safetensors"  # in which every byte matters
     assert capfd.readouterr().err == ""  # no panic of a library beside our own sentence
 
 

@@ -63,7 +63,7 @@ def test_bfloat16_stays_and_settings_win(tmp_path):
     ("change", "words"),
     [
         ({"logit_soft_cap": 30.0}, "soft cap"),
-        ({"rope_divisors": (1.0, 2.0, 4.0)}, "rope_scaling of its config.json"),
+        ({"rope_divisors": (1.0, 2.0, 4.0)}, "neither by one number nor as Llama 3 does"),
         ({"qkv_bias": True, "mlp_bias": True}, "no family"),
     ],
 )

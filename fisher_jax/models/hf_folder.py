@@ -127,8 +127,8 @@ class HfFolder:
 
         return assemble(self, config, GPT2_NAMES if self.gpt2 else HF_NAMES, dtype, orient, ignored)
 
-    def tokenizer(self, rows: int) -> Tokenizer:
-        """From ``tokenizer.json``, for a head of so many rows."""
+    def tokenizer(self, rows: int = 2**18) -> Tokenizer:
+        """From ``tokenizer.json``, for a head of at most so many rows."""
         file = self.path / "tokenizer.json"
         if not file.is_file():
             raise InputError(

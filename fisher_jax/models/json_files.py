@@ -66,7 +66,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def short(error: Exception, most: int = 150) -> str:
+def short(error: BaseException, most: int = 150) -> str:
     """What another library says, as one line for a sentence of ours."""
     text = " ".join(str(error).split())
     text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -1,7 +1,7 @@
 """From the tensors of a weight file to the decoder's parameters: names, orientations, completeness."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Set
 from typing import Protocol
 
 import jax
@@ -103,7 +103,7 @@ class TensorFile(Protocol):
 
     label: str
     names: frozenset[str]
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str) -> np.ndarray: ...
 

@@ -71,11 +71,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 def place(file: Path, name: str, entry: Any) -> tuple[int, int]:
     """Where a tensor's bytes begin and end; an ``InputError`` where that does not fit its type and sizes."""
-    fields = entry if isinstance(entry, dict) else {}
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
     kind, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(kind, str) or kind not in BITS:
         raise damaged(file, f"{shown(name)} has the type {shown(kind)}")
-    if not whole(shape) or not whole(offsets) or len(offsets) != 2:
+    if not whole(shape) or not whole(offsets) or shape is None or offsets is None or len(offsets) != 2:
         raise damaged(file, f"{shown(name)} has the shape {shown(shape)} and the offsets {shown(offsets)}")
     start, end = offsets
     if (end - start) * 8 != math.prod(shape) * BITS[kind]:

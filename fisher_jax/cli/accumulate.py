@@ -12,15 +12,13 @@ import fisher_jax as fj
 from fisher_jax.cli.layers import layer_estimator
 from fisher_jax.cli.packing import Rows
 from fisher_jax.cli.progress import StreamProgress
-from fisher_jax.cli.run_state import Progress, StateStore
+from fisher_jax.cli.run_state import KINDS, Progress, StateStore
 from fisher_jax.cli.settings import Settings
 from fisher_jax.cli.stopping import stop_requests
-from fisher_jax.errors import RejectedBatchError
+from fisher_jax.errors import InputError, RejectedBatchError
 from fisher_jax.models import LanguageModel
 
 __all__ = ["accumulate", "hidden_and_targets"]
-
-KINDS = ("empirical", "true")
 
 
 def accumulate(
@@ -46,6 +44,8 @@ def accumulate(
     step = _make_step(model, settings)
     if state is None:
         state = _initial_state(model, rows, settings)
+    else:
+        _check_form(state, jax.eval_shape(lambda: _initial_state(model, rows, settings)), store)
     saved_at = time.monotonic()
     with stop_requests() as stop_requested:
         for tokens, mask, units in rows.batches(settings.batch_size, start=progress.batches_done):
@@ -130,6 +130,13 @@ def _initial_state(model: LanguageModel, rows: Rows, settings: Settings) -> dict
     observed, _, _ = jax.eval_shape(lambda params: _observe_all(model, settings)(params, *first, 0), model.params)
     state = {name: fj.welford.init(moments) for name, moments in observed.items()}
     return {**state, "counts": jnp.zeros(model.config.vocab_size, jnp.int32)}
+
+
+def _check_form(state: dict[str, Any], fresh: dict[str, Any], store: StateStore) -> None:
+    same = jax.tree.structure(state) == jax.tree.structure(fresh)
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(fresh), strict=False)
+    if not same or any((x.shape, x.dtype) != (y.shape, y.dtype) for x, y in pairs):
+        raise InputError(f"{store.path} holds other arrays than this run has; give --overwrite to start again.")
 
 
 def _check_batch(state: dict[str, Any], loss_sum: float, rows: Rows, index: int, batch_size: int) -> None:

@@ -68,17 +68,30 @@ class _Run:
         refuse_misuse(
             self.settings.out, there=there or finished, finished=finished, resume=resume, overwrite=overwrite
         )
+        if there and resume:
+            self._read()
 
     def begin(self, facts: dict[str, Any], saving: bool) -> None:
         """Raises InputError where the saved run is another one."""
         if self.settings.resume:
-            saved = json.loads(self._facts.read_text(encoding="utf-8"))
-            refuse_difference(self.settings.out, saved, facts)
+            refuse_difference(self.settings.out, self._read(), facts)
             return
         self.finished.unlink(missing_ok=True)
         self.drop()
         if saving:
             write_atomically(self._facts, json.dumps(facts, indent=1))
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            saved = json.loads(self._facts.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._damaged(str(error)) from None
+        if not isinstance(saved, dict):
+            raise self._damaged("it holds no named facts")
+        return saved
+
+    def _damaged(self, reason: str) -> InputError:
+        return InputError(f"{self._facts} is damaged: {reason}; give --overwrite to start again.")
 
     def drop(self) -> None:
         """In one step, so that a run killed here has all of it or nothing."""

@@ -79,7 +79,7 @@ def _train_and_write(
 
 
 def _after_interrupt(stores: list[TrainStore]) -> str:
-    saved = [store.path for store in stores if store.path.exists()]
+    saved = [store.path for store in stores if store.saved]
     if not saved:
         return "interrupted before the first checkpoint; nothing was saved."
     return f"stopped; the state is saved in {saved[-1]}. Give the same command with --resume to go on."

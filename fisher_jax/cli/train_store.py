@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import fisher_jax as fj
 from fisher_jax.cli.earlier_run import nothing_saved, refuse_difference, refuse_misuse
-from fisher_jax.cli.train_settings import TrainSettings
-from fisher_jax.errors import InputError
+from fisher_jax.cli.records import UnreadableError, check, record
+from fisher_jax.cli.train_settings import OPTIMIZERS, TrainSettings
+from fisher_jax.errors import ConflictError, InputError
 
-__all__ = ["Point", "TrainProgress", "TrainStore", "read_earlier"]
+__all__ = ["Point", "TrainProgress", "TrainStore", "progress_of_facts", "read_earlier"]
 
 _KIND = "fisher-jax train"
 
@@ -56,8 +57,14 @@ class TrainStore:
     def __init__(self, out: Path):
         self.out, self.path = out, out / "state"
         self.earlier: TrainProgress | None = None
-        if not nothing_saved(self.path):
-            self.earlier = _read(self.path)
+        self._revision = fj.checkpoint.revision(self.path)
+        if self._revision or not nothing_saved(self.path):
+            self._revision, self.earlier = _read(self.path)
+
+    @property
+    def saved(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self._revision > 0
 
     def check_before_loading(self, settings: TrainSettings, *, resume: bool) -> None:
         """What can be refused before the text is read."""
@@ -84,19 +91,49 @@ class TrainStore:
         return fj.checkpoint.restore(self.path, like)
 
     def save(self, state: Any, progress: TrainProgress) -> None:
+        """
+        Raises:
+            ConflictError: another run has saved there since.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
-        fj.checkpoint.save(self.path, state, metadata=asdict(progress))
+        try:
+            self._revision = fj.checkpoint.save(self.path, state, metadata=asdict(progress), after=self._revision)
+        except ConflictError:
+            raise ConflictError(
+                f"another run has saved into {self.path} meanwhile; its state is kept, this run ends. Choose another "
+                "--out, or --resume when the other run has ended."
+            ) from None
 
 
-def _read(path: Path) -> TrainProgress:
-    metadata = fj.checkpoint.metadata(path)
+def _read(path: Path) -> tuple[int, TrainProgress]:
+    """The newest save's number, and how far the run came."""
+    found = fj.checkpoint.describe(path)
     try:
-        if metadata["kind"] != _KIND:
-            raise KeyError("kind")
-        progress = TrainProgress(**metadata)
-        progress.points = [Point(*point) for point in progress.points]
-    except (KeyError, TypeError):
-        raise InputError(f"{path} is not the state of fisher-jax train; choose another folder.") from None
+        progress = progress_of_facts(found["metadata"])
+    except UnreadableError as error:
+        raise InputError(f"{path} is not the state of fisher-jax train: {error}; choose another folder.") from None
+    return found["revision"], progress
+
+
+def progress_of_facts(facts: Any) -> TrainProgress:
+    """
+    Raises:
+        UnreadableError: something is not what `TrainStore.save` writes; the message says what.
+    """
+    progress = record(TrainProgress, facts)
+    check(progress.kind == _KIND, f"it is of {progress.kind!r}")
+    check(progress.optimizer in OPTIMIZERS, f"optimizer is {progress.optimizer!r}")
+    check(0 <= progress.step <= progress.steps and progress.steps > 0, f"step is {progress.step} of {progress.steps}")
+    counts = (
+        progress.tokens, progress.seconds, progress.compile_seconds, progress.parameters, progress.loss_steps,
+        progress.loss_steps <= progress.step, progress.bytes_per_token > 0,
+    )  # fmt: skip
+    check(min(counts) >= 0 and all(counts[-2:]), "its counts do not fit together")
+    places = [point.step for point in progress.points]
+    check(
+        places == sorted(set(places)) and all(0 <= place <= progress.step for place in places), "its curve is not one"
+    )
+    check(bool(places) or progress.step == 0, "it has no curve")
     return progress
 
 
@@ -107,7 +144,7 @@ def read_earlier(folder: Path) -> list[tuple[str, TrainProgress]]:
         InputError: there is none.
     """
     places = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
-    found = [(place, _read(place / "state")) for place in places if fj.checkpoint.revision(place / "state")]
+    found = [(place, _read(place / "state")[1]) for place in places if fj.checkpoint.revision(place / "state")]
     if not found:
         raise InputError(f"{folder} holds no run of fisher-jax train; give a folder that it wrote to --against.")
     return [(str(place), progress) for place, progress in found]

@@ -11,10 +11,10 @@ from kept import keep
 
 import fisher_jax as fj
 from fisher_jax.cli.main import main
-from fisher_jax.cli.run_state import StateStore
+from fisher_jax.cli.records import UnreadableError
+from fisher_jax.cli.run_state import tasks_of_facts
 from fisher_jax.cli.train_settings import TrainSettings
-from fisher_jax.cli.train_store import Point, TrainProgress, TrainStore
-from fisher_jax.errors import InputError
+from fisher_jax.cli.train_store import Point, TrainProgress, progress_of_facts
 from fisher_jax.models import load
 
 ODD = [None, [], {}, "", "5", "kind", -1, 10**30, 0.5, math.nan, math.inf, True, [None], {"a": []}, "absent"]
@@ -71,18 +71,14 @@ def _in_range(done, total):
     return 0 <= done <= total and total >= 1
 
 
-def test_every_odd_value_in_the_facts_of_a_report_is_refused_or_means_what_it_says(tmp_path, reports):
+def test_every_odd_value_in_the_facts_of_a_report_is_refused_or_means_what_it_says(reports):
     saved = fj.checkpoint.metadata(reports / "state")
     tried = refused = 0
     for path, value, facts in _mutated(saved):
         tried += 1
-        out = tmp_path / "out"
-        fj.checkpoint.save(
-            _folder(out), {"first": 0}, metadata=facts if isinstance(facts, dict) else {"tasks": facts}
-        )
         try:
-            tasks = StateStore(out).tasks
-        except InputError:
+            tasks = tasks_of_facts(facts)
+        except UnreadableError:
             refused += 1
             continue
         for name, progress in tasks.items():
@@ -109,17 +105,13 @@ def train_facts():
     return asdict(progress)
 
 
-def test_every_odd_value_in_the_facts_of_a_training_run_is_refused_or_means_what_it_says(tmp_path, train_facts):
-    saved = json.loads(json.dumps(train_facts))
+def test_every_odd_value_in_the_facts_of_a_training_run_is_refused_or_means_what_it_says(train_facts):
     tried = refused = 0
-    for path, value, facts in _mutated(saved):
-        if not isinstance(facts, dict):
-            continue
+    for path, value, facts in _mutated(json.loads(json.dumps(train_facts))):
         tried += 1
-        fj.checkpoint.save(_folder(tmp_path), {"x": 0}, metadata=facts)
         try:
-            progress = TrainStore(tmp_path).earlier
-        except InputError:
+            progress = progress_of_facts(facts)
+        except UnreadableError:
             refused += 1
             continue
         assert _in_range(progress.step, progress.steps), (path, value)
@@ -182,7 +174,8 @@ def test_arrays_that_are_not_those_of_a_report_are_refused(arrays, tmp_path, rep
 @pytest.mark.parametrize("content", ["[]", "null", "5", '"x"', "{", "", "\0", '{"--k": NaN}', "[" * 100_000])
 def test_a_damaged_note_of_a_spectrum_is_told_in_one_sentence(content, tmp_path, tiny_model, texts, capsys):
     out = tmp_path / "out"
-    (out / "unfinished" / "lanczos").mkdir(parents=True)
+    (out / "unfinished").mkdir(parents=True)
+    fj.checkpoint.save(out / "unfinished" / "lanczos", {"x": 0})
     (out / "unfinished" / "run.json").write_text(content)
     arguments = ["spectrum", "--model", tiny_model, "--text", texts[0], "--out", str(out), "--k", "2", "--resume"]
     assert main([*arguments, "--parameters", "final_norm", "--tokens", "64", "--length", "32"]) == 2

@@ -1,0 +1,118 @@
+"""A run killed inside a save, a page or a model: nothing half-written is seen, another run ends in the same bits."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fisher_jax.cli.main import main
+from fisher_jax.errors import InputError
+from fisher_jax.models import load
+
+OPTIONS = ["--task", "third", "--max-tokens", "600", "--held-out-tokens", "0", "--checkpoint-every", "0"]
+
+
+def _dying(out, number, arguments):
+    """(exit code, writes) of the command, killed at its number-th write below its folder."""
+    script = str(Path(__file__).with_name("dying.py"))
+    done = subprocess.run(
+        [sys.executable, script, str(out), str(number), "0", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    last = done.stderr.splitlines()[-1:]
+    return done.returncode, int(last[0]) if last and last[0].isdigit() else None
+
+
+def _whole(folder):
+    """Checks that every file under its final name can be read to its end."""
+    for path in folder.rglob("*"):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts) or path.is_dir():
+            continue
+        raw = path.read_bytes()
+        end = {".html": b"</html>", ".png": b"IEND\xaeB`\x82", ".csv": b"\n", ".md": b"\n"}.get(path.suffix)
+        assert end is None or raw.rstrip(b"\n" if path.suffix == ".html" else b"").endswith(end), path
+        if path.suffix == ".json":
+            json.loads(raw)
+
+
+@pytest.mark.parametrize("share", [0.15, 0.5, 0.95])
+def test_a_report_killed_at_a_write_resumes_to_the_same_bits(
+    share, tmp_path, report_arguments, finished_report, undisturbed, same_bits, without_pictures
+):
+    reference, writes = undisturbed
+    out = shutil.copytree(finished_report, tmp_path / "out")
+    code, _ = _dying(out, int(share * writes), report_arguments(out, *OPTIONS))
+    assert code == -signal.SIGKILL
+    _whole(out)
+    if main(report_arguments(out, *OPTIONS, "--resume")) == 2:  # killed before its first save was there
+        assert main(report_arguments(out, *OPTIONS)) == 0
+    for task in ("first", "second"):
+        assert same_bits(out, finished_report, task)
+    assert same_bits(out, reference, "third")
+    assert not [path for path in out.rglob(".*") if "incoming" in path.name or path.name.startswith(".f")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, report_arguments, finished_report):
+    """A report with a third task, and how many writes it took."""
+    out = shutil.copytree(finished_report, tmp_path_factory.mktemp("undisturbed") / "out")
+    code, writes = _dying(out, 0, report_arguments(out, *OPTIONS))
+    assert code == 0
+    return out, writes
+
+
+@pytest.mark.parametrize("share", [0.4, 0.7, 0.9])
+def test_a_model_killed_while_it_is_written_is_none(share, tmp_path, tiny_model, texts):
+    out = tmp_path / "trimmed"
+    arguments = ["trim", "--model", tiny_model, "--by", "magnitude", "--keep", "270", "--text", *texts[:4]]
+    arguments += ["--characters", "60", "--out"]
+    writes = 24
+    reference = tmp_path / "reference"
+    assert main([*arguments, str(reference)]) == 0
+    code, _ = _dying(out, round(share * writes), [*arguments, str(out)])
+    assert code == -signal.SIGKILL
+    with pytest.raises(InputError):
+        load(out)
+    assert main([*arguments, str(out)]) == 0
+    names = sorted(path.name for path in reference.iterdir())
+    assert sorted(path.name for path in out.iterdir()) == names
+    for name in names:
+        assert (out / name).read_bytes() == (reference / name).read_bytes()
+
+
+def test_an_interrupted_model_leaves_an_earlier_one_as_it_was(tmp_path, tiny_model, texts, monkeypatch):
+    out = shutil.copytree(tiny_model, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fisher_jax.cli.trim.measure", interrupt)
+    arguments = ["trim", "--model", tiny_model, "--by", "magnitude", "--keep", "270", "--text", *texts[:4]]
+    assert main([*arguments, "--out", str(out), "--overwrite"]) == 130
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_files_of_killed_runs_go_and_those_of_living_ones_stay(tmp_path):
+    from fisher_jax.cli.temporary import remove_left_over, temporary_beside
+
+    mine = temporary_beside(tmp_path / "x")
+    mine.write_text("being written")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / "figures").mkdir()
+    left = re.sub(rf"-{os.getpid()}-", f"-{ended.pid}-", mine.name)
+    for folder in (tmp_path, tmp_path / "figures"):
+        (folder / left).write_text("half")
+        (folder / f"{left}1").mkdir()
+    remove_left_over(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted([mine.name, "figures"])

@@ -112,7 +112,8 @@ class StateStore:
         refuse_difference(
             self.out, _facts(earlier, earlier), _facts(fresh, earlier), run=run, instead="another --task or --out"
         )
-        return copy.deepcopy(earlier), self.restore()[settings.task]
+        arrays = self.restore()[settings.task]
+        return copy.deepcopy(self.tasks[settings.task]), arrays
 
     def restore(self) -> dict[str, Any]:
         """{task: arrays} as they lie on disk.
@@ -136,28 +137,24 @@ class StateStore:
             ConflictError: another run has saved this very task since it was read here.
         """
         self.out.mkdir(parents=True, exist_ok=True)
+        seen = self.tasks.get(task)
         while True:
             states = {**self.restore(), task: arrays}
+            if self.tasks.get(task) != seen:
+                raise ConflictError(
+                    f"another run of the task {task!r} has saved into {self.path} meanwhile; its state is kept, this "
+                    "run ends. Give another --task or --out, or --resume when the other run has ended."
+                )
             tasks = {**self.tasks, task: progress}
             facts = {"tasks": {name: asdict(saved) for name, saved in tasks.items()}}
             try:
                 self._revision = fj.checkpoint.save(self.path, states, metadata=facts, after=self._revision)
                 break
             except ConflictError:
-                self._take_over(task)
+                self._read()
         # Other tasks stay in memory; this one's arrays are donated by the next step, so they are not kept here.
         self._restored = {name: state for name, state in states.items() if name != task}
         self.tasks = {**tasks, task: copy.deepcopy(progress)}
-
-    def _take_over(self, task: str) -> None:
-        """What another run has saved meanwhile, unless it is of the same task."""
-        seen = self.tasks.get(task)
-        self._read()
-        if self.tasks.get(task) != seen:
-            raise ConflictError(
-                f"another run of the task {task!r} has saved into {self.path} meanwhile; its state is kept, this run "
-                "ends. Give another --task or --out, or --resume when the other run has ended."
-            )
 
 
 def tasks_of_facts(facts: Any) -> dict[str, Progress]:

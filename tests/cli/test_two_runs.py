@@ -145,8 +145,8 @@ def test_runs_of_the_same_task_without_locks_keep_the_one_that_came_first(stores
 def test_a_finished_task_is_not_replaced_by_a_run_that_has_not_seen_it(stores):
     out, one, other, arrays, progress = stores
     changed = jax.tree.map(lambda x: x + 1, arrays)
+    assert _same(other.restore()["first"], arrays)  # read before it changes
     one.save("first", changed, copy.deepcopy(one.tasks["first"]))
-    assert _same(other.restore()["first"], arrays)  # read before
     progress.batches_done = 0
     other.save("second", arrays, progress)
     assert _same(StateStore(out).restore()["first"], changed)

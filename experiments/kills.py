@@ -3,11 +3,12 @@
     python experiments/kills.py [--kills 100] [--seed 0] [--commands report trim ...]
 
 For each command an undisturbed run tells how many times it writes below its folder (files opened for writing,
-renames, new and removed names, as Python's audit events tell them). Each further run is killed with SIGKILL at one of
-these moments drawn at random, half of them up to 50 ms later, inside what compiled code writes. Two tasks are finished
-in the folder of a report before. Afterwards every file under its final name must be whole and what was finished before
-must restore to the same bits; the same command with --resume (again, where there is nothing to resume) must exit with
-0, leave nothing of the killed run, and end in the bits of the undisturbed run. Counts go to results/kills.json.
+renames, new and removed names, as Python's audit events tell them). Each further run is killed with SIGKILL at
+one of these moments drawn at random, half of them up to 50 ms later, inside what compiled code writes. Two
+tasks are finished in the folder of a report before. Afterwards every file under its final name must be whole
+and what was finished before must restore to the same bits; the same command with --resume (again, where there
+is nothing to resume) must exit with 0, leave nothing of the killed run, and end in the bits of the undisturbed
+run. Counts go to results/kills.json.
 
 One process imports the library and forks for every run, before JAX starts any thread.
 """

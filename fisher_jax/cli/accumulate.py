@@ -133,9 +133,10 @@ def _initial_state(model: LanguageModel, rows: Rows, settings: Settings) -> dict
 
 
 def _check_form(state: dict[str, Any], fresh: dict[str, Any], store: StateStore) -> None:
-    same = jax.tree.structure(state) == jax.tree.structure(fresh)
-    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(fresh), strict=False)
-    if not same or any((x.shape, x.dtype) != (y.shape, y.dtype) for x, y in pairs):
+    def form(tree: Any) -> list[Any]:
+        return [(path, x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+
+    if form(state) != form(fresh):
         raise InputError(f"{store.path} holds other arrays than this run has; give --overwrite to start again.")
 
 

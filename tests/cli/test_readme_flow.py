@@ -20,7 +20,7 @@ CORPORA = ("wikipedia", "pubmed", "news")
 MODEL = "tiny-llama"
 # Sizes in the place of the default ones, by command.
 SMALL = {
-    "report": ["--max-tokens", "150", "--held-out-tokens", "60", "--batch-size", "4"],
+    "report": ["--max-tokens", "500", "--held-out-tokens", "60", "--batch-size", "4"],
     "spectrum": ["--max-products", "12", "--probes", "2", "--density-steps", "3", "--block-tokens", "4"],
     "compare": [],
     "train": ["--steps", "2", "--eval-every", "1", "--batch-size", "2", "--held-out-tokens", "60"],

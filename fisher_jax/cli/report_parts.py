@@ -61,7 +61,7 @@ class PartStore:
 
     def put(self, part: Part) -> None:
         saved = part._asdict() | {"blocks": [_encoded(block) for block in part.blocks]}
-        write_atomically(self._path(part.tasks), json.dumps(saved))
+        write_atomically(self._path(part.tasks), json.dumps(saved | {"digest": digest(saved)}))
 
     def drop(self, task: str) -> None:
         """The part of a task and those of its pairs."""
@@ -80,8 +80,10 @@ class PartStore:
     def _read(self, tasks: tuple[str, ...]) -> Part | None:
         try:
             saved = json.loads(self._path(tasks).read_text(encoding="utf-8"))
+            if saved.pop("digest") != digest(saved):
+                return None
             part = Part(**saved | {"blocks": [_decoded(block) for block in saved["blocks"]]})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None  # it is made again from the state
         return part._replace(tasks=tasks)
 

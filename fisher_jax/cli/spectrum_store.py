@@ -8,6 +8,7 @@ import numpy as np
 
 from fisher_jax.blocks.capacity import BlockSpectrum, Capacity
 from fisher_jax.cli.folder import write_atomically
+from fisher_jax.cli.pages import digest
 from fisher_jax.cli.spectrum_measure import Measured, Passes
 from fisher_jax.cli.spectrum_sections import SpectrumFindings
 from fisher_jax.cli.spectrum_settings import SpectrumSettings
@@ -38,7 +39,7 @@ def write_finished(path: Path, found: SpectrumFindings, facts: dict[str, Any]) -
         "blocks": [[name, layer, _plain(x)] for name, group in found.blocks.items() for layer, x in group.items()],
         "seconds": found.seconds,
     }
-    write_atomically(path, json.dumps(content) + "\n")
+    write_atomically(path, json.dumps(content | {"digest": digest(content)}) + "\n")
 
 
 def read_facts(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -85,7 +86,8 @@ def _content(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, RecursionError):
         raise _damaged(path) from None
-    known = isinstance(content, dict) and content.get("format") == _FORMAT
+    known = isinstance(content, dict) and content.pop("digest", None) == digest(content)
+    known = known and content.get("format") == _FORMAT
     if not known or not all(isinstance(content.get(name), dict) for name in ("facts", "additions")):
         raise _damaged(path)
     return content

@@ -24,8 +24,8 @@ def temporary_beside(path: Path) -> Path:
 
 
 def remove_left_over(folder: Path) -> None:
-    """Removes what killed runs were writing in a folder and in those inside; what a living one writes stays."""
-    for pattern in (f"{_PREFIX}*", f"*/{_PREFIX}*"):
+    """Removes what killed runs were writing in a folder and two levels inside; what a living one writes stays."""
+    for pattern in (f"{_PREFIX}*", f"*/{_PREFIX}*", f"*/*/{_PREFIX}*"):
         for path in folder.glob(pattern):
             if _is_left_over(path):
                 if path.is_dir() and not path.is_symlink():

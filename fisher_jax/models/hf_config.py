@@ -140,6 +140,8 @@ def rotary(read: Settings, head_size: int) -> tuple[float, tuple[float, ...] | N
     scaling = read.inner("rope_parameters") or read.inner("rope_scaling")
     if scaling is None:
         return base, None
+    if by_layer := [key for key, value in scaling.values.items() if isinstance(value, dict)]:
+        raise InputError(f"{scaling.label} differs between kinds of layers ({shown(by_layer)}), which is not read")
     base = scaling.number("rope_theta", base, **ROPE_BASE)
     scaling.must("partial_rotary_factor", 1.0, 1)
     kind = scaling.text("rope_type", None) or scaling.text("type", "default")

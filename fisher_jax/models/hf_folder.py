@@ -152,7 +152,7 @@ class HfFolder:
 def refuse_adapter(path: Path) -> None:
     """A folder of a LoRA adapter is called by its name."""
     file = path / "adapter_config.json"
-    if file.is_file() and not (path / "config.json").is_file():
+    if file.is_file() and not any((path / name).is_file() for name in (INDEX, ONLY)):
         adapter = Settings(read_json(file), str(file))
         kind, base = adapter.text("peft_type", "LORA"), adapter.text("base_model_name_or_path", None)
         name = "LoRA" if kind == "LORA" else shown(kind)

@@ -94,9 +94,15 @@ def test_quantized_folders_are_called_by_their_name(tmp_path, settings, word):
         models.load(llama_folder(tmp_path / "model", **settings))
 
 
+def test_rotary_settings_for_each_kind_of_layer_are_refused(tmp_path):
+    parts = {kind: {"rope_type": "default", "rope_theta": 100.0} for kind in ("full_attention", "sliding_attention")}
+    with pytest.raises(InputError, match=r"kinds of layers.*full_attention"):
+        models.load(llama_folder(tmp_path / "model", rope_parameters=parts))
+
+
 def test_a_lora_adapter_is_called_by_its_name(tmp_path):
-    folder = tmp_path / "adapter"
-    folder.mkdir()
+    folder = llama_folder(tmp_path / "adapter")  # some come with the settings of their base
+    (folder / "model.safetensors").unlink()
     write_json(folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "someone/base"})
     save_file({"base_model.model.lora_A.weight": np.ones((2, 2), np.float32)}, folder / "adapter_model.safetensors")
     with pytest.raises(InputError, match=r"LoRA adapter.*someone/base"):

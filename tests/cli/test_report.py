@@ -47,7 +47,7 @@ def test_html_is_well_formed_and_self_contained(finished_report):
     page = _Page()
     page.feed(html)
     assert page.open == []
-    assert page.images == len(list((finished_report / "figures").rglob("*.png"))) == 16
+    assert page.images == len(list((finished_report / "figures").rglob("*.png"))) == 14
     assert page.addresses
     assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
     assert "http" not in re.sub(r'"data:image/png;base64,[^"]*"', "", html)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from fisher_jax.cli.compare_settings import add_compare_options, compare_settings_from
+from fisher_jax.cli.doctor_settings import add_doctor_options, doctor_settings_from
 from fisher_jax.cli.merge_settings import add_merge_options, merge_settings_from
 from fisher_jax.cli.settings import add_report_options, settings_from
 from fisher_jax.cli.spectrum_settings import add_spectrum_options, spectrum_settings_from
@@ -95,6 +96,17 @@ _TRIM_EXAMPLES = """examples:
   fisher-jax trim --by magnitude --keep 16000 --out other
 """
 
+_DOCTOR_DESCRIPTION = """Whether this device and this compiler compute what they should: versions, devices, memory,
+settings and caches; then every estimator, the closed-form head, K-FAC, Lanczos and a checkpoint on a small decoder,
+in each dtype, against loops of one token. It says what to do where something is wrong (exit code 1), and is what a
+bug report starts with."""
+
+_DOCTOR_EXAMPLES = """examples:
+  fisher-jax doctor                        a minute on two cores
+  fisher-jax doctor --json doctor.json     the file to send with a bug report
+  fisher-jax doctor --dtypes float16 --seconds 0
+"""
+
 
 def _version() -> str:
     from importlib.metadata import version
@@ -143,6 +155,10 @@ _COMMANDS = (
     _Command(
         "trim", "a smaller vocabulary: embedding, head and tokenizer cut together",
         _TRIM_DESCRIPTION, _TRIM_EXAMPLES, add_trim_options, trim_settings_from,
+    ),
+    _Command(
+        "doctor", "whether this device and compiler compute what they should",
+        _DOCTOR_DESCRIPTION, _DOCTOR_EXAMPLES, add_doctor_options, doctor_settings_from,
     ),
 )  # fmt: skip
 

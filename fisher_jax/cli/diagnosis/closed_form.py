@@ -32,9 +32,7 @@ def head(unit: str, subject: Subject) -> Leaves:
     batch = subject.batch
     groups = fj.groups.row
     fisher = fj.group_fisher(subject.model.apply, example=batch, groups=groups, estimator="head", unit=unit)
-    return {
-        path: x for path, x in statistics(fisher, subject.params, batch, None, errors=True).items() if x.dtype != object
-    }  # fmt: skip
+    return statistics(fisher, subject.params, batch, None, errors=True)
 
 
 def head_reference(unit: str, subject: Subject) -> Leaves:

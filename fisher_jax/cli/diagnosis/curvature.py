@@ -1,10 +1,8 @@
 """Checks of K-FAC, operators, Lanczos and block spectra."""
 
-import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.sparse.linalg
 
@@ -46,7 +44,7 @@ def matrices_reference(subject: Subject) -> Leaves:
     """Second moments of inputs and cotangents of single rows, summed over rows."""
     loops = subject.loops
     number, found = loops.labels.size, {}
-    for taps in loops.taps():
+    for taps in loops.taps:
         for path, g in taps.cotangents.items():
             a = taps.inputs[path]
             if "scale" in path:
@@ -78,7 +76,8 @@ def preconditioned_reference(subject: Subject) -> Leaves:
         turned = path != "['head']"
         stack = x.reshape(-1, *x.shape[-2:])
         stack = stack.swapaxes(1, 2) if turned else stack
-        solved = np.stack([_solve(*three, damping) for three in zip(parts[f"{path} A"], parts[f"{path} G"], stack)])
+        layers = zip(parts[f"{path} A"], parts[f"{path} G"], stack, strict=True)
+        solved = np.stack([_solve(A, G, M, damping) for A, G, M in layers])
         found[path] = (solved.swapaxes(1, 2) if turned else solved).reshape(x.shape)
     return found
 

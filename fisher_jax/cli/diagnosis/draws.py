@@ -4,6 +4,7 @@ The same estimator with the same key and shapes of tokens draws the same numbers
 result shows them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,8 +36,8 @@ def signs(key: jax.Array, rows: int, positions: int, unit: str) -> np.ndarray:
         return jnp.sum(inputs * params.reshape((1,) * (inputs.ndim - 1) + params.shape), -1, keepdims=True)
 
     batch = fj.Batch(jnp.asarray(scores.reshape(rows, positions, number)), jnp.ones((rows, positions, 1)))
-    found = _squares("signs", fj.gaussian, unit, apply_fn, jnp.zeros(number, jnp.float32), batch, key)
-    return np.where(found * number > 1, 1.0, -1.0).reshape(rows, positions)
+    found = _squares("signs", fj.gaussian, unit, apply_fn)(jnp.zeros(number, jnp.float32), batch, key)
+    return np.where(np.asarray(found) * number > 1, 1.0, -1.0).reshape(rows, positions)
 
 
 def labels(key: jax.Array, logits: np.ndarray, unit: str) -> tuple[np.ndarray, np.ndarray]:
@@ -44,13 +45,12 @@ def labels(key: jax.Array, logits: np.ndarray, unit: str) -> tuple[np.ndarray, n
 
     With a parameter for every logit the squared score is ``(1 - p)**2`` at the label, more than ``p**2`` elsewhere.
     """
-    rows = np.arange(logits.shape[0], dtype=np.int32)
-    params = jnp.zeros(logits.shape, jnp.float32)
+    rows, params = jnp.arange(logits.shape[0], dtype=jnp.int32), jnp.zeros(logits.shape, jnp.float32)
+    squares = _squares("sampled", fj.categorical, unit, lambda p, x: x[0] + p[x[1]])
 
     def draw(logits):
-        batch = fj.Batch((jnp.asarray(logits, jnp.float32), jnp.asarray(rows)), None)
-        found = _squares("sampled", fj.categorical, unit, lambda p, x: x[0] + p[x[1]], params, batch, key)
-        return found.argmax(-1)
+        found = squares(params, fj.Batch((jnp.asarray(logits, jnp.float32), rows), None), key)
+        return np.asarray(found).argmax(-1)
 
     drawn = draw(logits)
     chosen = np.arange(logits.shape[-1]) == drawn[..., None]
@@ -58,6 +58,7 @@ def labels(key: jax.Array, logits: np.ndarray, unit: str) -> tuple[np.ndarray, n
     return drawn, draw(logits - margin * chosen) == drawn
 
 
-def _squares(estimator: str, likelihood: Any, unit: str, apply_fn: Any, params: Any, batch: Any, key: Any) -> Any:
+def _squares(estimator: str, likelihood: Any, unit: str, apply_fn: Callable) -> Callable:
+    """``(params, batch, key) -> squares``, compiled."""
     fisher = fj.group_fisher(apply_fn, likelihood, estimator=estimator, unit=unit)
-    return np.asarray(jax.jit(lambda *given: fj.welford.mean(fisher.observe(*given)))(params, batch, key))
+    return jax.jit(lambda *given: fj.welford.mean(fisher.observe(*given)))

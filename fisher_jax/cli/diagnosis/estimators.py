@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import fisher_jax as fj
-from fisher_jax.cli.diagnosis import draws
 from fisher_jax.cli.diagnosis.loops import by_path
 from fisher_jax.cli.diagnosis.records import Check
-from fisher_jax.cli.diagnosis.subject import SCORED, Subject
+from fisher_jax.cli.diagnosis.subject import Subject
 
-__all__ = ["CHECKS", "exact_reference", "statistics", "summary", "tensor_sums"]
+__all__ = ["CHECKS", "statistics", "summary"]
 
 Leaves = dict[str, np.ndarray]
 
@@ -59,9 +58,9 @@ def exact(unit: str, subject: Subject) -> Leaves:
     """64 of the 1,024 tokens that the decoder reads, since each takes a backward pass over all of them."""
 
     def apply_fn(params, inputs):
-        return subject.model.apply(params, inputs)[:, SCORED]
+        return subject.model.apply(params, inputs)[:, subject.loops.scored]
 
-    batch = fj.Batch(subject.batch.inputs, subject.batch.targets[:, SCORED])
+    batch = fj.Batch(subject.batch.inputs, subject.batch.targets[:, subject.loops.scored])
     fisher = fj.group_fisher(apply_fn, example=batch, groups=fj.groups.tensor, estimator="exact", unit=unit)
     return statistics(fisher, subject.params, batch, None, errors=True)
 
@@ -85,8 +84,7 @@ def one_pass(estimator: str, unit: str, subject: Subject) -> Leaves:
 
 
 def signs_reference(unit: str, subject: Subject) -> Leaves:
-    signs = draws.signs(subject.key, *subject.loops.labels.shape, unit)
-    return _squared_sums(subject, subject.loops.labels, signs, unit)
+    return _squared_sums(subject, subject.loops.labels, subject.loops.signs(unit), unit)
 
 
 def sequence_reference(unit: str, subject: Subject) -> Leaves:
@@ -95,7 +93,7 @@ def sequence_reference(unit: str, subject: Subject) -> Leaves:
 
 def sampled(unit: str, subject: Subject) -> Leaves:
     """Labels that rounding could change have weight 0."""
-    _, sure = subject.labels(unit)
+    _, sure = subject.loops.drawn(unit)
     batch = fj.Batch(subject.batch.inputs, subject.batch.targets, jnp.asarray(sure, jnp.float32))
     groups = fj.groups.param if unit == "batch" else fj.groups.row
     fisher = fj.group_fisher(subject.model.apply, example=batch, groups=groups, estimator="sampled", unit=unit)
@@ -103,7 +101,7 @@ def sampled(unit: str, subject: Subject) -> Leaves:
 
 
 def sampled_reference(unit: str, subject: Subject) -> Leaves:
-    labels, sure = subject.labels(unit)
+    labels, sure = subject.loops.drawn(unit)
     return _squared_sums(subject, labels, sure.astype(float), unit)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fisher_jax as fj
+from fisher_jax.cli.diagnosis import draws
 
 __all__ = ["Loops", "RowTaps", "by_path"]
 
@@ -36,7 +37,7 @@ class RowTaps:
         self.inputs: Leaves = {}
         self.cotangents: Leaves = {}
         for tap in taps:
-            layers = 2 if "layers" in tap.path else 1
+            layers = len(tap.cotangents) if "layers" in tap.path else 1
             inputs, cotangents = (np.asarray(x, np.float64) for x in (tap.inputs[0], tap.cotangents))
             self.cotangents[tap.path] = cotangents.reshape(layers, -1, cotangents.shape[-1])
             size = 1 if tap.kind == "embedding" else inputs.shape[-1]
@@ -50,6 +51,12 @@ class Loops:
         self.model, self.params, self.batch, self.scored = model, params, batch, scored
         self.shapes = {path: leaf.shape for path, leaf in by_path(params).items()}
         self.tokens, self.labels = (np.asarray(x, np.int32) for x in (batch.inputs, batch.targets))
+        self._draws: dict[tuple[str, str], Any] = {}
+
+    @property
+    def key(self) -> jax.Array:
+        """Of all that is drawn."""
+        return jax.random.key(20)
 
     @property
     def rows(self) -> range:
@@ -118,6 +125,7 @@ class Loops:
         """``1 + max |logit|``, by which errors of softmax statistics scale."""
         return float(1 + np.abs(self.logits).max())
 
+    @cached_property
     def taps(self) -> list[RowTaps]:
         """Inputs and cotangents of the summed log-likelihood of every row, one row a call."""
 
@@ -128,3 +136,16 @@ class Loops:
         run = jax.jit(lambda params, row, labels: fj.capture(loss)(params, row, labels)[1])
         with jax.default_matmul_precision("highest"):
             return [RowTaps(run(self.params, self.tokens[r : r + 1], self.labels[r : r + 1])) for r in self.rows]
+
+    def signs(self, unit: str) -> np.ndarray:
+        """The signs that ``signs`` draws with `key`, ``[rows, positions]``, see `draws.signs`."""
+        return self._once("signs", unit, lambda: draws.signs(self.key, *self.labels.shape, unit))
+
+    def drawn(self, unit: str) -> tuple[np.ndarray, np.ndarray]:
+        """Labels that ``sampled`` draws with `key`, and which of them rounding cannot change."""
+        return self._once("labels", unit, lambda: draws.labels(self.key, self.logits, unit))
+
+    def _once(self, kind: str, unit: str, draw: Callable) -> Any:
+        if (kind, unit) not in self._draws:
+            self._draws[kind, unit] = draw()
+        return self._draws[kind, unit]

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import fisher_jax as fj
-from fisher_jax.cli.diagnosis import draws
 from fisher_jax.cli.diagnosis.loops import Loops
 from fisher_jax.models import DecoderConfig, from_config
 from fisher_jax.models.functions import DecoderFunctions, abstract_params
 
-__all__ = ["CONFIG", "LENGTH", "ROWS", "SCORED", "Subject", "make_subject"]
+__all__ = ["CONFIG", "Subject", "make_subject"]
 
 ROWS, LENGTH = 32, 32
 SCORED = slice(15, None, 16)  # positions of the tokens that have a loss where each takes a backward pass
@@ -42,11 +41,7 @@ class Subject:
 
     @property
     def key(self) -> jax.Array:
-        return jax.random.key(20)
-
-    def labels(self, unit: str) -> tuple[np.ndarray, np.ndarray]:
-        """Labels that ``sampled`` draws, and which of them rounding cannot change, ``[rows, positions]``."""
-        return draws.labels(self.key, self.loops.logits, unit)
+        return self.loops.key
 
     @property
     def statistics(self) -> Any:
@@ -57,7 +52,7 @@ class Subject:
     def few(self) -> fj.Batch:
         """The same batch, in which only the scored tokens have a loss."""
         weights = np.zeros(self.batch.targets.shape, np.float32)
-        weights[:, SCORED] = 1
+        weights[:, self.loops.scored] = 1
         return dataclasses.replace(self.batch, weights=jnp.asarray(weights))
 
     @cached_property
@@ -73,22 +68,28 @@ class Subject:
         return jax.tree.map(lambda x: jnp.asarray(generator.normal(size=x.shape), self.statistics), self.params)
 
 
-def make_subject(dtype: str, loops: Loops | None = None) -> Subject:
+def make_subject(
+    dtype: str,
+    loops: Loops | None = None,
+    config: DecoderConfig = CONFIG,
+    rows: int = ROWS,
+    scored: slice = SCORED,
+) -> Subject:
     """The decoder in ``dtype``; subjects of several dtypes share the ``loops`` of the first."""
-    loops = loops or Loops(from_config(CONFIG), _parameters(), _batch(), SCORED)
+    loops = loops or Loops(from_config(config), _parameters(config), _batch(config, rows), scored)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), loops.params)
     return Subject(dtype, params, loops.batch, loops)
 
 
-def _parameters() -> Any:
+def _parameters(config: DecoderConfig) -> Any:
     """Kernels that neither shrink nor grow what passes through them, scales around 1, logits of a few units."""
     generator = np.random.default_rng(0)
 
     def leaf(path, like):
         noise = generator.normal(size=like.shape)
-        return _exact(1 + 0.2 * noise if path[-1].key == "scale" else noise / np.sqrt(CONFIG.width))
+        return _exact(1 + 0.2 * noise if path[-1].key == "scale" else noise / np.sqrt(config.width))
 
-    return jax.tree_util.tree_map_with_path(leaf, abstract_params(CONFIG))
+    return jax.tree_util.tree_map_with_path(leaf, abstract_params(config))
 
 
 def _exact(x: np.ndarray) -> jax.Array:
@@ -97,6 +98,7 @@ def _exact(x: np.ndarray) -> jax.Array:
     return jnp.asarray(np.where(np.abs(rounded) < 2.0**-14, 0, rounded), jnp.float32)
 
 
-def _batch() -> fj.Batch:
-    tokens = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (ROWS, LENGTH + 1))
-    return fj.next_token_batch(jnp.asarray(tokens, jnp.int32), units=jnp.arange(ROWS, dtype=jnp.int32) // 3)
+def _batch(config: DecoderConfig, rows: int) -> fj.Batch:
+    """Random tokens; three rows are one document."""
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (rows, config.max_positions + 1))
+    return fj.next_token_batch(jnp.asarray(tokens, jnp.int32), units=jnp.arange(rows, dtype=jnp.int32) // 3)

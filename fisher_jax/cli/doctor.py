@@ -1,0 +1,131 @@
+"""`fisher-jax doctor`: whether this device and this compiler compute what they should, and what to do if not."""
+
+import dataclasses
+import json
+import math
+import os
+import textwrap
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fisher_jax.cli.diagnosis import facts
+from fisher_jax.cli.doctor_settings import DoctorSettings
+from fisher_jax.cli.printable import printable, shortened
+from fisher_jax.cli.stopping import stop_if_requested
+from fisher_jax.errors import InputError
+
+__all__ = ["report", "run"]
+
+_WIDTH = 79
+_LINE = "  {:34} {:9} {:>8} {:>8}  {:8} {:>4}"
+
+
+def run(settings: DoctorSettings) -> int:
+    """Prints the facts, a line for every check, and what to do; 0 where all is right, 1 where something is wrong."""
+    began = time.monotonic()
+    found = {**facts.packages(), **facts.environment(os.environ), **facts.host()}
+    _say_facts(found)
+    try:
+        about_jax = {**facts.jax_settings(), **facts.devices()}
+    except Exception as problem:  # of any kind: a plugin, a driver, a setting that JAX does not know
+        sentence = (
+            f"JAX does not start: {shortened(' '.join(str(problem).split()), 400)}; correct JAX_PLATFORMS and the "
+            "settings above, or install jax and jaxlib anew."
+        )
+        _say(f"\n{sentence}")
+        _write(settings, found, [], [sentence])
+        return 1
+    _say_facts(about_jax)
+    return report(settings, {**found, **about_jax}, began)
+
+
+def report(settings: DoctorSettings, found: dict[str, str], began: float, checks: Sequence[Any] | None = None) -> int:
+    """The checks (by default all), their lines, the advice and the exit code."""
+    import jax
+    import jaxlib
+
+    from fisher_jax.cli.diagnosis.advice import advice
+    from fisher_jax.cli.diagnosis.examination import examination
+    from fisher_jax.cli.diagnosis.table import CHECKS
+
+    chosen = [check for check in checks or CHECKS if check.quick or not settings.quick]
+    dtypes = settings.dtypes or _dtypes(settings.quick)
+    if "float64" in dtypes and not jax.config.jax_enable_x64:
+        raise InputError("--dtypes float64 needs JAX_ENABLE_X64=1, without which JAX makes float32 of it.")
+    _say("\nEach part of the library against loops of one token or one row in float32:\n")
+    _say(_LINE.format("check", "dtype", "error", "expected", "verdict", "sec").rstrip())
+    limit = settings.seconds or math.inf
+    records = []
+    for record in examination(chosen, dtypes, lambda: limit - (time.monotonic() - began)):
+        stop_if_requested()
+        records.append(record)
+        if record.verdict != "not run":
+            _say_record(record)
+    platform = jax.default_backend()
+    sentences = advice(records, jaxlib.__version__, platform, os.environ.get("XLA_FLAGS", ""))
+    _say_end(records, sentences, time.monotonic() - began, limit)
+    _write(settings, found, records, sentences)
+    return 0 if all(record.verdict in ("right", "not run") for record in records) else 1
+
+
+def _dtypes(quick: bool) -> tuple[str, ...]:
+    """What this device offers; float16 on CPUs is emulated."""
+    import jax
+
+    if quick:
+        return ("float32",)
+    half = () if jax.default_backend() == "cpu" else ("float16",)
+    return ("float32", "bfloat16", *half, *(("float64",) if jax.config.jax_enable_x64 else ()))
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _say_facts(found: dict[str, str]) -> None:
+    width = max(map(len, found), default=0)
+    for name, value in found.items():
+        text = shortened(printable(f"{name:{width}}  {value}"), 400)
+        _say(_folded(text, "  ", " " * (width + 4)))
+
+
+def _folded(text: str, first: str, later: str) -> str:
+    return textwrap.fill(
+        text, _WIDTH, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _say_record(record: Any) -> None:
+    numbers = ("-" if math.isnan(x) else f"{x:.1e}" if x else "0" for x in (record.error, record.expected))
+    _say(_LINE.format(record.name, record.dtype, *numbers, record.verdict, f"{record.seconds:.1f}"))
+
+
+def _say_end(records: Sequence[Any], sentences: Sequence[str], seconds: float, limit: float) -> None:
+    ran = [record for record in records if record.verdict != "not run"]
+    right = sum(record.verdict == "right" for record in ran)
+    summary = f"{right} of {len(ran)} checks are right, in {seconds:.0f} s."
+    if len(ran) < len(records):
+        summary += (
+            f" {len(records) - len(ran)} more were not begun, since they would not have ended in {limit:g} s; "
+            "--seconds 0 runs all."
+        )
+    _say("")
+    for text in (summary, *sentences):
+        _say(_folded(printable(text), "", "  "))
+
+
+def _write(settings: DoctorSettings, found: dict[str, str], records: Sequence[Any], sentences: Sequence[str]) -> None:
+    """Everything as JSON, for a bug report."""
+    if settings.json is None:
+        return
+    rows = [{k: _finite(v) for k, v in dataclasses.asdict(record).items()} for record in records]
+    text = json.dumps({"facts": found, "checks": rows, "advice": list(sentences)}, indent=1, allow_nan=False)
+    try:
+        settings.json.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--json {settings.json} cannot be written: {error.strerror}.") from error
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -42,7 +42,7 @@ def add_doctor_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         type=seconds,
         default=default.seconds,
-        help=f"begin no check that would end later, and say which were left out ({default.seconds:g}; 0: no limit)",
+        help=f"end after this time and say how many checks are missing ({default.seconds:g}; 0: no limit)",
     )
     parser.add_argument("--json", metavar="FILE", type=place, help="also write everything to this file")
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -16,7 +17,7 @@ import fisher_jax as fj
 from fisher_jax.cli import doctor
 from fisher_jax.cli.diagnosis import arithmetic, estimators
 from fisher_jax.cli.diagnosis.advice import advice
-from fisher_jax.cli.diagnosis.examination import examination
+from fisher_jax.cli.diagnosis.examination import examination, in_time, planned
 from fisher_jax.cli.diagnosis.records import FAILED, RIGHT, WRONG, Check, examine
 from fisher_jax.cli.diagnosis.subject import make_subject
 from fisher_jax.cli.diagnosis.table import CHECKS
@@ -137,7 +138,7 @@ def test_reduced_products_are_named_and_explain_errors_of_their_size(bits, name)
         return Check(str(error), lambda subject: {"x": np.ones(3) * (1 + error)}, lambda subject: ones, slack=4.0)
 
     products = CHECKS[NAMES.index(arithmetic.PRODUCTS)]._replace(measure=rounded_to(bits))
-    records = list(examination((products, close(1e-7), close(2.0**-bits), close(0.9)), ["float32"], lambda: 1e9))
+    records = list(examination(planned((products, close(1e-7), close(2.0**-bits), close(0.9)), ["float32"])))
     assert [record.verdict for record in records] == [name, RIGHT, name, WRONG]
     first, *_ = advice(records, "0.99", "gpu", "")
     assert name in first
@@ -166,12 +167,17 @@ def check_of(name, found, wanted=1.0, **options):
     return Check(name, lambda subject: {"x": np.float64(found)}, lambda subject: {"x": np.float64(wanted)}, **options)
 
 
-def test_what_would_not_end_in_time_is_not_begun():
-    left = iter([10.0, 10.0, 1.0])
-    times = iter([0.0, 2.0, 2.0, 4.0])
-    checks = [check_of(name, 1.0) for name in ("first", "second", "third")]
-    records = list(examination(checks, ["float32"], lambda: next(left), lambda: next(times)))
-    assert [record.verdict for record in records] == [RIGHT, RIGHT, "not run"]
+def test_what_does_not_end_in_time_is_said():
+    hanging = threading.Event()
+    checks = [check_of("first", 1.0), check_of("hangs", 1.0)._replace(measure=lambda subject: hanging.wait())]
+    plan = planned([*checks, check_of("third", 1.0)], ["float32"])
+    ended = threading.Event()
+    left = iter([10.0] * 10_000)
+    records = in_time(plan, lambda: examination(plan), lambda: 0.0 if ended.is_set() else next(left))
+    assert next(records).verdict == RIGHT
+    ended.set()
+    assert [(record.name, record.verdict) for record in records] == [("hangs", "not run"), ("third", "not run")]
+    hanging.set()
 
 
 @pytest.mark.parametrize(("found", "code"), [(1.0, 0), (1.2, 1), (np.nan, 1)])

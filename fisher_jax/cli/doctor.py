@@ -21,7 +21,7 @@ from fisher_jax.errors import InputError
 __all__ = ["report", "run"]
 
 _WIDTH = 79
-_REST = 1.0  # seconds for what comes after the last check
+_REST = 3.0  # seconds for what comes after the last check
 _NOT_RUN = "not run"
 _LINE = "  {:34} {:9} {:>8} {:>8}  {:8} {:>4}"
 
@@ -38,7 +38,7 @@ def run(settings: DoctorSettings) -> int:
             f"JAX does not start: {shortened(' '.join(str(problem).split()), 400)}; correct JAX_PLATFORMS and the "
             "settings above, or install jax and jaxlib anew."
         )
-        _say(f"\n{sentence}")
+        _say("\n" + _folded(printable(sentence), "", "  "))
         _write(settings, found, [], [sentence])
         return 1
     from fisher_jax.cli.diagnosis.examination import THREAD

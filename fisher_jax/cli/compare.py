@@ -19,7 +19,7 @@ from fisher_jax.cli.progress import duration
 from fisher_jax.cli.run_folder import run_folder
 from fisher_jax.cli.task_choice import candidates, choose, unfinished
 from fisher_jax.cli.task_state import Task, check_model, read_task, split_place, tasks_of
-from fisher_jax.cli.terminal import Terminal
+from fisher_jax.cli.terminal import Terminal, bold
 from fisher_jax.errors import InputError
 from fisher_jax.models import load
 
@@ -166,7 +166,7 @@ def summary(console: Console, found: Compared, seconds: float) -> None:
         table.add_row(Text(found.vocabulary[row]), *means, f"{shift.shift.z[row]:+.1f}", f"{shift.shift.q[row]:.2g}")
     console.print()
     if table.rows:
-        console.print(Text(f"largest changes of importance ({kind} Fisher per token)", style="bold"))
+        console.print(bold(f"largest changes of importance ({kind} Fisher per token)"))
         console.print(table)
         console.print()
     lines = [*sections.notes(found), sections.lead(found), f"took {duration(seconds)}"]

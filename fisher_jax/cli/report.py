@@ -69,7 +69,7 @@ def _measure_and_write(settings: Settings, console: Console, clock: Clock, store
         rows = packed.stream.rows_in_batch(settings.batch_size)
         check_memory(
             attention_bytes(model.config.num_heads, rows, settings.seq_len),
-            f"attention over {rows:,} rows of {settings.seq_len:,} tokens",
+            f"attention over rows of {settings.seq_len:,} tokens, {rows:,} at a time",
             "give a smaller --batch-size or --seq-len",
         )
     fresh = Progress(

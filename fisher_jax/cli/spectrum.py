@@ -39,7 +39,7 @@ from fisher_jax.cli.spectrum_sections import SpectrumFindings
 from fisher_jax.cli.spectrum_settings import SpectrumSettings
 from fisher_jax.cli.spectrum_store import read_facts, read_finished, write_finished
 from fisher_jax.cli.temporary import temporary_beside
-from fisher_jax.cli.terminal import Terminal
+from fisher_jax.cli.terminal import Terminal, bold
 from fisher_jax.cli.unread import say_unread
 from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
@@ -224,7 +224,7 @@ def _check_memory(settings: SpectrumSettings, model: LanguageModel, basis: int, 
     rows, length = settings.batch_size, settings.length
     check_memory(
         attention_bytes(model.config.num_heads, rows, length),
-        f"attention over {rows:,} rows of {length:,} tokens",
+        f"attention over rows of {length:,} tokens, {rows:,} at a time",
         "give a smaller --batch-size or --length",
     )
 
@@ -323,7 +323,7 @@ def _summary(console: Console, found: SpectrumFindings, seconds: float, nothing:
     for row in sections.eigenvalue_rows(found):
         table.add_row(*row)
     console.print()
-    console.print(Text(sections.title(found), style="bold"))
+    console.print(bold(sections.title(found)))
     console.print(table)
     console.print()
     for name, value in sections.facts(found):

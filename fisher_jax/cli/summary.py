@@ -10,6 +10,7 @@ from fisher_jax.cli.printable import printable
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.report_parts import Part
 from fisher_jax.cli.settings import Settings
+from fisher_jax.cli.terminal import bold
 
 __all__ = ["summary", "told_again"]
 
@@ -29,7 +30,7 @@ def summary(console: Console, found: Findings, seconds: float) -> None:
             cells.append(f"{main.lower[row]:.3g} to {main.upper[row]:.3g}")
         table.add_row(*cells)
     console.print()
-    console.print(Text(f"{found.model_name} on {found.settings.task}: what matters most", style="bold"))
+    console.print(bold(f"{found.model_name} on {found.settings.task}: what matters most"))
     console.print(table)
     console.print()
     plural = "" if main.units == 1 else "es" if found.settings.unit == "batch" else "s"
@@ -50,7 +51,7 @@ def summary(console: Console, found: Findings, seconds: float) -> None:
 def told_again(console: Console, settings: Settings, part: Part) -> None:
     """For a task that was finished before."""
     console.print()
-    console.print(Text(printable(part.title), style="bold"))
+    console.print(bold(part.title))
     console.print(part.lead)
     console.print(
         f"the task {settings.task} was finished before: nothing had to be computed (--overwrite measures it again)"

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fisher_jax.cli.printable import printable
 
-__all__ = ["Terminal", "Words", "headed"]
+__all__ = ["Terminal", "Words", "bold", "headed"]
 
 
 class Terminal(Console):
@@ -35,6 +35,11 @@ class Terminal(Console):
             else:
                 lines = segment.text.split("\n")
                 yield Segment("\n".join(map(printable, lines)), segment.style)
+
+
+def bold(sentence: str) -> Text:
+    """A line in bold."""
+    return Text(printable(sentence), style="bold")
 
 
 def headed(heading: str, sentence: str) -> Text:

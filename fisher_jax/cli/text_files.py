@@ -100,6 +100,8 @@ def _opened(path: str) -> BinaryIO:
         return open(path, "rb")
     except FileNotFoundError:
         raise InputError(f"there is no text file {path}.") from None
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 

@@ -18,7 +18,7 @@ from fisher_jax.cli.printable import printable
 from fisher_jax.cli.progress import duration
 from fisher_jax.cli.row_length import row_length
 from fisher_jax.cli.run_folder import run_folder
-from fisher_jax.cli.terminal import Terminal, headed
+from fisher_jax.cli.terminal import Terminal, bold, headed
 from fisher_jax.cli.train_data import Text, read_text
 from fisher_jax.cli.train_model import Start, start_of, write_model
 from fisher_jax.cli.train_optimizers import TITLES, describe
@@ -105,7 +105,7 @@ def _start(settings: TrainSettings, console: Console, clock: Clock) -> Start:
 def _check_attention(settings: TrainSettings, config: DecoderConfig, rows: int) -> None:
     check_memory(
         attention_bytes(config.num_heads, rows, settings.seq_len),
-        f"attention over {rows:,} rows of {settings.seq_len:,} tokens",
+        f"attention over rows of {settings.seq_len:,} tokens, {rows:,} at a time",
         "give a smaller --batch-size or --seq-len",
     )
 
@@ -212,7 +212,7 @@ def _summary(console: Console, found: TrainFindings, seconds: float, nothing: bo
     for row in sections.rows(found):
         table.add_row(*row)
     console.print()
-    console.print(Styled(sections.title(found), style="bold"))
+    console.print(bold(sections.title(found)))
     console.print(table)
     console.print()
     for line in sections.comparisons(found):

@@ -188,6 +188,7 @@ def test_a_report_of_odd_names_from_end_to_end(tmp_path, tiny_model, capsys):
     captured = capsys.readouterr()
     assert harmless(captured.out + captured.err)
     assert "[/x]\\x1b[31m\\n=1" in captured.out
+    assert "\n=1" not in captured.out
     for name in ("report.md", "report.html", "importance.csv"):
         assert harmless((out / name).read_text("utf-8"))
     with (out / "importance.csv").open(newline="", encoding="utf-8") as stream:

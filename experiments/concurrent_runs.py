@@ -1,6 +1,6 @@
 """Pairs of runs that start on one folder at the same moment, with locks that work and with locks that do not.
 
-    python experiments/concurrent_runs.py [--pairs 20] [--seed 0]
+    python experiments/concurrent_runs.py [--pairs 20] [--stores] [--seed 0]
 
 The folder of a report holds two finished tasks. Half of the pairs measure the same third task, half two
 different ones. ``working``: locks as they are. ``lease``: `flock` fails, as where a file system has none.
@@ -12,6 +12,7 @@ results/concurrent_runs.json.
 
 import argparse
 import errno
+import functools
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -29,7 +31,7 @@ from kills import RESULTS, forked_digest, load_before_forking, prepare
 WAYS = ("working", "lease", "failing")
 
 
-def started(arguments: list[str], way: str, wait: float) -> tuple[int, int]:
+def started(run: Any, way: str, wait: float) -> tuple[int, int]:
     """(process, pipe from which it says its exit code and its errors)."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -40,8 +42,6 @@ def started(arguments: list[str], way: str, wait: float) -> tuple[int, int]:
     import fcntl
     import io
 
-    from fisher_jax.cli.main import main
-
     def no_flock(file: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -51,15 +51,56 @@ def started(arguments: list[str], way: str, wait: float) -> tuple[int, int]:
     try:
         time.sleep(wait)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
-            code = main(arguments)
+            code = run()
     finally:
         os.write(writer, json.dumps([code, errors.getvalue()[-1000:]]).encode())
         os._exit(0)
 
 
-def pair(runs: list[list[str]], way: str, dice: random.Random) -> list[tuple[int, str]]:
+def saving(task: str, out: Path, seed: int) -> int:
+    """A run without its model: it holds the folder, reads the state and saves its task three times."""
+    import copy
+
+    from fisher_jax.cli.run_folder import run_folder
+    from fisher_jax.cli.run_state import StateStore
+    from fisher_jax.errors import InputError
+
+    dice = random.Random(seed)
+    try:
+        with run_folder(out, interrupted=lambda: "interrupted"):
+            store = StateStore(out)
+            arrays, progress = store.restore()["first"], copy.deepcopy(store.tasks["first"])
+            progress.num_batches, progress.seconds = 3, float(seed)
+            for progress.batches_done in (1, 2, 3):
+                time.sleep(dice.uniform(0, 0.2))
+                store.save(task, arrays, progress)
+    except InputError as error:
+        sys.stderr.write(f"fisher-jax: {error}\n")
+        return 2
+    return 0
+
+
+def keep_two(out: Path) -> None:
+    """Two finished tasks of chosen numbers, made in a process of its own."""
+    if (pid := os.fork()) == 0:
+        import numpy as np
+        from kept import keep
+        from tiny import write_model
+
+        from fisher_jax.models import load
+
+        model = load(write_model(out.parent / "model"))
+        out.mkdir()
+        for task in ("first", "second"):
+            values = np.random.default_rng(len(task)).uniform(0, 1, (6, model.config.vocab_size))
+            keep(out, task, model, {"empirical": values, "true": values})
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def pair(runs: list[Any], way: str, dice: random.Random) -> list[tuple[int, str]]:
     """(exit code, errors) of each."""
-    begun = [started(arguments, way, dice.uniform(0, 0.3)) for arguments in runs]
+    begun = [started(run, way, dice.uniform(0, 0.3)) for run in runs]
     told = []
     for pid, reader in begun:
         with os.fdopen(reader) as stream:
@@ -91,21 +132,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=20, help="of each way")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stores", action="store_true", help="a run's reading and saving alone, without a model")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*fork.*")
     load_before_forking()
+    from fisher_jax.cli.main import main as command
+
     dice, results = random.Random(options.seed), {}
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        base = prepare(root)["report"]
+        if options.stores:
+            keep_two(root / "report")
 
-        def arguments(task: str, out: Path) -> list[str]:
-            return [*base, "--task", task, "--out", str(out)]
+            def run(task: str, out: Path) -> Any:
+                return functools.partial(saving, task, out, dice.randrange(10**6))
+        else:
+            base = prepare(root)["report"]
+
+            def run(task: str, out: Path) -> Any:
+                return functools.partial(command, [*base, "--task", task, "--out", str(out)])
 
         reference = Path(shutil.copytree(root / "report", root / "reference"))
         for task in ("third", "fourth"):
-            [(code, errors)] = pair([arguments(task, reference)], "working", dice)
+            [(code, errors)] = pair([run(task, reference)], "working", dice)
             assert code == 0, errors
         want = json.loads(forked_digest(reference / "state")[2])
         for way in options.ways:
@@ -113,7 +163,7 @@ def main() -> None:
             for i in range(options.pairs):
                 tasks = ["third", "third" if i % 2 else "fourth"]
                 out = Path(shutil.copytree(root / "report", root / f"{way}-{i}"))
-                told = pair([arguments(task, out) for task in tasks], way, dice)
+                told = pair([run(task, out) for task in tasks], way, dice)
                 counts["pairs"] += 1
                 counts["both_finished"] += sorted(code for code, _ in told) == [0, 0]
                 counts["one_refused"] += sorted(code for code, _ in told) == [0, 2]
@@ -121,7 +171,8 @@ def main() -> None:
                 shutil.rmtree(out)
             results[way] = counts
             print(way, counts, flush=True)
-            (RESULTS.parent / "concurrent_runs.json").write_text(json.dumps(results, indent=1) + "\n")
+            kind = "stores" if options.stores else "runs"
+            (RESULTS.parent / f"concurrent_{kind}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    # A shell lets its background jobs ignore SIGINT, and what they start as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     dice, told = random.Random(options.seed), {}
     with tempfile.TemporaryDirectory() as folder:
         given = commands(Path(folder))

@@ -14,6 +14,10 @@ __all__ = ["check_writable", "disk_error", "write_atomically"]
 
 def check_writable(folder: Path, *, bytes_needed: int = 0) -> None:
     """Raises InputError unless files can be written in `folder` and enough space is free; leaves nothing behind."""
+    if "[" in str(folder.absolute()):  # orbax takes it for a pattern, saves nothing, and says nothing
+        raise InputError(
+            f"{folder.absolute()} has a [ in its path, where states cannot be kept; choose another --out."
+        )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; name a folder with --out.")
     created = []

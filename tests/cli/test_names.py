@@ -19,10 +19,12 @@ from fisher_jax.cli import html, markdown
 from fisher_jax.cli.blocks import Heading, Paragraph, Picture
 from fisher_jax.cli.blocks import Table as PageTable
 from fisher_jax.cli.csv_text import csv_text
+from fisher_jax.cli.folder import check_writable
 from fisher_jax.cli.main import main
 from fisher_jax.cli.printable import printable, quoted, readable, shortened
 from fisher_jax.cli.progress import StreamProgress
 from fisher_jax.cli.terminal import Terminal, headed
+from fisher_jax.errors import InputError
 from fisher_jax.models import load
 
 NAMES = [
@@ -175,6 +177,11 @@ def test_long_names_keep_their_ends():
     assert readable(" Paris\n") == "␣Paris\\n"
 
 
+def test_a_folder_in_which_no_state_would_be_kept_is_refused(tmp_path):
+    with pytest.raises(InputError, match="--out"):
+        check_writable(tmp_path / "[final]")
+
+
 def test_a_report_of_odd_names_from_end_to_end(tmp_path, tiny_model, capsys):
     model = tmp_path / "[/x]\x1b[31m\n=1"
     shutil.copytree(tiny_model, model)
@@ -182,7 +189,7 @@ def test_a_report_of_odd_names_from_end_to_end(tmp_path, tiny_model, capsys):
     for number, path in enumerate(texts):
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_text(f"{prose(number)} [/x] =1+1 \x1b[31m | <script> `x` @a -1 +2 \t\r\n")
-    out = tmp_path / "[final]=\x1b[2J\nout"
+    out = tmp_path / "=\x1b2J\nout"
     sizes = ["--seq-len", "32", "--batch-size", "4"]
     assert main(["report", "--model", str(model), "--text", *texts, "--out", str(out), *sizes]) == 0
     captured = capsys.readouterr()

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from fisher_jax.cli.choice_error import TaskChoiceError
+from fisher_jax.cli.compiler import avoid_faulty_fusions
 from fisher_jax.cli.printable import printable, shortened
 from fisher_jax.cli.stopping import EXIT_CODE, InterruptedRunError, StopSignals, stop_signals
 from fisher_jax.errors import InputError, RejectedBatchError
@@ -34,6 +35,7 @@ def _run(arguments: Sequence[str] | None, signals: StopSignals) -> int:
     try:
         from fisher_jax.cli.commands import run_command
 
+        avoid_faulty_fusions(os.environ, next(iter(sys.argv[1:] if arguments is None else arguments), None))
         code = run_command(arguments, signals.started)
         if signals.requested:  # and swallowed somewhere
             raise KeyboardInterrupt

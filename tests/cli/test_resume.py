@@ -21,7 +21,8 @@ def _start(arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        # A person's own setting stays, so that this process compiles the same program as the tests' own.
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-eltwise"},
     )
 
 

@@ -5,6 +5,7 @@ none asks for a version. `tests/core/test_jax_internals.py` has one small progra
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,15 +13,43 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jaxpr_core
+from jax.extend.core import primitives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 __all__ = [
-    "Body", "Contraction", "Convolution", "Lookup", "Loop", "Remat", "abstract", "bind", "broadcast_axes",
-    "called", "contraction", "convolution", "has_constants", "inside", "is_literal", "is_traced", "lookup",
-    "loop", "named_axes", "opened", "permutation", "rematerialised", "run", "slice_bounds", "stacked",
-    "unstacked", "unstacked_axis", "user_line", "zeros",
+    "PLACES",
+    "Body",
+    "Contraction",
+    "Convolution",
+    "Lookup",
+    "Loop",
+    "Remat",
+    "abstract",
+    "bind",
+    "broadcast_axes",
+    "called",
+    "contraction",
+    "convolution",
+    "equation",
+    "has_constants",
+    "inside",
+    "is_literal",
+    "is_traced",
+    "lookup",
+    "loop",
+    "named_axes",
+    "opened",
+    "permutation",
+    "rematerialised",
+    "run",
+    "slice_bounds",
+    "stacked",
+    "unstacked",
+    "unstacked_axis",
+    "user_line",
+    "zeros",
 ]  # fmt: skip
 
 _JAX = os.path.dirname(jax.__file__) + os.sep
@@ -151,6 +180,18 @@ def bind(eqn: Any, values: list) -> list:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
+# Which place on a mesh a result should have.
+PLACES = ("sharding", "out_sharding")
+
+
+def equation(name: str, params: Mapping[str, Any], operand: jax.ShapeDtypeStruct) -> Any:
+    """The equation of a layout operation, from its name and its parameters but those of `PLACES`."""
+    primitive = getattr(primitives, f"{name}_p", None) or getattr(jax.lax, f"{name}_p")
+    placed = {"sharding": None} if name in ("reshape", "broadcast_in_dim", "convert_element_type") else {}
+    (eqn,) = jax.make_jaxpr(functools.partial(primitive.bind, **params, **placed))(operand).eqns
+    return eqn
+
+
 def permutation(eqn: Any) -> tuple[int, ...]:
     """Of a ``transpose``: for each axis of the result the axis that it was."""
     return tuple(eqn.params["permutation"])
@@ -241,10 +282,11 @@ def convolution(options: Mapping[str, Any]) -> Convolution:
     """Axes, groups and window of a ``conv_general_dilated``."""
     numbers = options["dimension_numbers"]
     specs = (tuple(numbers.lhs_spec), tuple(numbers.rhs_spec), tuple(numbers.out_spec))
+    # Uses that were saved keep no window.
     names = (
         "feature_group_count", "batch_group_count", "window_strides", "padding", "lhs_dilation", "rhs_dilation",
     )  # fmt: skip
-    return Convolution(numbers, *specs, *(options[name] for name in names))
+    return Convolution(numbers, *specs, *(options.get(name) for name in names))
 
 
 def user_line(eqn: Any) -> str:

@@ -3,15 +3,14 @@
 A restored use arranges gradients as the saved one did. It cannot run the model: the operation itself is not kept.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import primitives
 
 from fisher_jax.checkpoint.facts import DamagedError, check
+from fisher_jax.jax_internals import PLACES, equation
 from fisher_jax.provenance import Segment, Step, Use
 
 __all__ = ["fields", "rebuilt"]
@@ -26,12 +25,12 @@ _MOVES = (
     "convert_element_type",
     "slice",
     "split",
+    "unstack",
     "rev",
     "reduce_precision",
 )
 # What these do to numbers is nothing.
 _PLACES = ("copy", "copy_p", "sharding_constraint", "layout_constraint", "reshard", "mesh_cast", "pvary", "pcast")
-_ON_MESHES = ("sharding", "out_sharding")
 
 
 def fields(use: Use) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def _step(step: Step) -> dict[str, Any]:
     name = step.eqn.primitive.name
     if name not in _MOVES:
         raise TypeError(f"the layout operation {name} of a parameter cannot be saved")
-    params = {key: _data(x) for key, x in step.eqn.params.items() if key not in _ON_MESHES}
+    params = {key: _data(x) for key, x in step.eqn.params.items() if key not in PLACES}
     return {"operation": name, "params": params, "source": _shape(step.eqn.invars[0].aval), "output": step.output}
 
 
@@ -107,19 +106,12 @@ def _segment(found: dict[str, Any]) -> Segment:
 
 
 def _restored_step(found: dict[str, Any]) -> Step:
-    primitive = _operations()[found["operation"]]
+    check(found["operation"] in _MOVES, "an operation is not known")
     params = {key: _value(x) for key, x in found["params"].items()}
-    if found["operation"] in ("reshape", "broadcast_in_dim", "convert_element_type"):
-        params["sharding"] = None
-    (eqn,) = jax.make_jaxpr(functools.partial(primitive.bind, **params))(_struct(found["source"])).eqns
+    eqn = equation(found["operation"], params, _struct(found["source"]))
     output = found["output"]
     check(type(output) is int and 0 <= output < len(eqn.outvars), "an operation has no such output")
     return Step(eqn, output)
-
-
-@functools.cache
-def _operations() -> dict[str, Any]:
-    return {name: getattr(primitives, f"{name}_p", None) or getattr(jax.lax, f"{name}_p") for name in _MOVES}
 
 
 def _struct(found: dict[str, Any]) -> jax.ShapeDtypeStruct:

@@ -148,6 +148,19 @@ def test_jax_answers(row):
     assert len(ask.bind(last, [jnp.ones(x.aval.shape, x.aval.dtype) for x in last.invars])) == len(last.outvars)
 
 
+MOVES = {"transpose", "reshape", "broadcast_in_dim", "squeeze", "convert_element_type", "slice", "split", "unstack",
+         "rev", "reduce_precision"}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if isinstance(r[4], str) and r[4] in MOVES], ids=lambda r: r[4])
+def test_a_layout_operation_is_made_anew_from_its_name_and_parameters(row):
+    (last,) = ask.opened(jax.make_jaxpr(row[1])(W))[0].equations[-1:]
+    params = {key: x for key, x in last.params.items() if key not in ask.PLACES}
+    made = ask.equation(name(last), params, jax.ShapeDtypeStruct(last.invars[0].aval.shape, jnp.float32))
+    for got, wanted in zip(ask.bind(made, [jnp.asarray(W)]), ask.bind(last, [jnp.asarray(W)]), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
 PROGRAMS = {
     "with constants": lambda w: w + jnp.asarray(W) * jnp.asarray(W).sum(),
     "with a loop": lambda w: jax.lax.scan(lambda c, row: (c + row * jnp.asarray(W)[0], c), w[0], w),

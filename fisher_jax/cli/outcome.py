@@ -1,0 +1,62 @@
+"""A command from its arguments to its exit code: what went wrong is told in one sentence."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from fisher_jax.cli.choice_error import TaskChoiceError
+from fisher_jax.cli.compiler import avoid_faulty_fusions
+from fisher_jax.cli.printable import printable, shortened
+from fisher_jax.cli.stopping import EXIT_CODE, InterruptedRunError, StopSignals
+from fisher_jax.errors import InputError, RejectedBatchError
+
+__all__ = ["run"]
+
+_LONGEST = 800  # characters of a sentence; a name may be of any length
+
+
+def _told(error: BaseException, sentence: str, arguments: Sequence[str] | None) -> str:
+    """The sentence; where it asks for a choice, with the command for each."""
+    if isinstance(error, TaskChoiceError):
+        return error.told(sys.argv[1:] if arguments is None else arguments)
+    return shortened(sentence, _LONGEST)
+
+
+def run(arguments: Sequence[str] | None, signals: StopSignals) -> int:
+    """0 when done, 2 for input that cannot be used, 130 when interrupted."""
+    try:
+        from fisher_jax.cli.commands import run_command
+
+        avoid_faulty_fusions(os.environ, next(iter(sys.argv[1:] if arguments is None else arguments), None))
+        code = run_command(arguments, signals.started)
+        if signals.requested:  # and swallowed somewhere
+            raise KeyboardInterrupt
+        return code
+    except InterruptedRunError as stopped:
+        print(printable(str(stopped)))
+        return EXIT_CODE
+    except BaseException as error:
+        # What a signal raised may come out of an import or a callback as another error.
+        if signals.requested or isinstance(error, KeyboardInterrupt):
+            print("fisher-jax: interrupted before anything was measured; nothing was written", file=sys.stderr)
+            return EXIT_CODE
+        if isinstance(error, BrokenPipeError):  # the reader of our lines went away, as in `fisher-jax report | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        if (sentence := _sentence(error)) is None:
+            raise
+        print(f"fisher-jax: {printable(_told(error, sentence, arguments))}", file=sys.stderr)
+        return 2
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What a person can do about the error; None where it is a fault of this program."""
+    if isinstance(error, InputError | RejectedBatchError):
+        return str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            "there is not enough memory for this run; give a smaller --batch-size or --seq-len, or a smaller model."
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)} cannot be used: {error.strerror or error}."
+    return None

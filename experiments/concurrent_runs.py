@@ -169,10 +169,10 @@ def main() -> None:
                 counts["one_refused"] += sorted(code for code, _ in told) == [0, 2]
                 counts["wrong"] += [f"pair {i}, {tasks}: {each}" for each in judged(out, tasks, told, want)]
                 shutil.rmtree(out)
-            results[way] = counts
+                results[way] = counts
+                kind = "stores" if options.stores else "runs"
+                (RESULTS.parent / f"concurrent_{kind}.json").write_text(json.dumps(results, indent=1) + "\n")
             print(way, counts, flush=True)
-            kind = "stores" if options.stores else "runs"
-            (RESULTS.parent / f"concurrent_{kind}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def paragraphs(text: Iterator[str], longest: int | None) -> Iterator[str]:
             continue
         if after_blank and not kept:
             line = line.lstrip()
-        if line and (longest is None or size < longest):
+        if line and (longest is None or size <= longest):
             kept.append(line)
             size += len(line) + 1
     if kept:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from fisher_jax.cli.compiler import without_faulty_fusions
 from fisher_jax.cli.diagnosis import facts
 from fisher_jax.cli.doctor_settings import DoctorSettings
 from fisher_jax.cli.printable import printable, shortened
@@ -30,6 +31,9 @@ def run(settings: DoctorSettings) -> int:
     """Prints the facts, a line for every check, and what to do; 0 where all is right, 1 where something is wrong."""
     began = time.monotonic()
     found = {**facts.packages(), **facts.environment(os.environ), **facts.host()}
+    remedy = without_faulty_fusions(os.environ, found["jaxlib"])
+    if remedy:
+        found["XLA_FLAGS of the other commands"] = f"{remedy['XLA_FLAGS']} (doctor does without, as your programs do)"
     _say_facts(found)
     try:
         about_jax = {**facts.jax_settings(), **facts.devices()}
@@ -102,7 +106,7 @@ def _say(text: str) -> None:
 
 
 def _say_facts(found: dict[str, str]) -> None:
-    width = max(map(len, found), default=0)
+    width = min(max(map(len, found), default=0), 24)
     for name, value in found.items():
         text = shortened(printable(f"{name:{width}}  {value}"), 400)
         _say(_folded(text, "  ", " " * (width + 4)))

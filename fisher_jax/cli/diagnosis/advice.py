@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 
+from fisher_jax.cli.compiler import without_faulty_fusions
 from fisher_jax.cli.diagnosis.arithmetic import REDUCED
 from fisher_jax.cli.diagnosis.records import FAILED, WRONG, Record
 
 __all__ = ["advice"]
-
-# Compilers that are known to be wrong, and the XLA flag with which they are right.
-KNOWN_FAULTS = {("0.10.2", "cpu"): "--xla_cpu_experimental_ynn_fusion_type="}
 
 
 def advice(records: Sequence[Record], jaxlib: str, platform: str, xla_flags: str) -> list[str]:
@@ -28,11 +26,11 @@ def advice(records: Sequence[Record], jaxlib: str, platform: str, xla_flags: str
             'jax.config.update("jax_default_matmul_precision", "highest"), where you want float32.'
         )
     wrong = [record.name for record in records if record.verdict == WRONG]
-    flag = KNOWN_FAULTS.get((jaxlib, platform))
-    if wrong and flag and not _is_set(flag, xla_flags):
+    remedy = without_faulty_fusions({"XLA_FLAGS": xla_flags}, jaxlib) if platform == "cpu" else {}
+    if wrong and remedy:
         found.append(
-            f"jaxlib {jaxlib} on {platform} compiles some programs wrongly, as is known: update jax and jaxlib to "
-            f"0.11.2 or later (Python 3.12 or later), or start Python with {flag} added to XLA_FLAGS."
+            f"jaxlib {jaxlib} is known to compile some programs wrongly on a CPU: start Python with "
+            f'XLA_FLAGS="{remedy["XLA_FLAGS"]}", as the other commands of fisher-jax do for themselves.'
         )
     elif wrong:
         found.append(
@@ -44,7 +42,3 @@ def advice(records: Sequence[Record], jaxlib: str, platform: str, xla_flags: str
         if record.verdict == FAILED:
             found.append(f"{record.name} ({record.dtype}) ended with {record.worst}")
     return found
-
-
-def _is_set(flag: str, xla_flags: str) -> bool:
-    return flag in xla_flags.split()

@@ -118,7 +118,7 @@ def _squares(leaves: Leaves) -> Leaves:
     return {path: x**2 for path, x in leaves.items()}
 
 
-def _check(estimator: str, unit: str, measure: Callable, reference: Callable, **options: bool) -> Check:
+def _check(estimator: str, unit: str, measure: Callable, reference: Callable, **options: Any) -> Check:
     name = f"group_fisher {estimator}, by {unit}"
     return Check(name, functools.partial(measure, unit), functools.partial(reference, unit), **options)
 
@@ -126,7 +126,8 @@ def _check(estimator: str, unit: str, measure: Callable, reference: Callable, **
 _signs, _sequence = (functools.partial(one_pass, estimator) for estimator in ("signs", "sequence"))
 
 CHECKS = (
-    _check("exact", "token", exact, exact_reference, quick=True),
+    # Its variance is a difference of sums of squares.
+    _check("exact", "token", exact, exact_reference, quick=True, slack=8.0),
     _check("exact", "sequence", exact, exact_reference, once=True),
     _check("signs", "batch", _signs, signs_reference, quick=True),
     _check("signs", "sequence", _signs, signs_reference, once=True),

@@ -282,11 +282,10 @@ def convolution(options: Mapping[str, Any]) -> Convolution:
     """Axes, groups and window of a ``conv_general_dilated``."""
     numbers = options["dimension_numbers"]
     specs = (tuple(numbers.lhs_spec), tuple(numbers.rhs_spec), tuple(numbers.out_spec))
+    groups = options["feature_group_count"], options["batch_group_count"]
     # Uses that were saved keep no window.
-    names = (
-        "feature_group_count", "batch_group_count", "window_strides", "padding", "lhs_dilation", "rhs_dilation",
-    )  # fmt: skip
-    return Convolution(numbers, *specs, *(options.get(name) for name in names))
+    window: list[Any] = [options.get(x) for x in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")]
+    return Convolution(numbers, *specs, *groups, *window)
 
 
 def user_line(eqn: Any) -> str:

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from fisher_jax.cli.temporary import temporary_beside
@@ -27,10 +26,14 @@ def check_writable(folder: Path, *, bytes_needed: int = 0) -> None:
         missing = missing.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as probe:
-            probe.write(b"\0" * 65536)
-            probe.flush()
-            os.fsync(probe.fileno())
+        probe = temporary_beside(folder / "probe")
+        try:
+            with open(probe, "xb") as stream:
+                stream.write(b"\0" * 65536)
+                stream.flush()
+                os.fsync(stream.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise disk_error(error, folder) from None

@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["FORMAT", "DamagedError", "check", "common", "from_json", "read", "sha256", "to_json", "write"]
 
 FORMAT = 2
-SIZE, DEPTH = 8 * 2**20, 100  # bytes of the file, and levels of lists and dicts in it
+SIZE, DEPTH = 8 * 2**20, 300  # bytes of the file, and levels of lists and dicts in it
 _NAME, _DIGEST = "facts.json", "facts.sha256"
 _ITEMS = "__items__"  # a dict whose keys are not all strings: [[key, value], ...]
 _KEYS = {"format", "versions", "date", "command", "processes", "metadata", "states", "tree", "files"}

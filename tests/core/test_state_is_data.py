@@ -250,3 +250,14 @@ def test_kfac_factors_restore_and_precondition(tmp_path):
         assert jax.tree.structure(found) == jax.tree.structure(factors)
         ones = jax.tree.map(jnp.ones_like, params)
         assert bits(fj.precondition(found, ones)) == bits(fj.precondition(factors, ones))
+
+
+def test_deep_trees_are_saved_and_deeper_ones_are_refused_at_once(tmp_path):
+    def nested(depth):
+        return {"a": nested(depth - 1)} if depth else {"a": 1.5}
+
+    fj.checkpoint.save(tmp_path / "state", nested(80))
+    assert fj.checkpoint.restore(tmp_path / "state", like=nested(80)) == nested(80)
+    with pytest.raises(ValueError, match="levels deep"):
+        fj.checkpoint.save(tmp_path / "deeper", nested(150))
+    assert fj.checkpoint.revision(tmp_path / "deeper") == 0

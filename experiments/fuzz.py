@@ -201,7 +201,7 @@ def table(results: dict[str, dict], seed: int) -> str:
         "",
         f"`experiments/fuzz.py`, seed {seed}: {total:,} cases, {survivors} survivors ({versions}). Refused: in one "
         "sentence. Same: accepted with the very results of the file before its mutation. Another: a mutation that is "
-        " not malformed, such as a deleted setting or a flipped bit in a float, made another valid file.",
+        "not malformed, such as a deleted setting or a flipped bit in a float, made another valid file.",
         "",
         "| input | cases | refused | same | another | survivors | longest case, s | peak of the process, MiB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -17,7 +17,7 @@ import fisher_jax as fj
 from fisher_jax import models
 from fisher_jax.models.config import DecoderConfig
 
-__all__ = ["Case", "case", "close", "label_scores", "scores"]
+__all__ = ["Case", "case", "close", "label_scores", "only", "scores"]
 
 COUNTED = 24
 
@@ -40,7 +40,7 @@ class Case(NamedTuple):
 def case(rows=32, length=32, vocabulary=64, layers=1):
     config = DecoderConfig(
         vocab_size=vocabulary, width=16, num_layers=layers, num_heads=2, num_kv_heads=1, head_size=8, mlp_size=32,
-        max_positions=length,
+        max_positions=length, tied=False,
     )  # fmt: skip
     params = jax.tree.map(lambda x: 3 * x, models.init_params(config, jax.random.key(0)))
     rng = np.random.default_rng(0)
@@ -59,12 +59,19 @@ def scores(rows=32, length=32, vocabulary=64, layers=1):
     return _loop(apply, params, batch.inputs, [(t, batch.targets) for t in counted])
 
 
+def only(of: Case, kept: np.ndarray):
+    """The same batch in which only the tokens of these indices into ``counted`` have a weight, of 1."""
+    weights = np.zeros(of.batch.targets.size, np.float32)
+    weights[of.counted[kept]] = 1
+    return fj.Batch(of.batch.inputs, of.batch.targets, jnp.asarray(weights.reshape(of.batch.targets.shape)))
+
+
 def label_scores(of: Case, token: int):
-    """Scores of one token for every label, ``[labels, ...]``."""
-    labels = jax.eval_shape(of.apply, of.params, of.batch.inputs).shape[-1]
-    return _loop(
-        of.apply, of.params, of.batch.inputs, [(token, jnp.full_like(of.batch.targets, y)) for y in range(labels)]
-    )
+    """Scores of one token for every label, ``[labels, ...]``, and the model's probabilities of them."""
+    logits = np.asarray(of.apply(of.params, of.batch.inputs), np.float64)
+    logits = logits.reshape(-1, logits.shape[-1])[token]
+    every = [(token, jnp.full_like(of.batch.targets, y)) for y in range(len(logits))]
+    return _loop(of.apply, of.params, of.batch.inputs, every), np.exp(logits) / np.exp(logits).sum()
 
 
 def _loop(apply: Callable, params: Any, inputs: Any, questions: list):

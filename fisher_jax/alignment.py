@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from fisher_jax import welford
+from fisher_jax.dtypes import wide
 from fisher_jax.jax_internals import is_traced
 from fisher_jax.moments import Moments
 from fisher_jax.moving_average import MovingAverage
@@ -19,11 +20,6 @@ __all__ = [
 ]  # fmt: skip
 
 Tree = Any
-
-
-def wide(x: Any) -> Array:
-    """At least float32."""
-    return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
 def values_of(x: Any) -> Tree:

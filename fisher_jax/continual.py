@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from fisher_jax.alignment import check_alike, check_not_negative, per_parameter, values_of, wide
+from fisher_jax.alignment import check_alike, check_not_negative, per_parameter, values_of
+from fisher_jax.dtypes import wide
 from fisher_jax.jax_internals import is_traced
 from fisher_jax.pruning import prune_mask
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from fisher_jax.dtypes import wide
+
 __all__ = ["Likelihood", "bernoulli", "categorical", "gaussian"]
 
 
@@ -31,24 +33,20 @@ class Likelihood(NamedTuple):
     in_range: Callable[..., Array]
 
 
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _categorical_log_prob(outputs: Float[Array, "*lead K"], targets: Shaped[Array, "*lead"]) -> Float[Array, "*lead"]:
-    log_p = jax.nn.log_softmax(_wide(outputs))
+    log_p = jax.nn.log_softmax(wide(outputs))
     return jnp.take_along_axis(log_p, targets[..., None].astype(jnp.int32), -1, mode="clip")[..., 0]
 
 
 def _categorical_product(outputs: Array, tangent: Array) -> Array:
-    p = jax.nn.softmax(_wide(outputs))
+    p = jax.nn.softmax(wide(outputs))
     return p * tangent - p * jnp.sum(p * tangent, -1, keepdims=True)
 
 
 def _categorical_factor(outputs: Array, k: Array) -> Array:
-    p = jax.nn.softmax(_wide(outputs))
-    onehot = jnp.arange(p.shape[-1]) == k
-    return jnp.sqrt(p[..., k])[..., None] * (onehot - p)
+    p = jax.nn.softmax(wide(outputs))
+    onehot = (jnp.arange(p.shape[-1]) == k).astype(p.dtype)
+    return jnp.sqrt(p[..., k])[..., None] * (jnp.expand_dims(onehot, tuple(range(p.ndim - 1))) - p)
 
 
 def _integer_in_range(outputs: Array, targets: Array) -> Array:
@@ -58,7 +56,7 @@ def _integer_in_range(outputs: Array, targets: Array) -> Array:
 categorical = Likelihood(
     "categorical",
     _categorical_log_prob,
-    lambda key, outputs, temperature=1.0: jax.random.categorical(key, _wide(outputs) / temperature),
+    lambda key, outputs, temperature=1.0: jax.random.categorical(key, wide(outputs) / temperature),
     _categorical_product,
     _categorical_factor,
     _integer_in_range,
@@ -67,12 +65,12 @@ categorical = Likelihood(
 
 
 def _bernoulli_log_prob(outputs: Array, targets: Array) -> Array:
-    z, y = _wide(outputs), targets.astype(_wide(outputs).dtype)
+    z, y = wide(outputs), targets.astype(wide(outputs).dtype)
     return jnp.sum(y * jax.nn.log_sigmoid(z) + (1 - y) * jax.nn.log_sigmoid(-z), -1)
 
 
 def _bernoulli_variance(outputs: Array) -> Array:
-    z = _wide(outputs)
+    z = wide(outputs)
     return jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)
 
 
@@ -80,8 +78,8 @@ bernoulli = Likelihood(
     "bernoulli",
     _bernoulli_log_prob,
     lambda key, outputs, temperature=1.0: jax.random.bernoulli(
-        key, jax.nn.sigmoid(_wide(outputs) / temperature)
-    ).astype(_wide(outputs).dtype),
+        key, jax.nn.sigmoid(wide(outputs) / temperature)
+    ).astype(wide(outputs).dtype),
     lambda outputs, tangent: _bernoulli_variance(outputs) * tangent,
     lambda outputs, k: jnp.sqrt(_bernoulli_variance(outputs)) * (jnp.arange(outputs.shape[-1]) == k),
     lambda outputs, targets: jnp.all((targets >= 0) & (targets <= 1), -1),
@@ -90,12 +88,12 @@ bernoulli = Likelihood(
 
 
 def _gaussian_log_prob(outputs: Array, targets: Array) -> Array:
-    z = _wide(outputs)
+    z = wide(outputs)
     return -0.5 * jnp.sum((targets - z) ** 2 + jnp.log(2 * jnp.pi).astype(z.dtype), -1)
 
 
 def _gaussian_sample(key: Array, outputs: Array, temperature: float = 1.0) -> Array:
-    z = _wide(outputs)
+    z = wide(outputs)
     return z + jnp.sqrt(temperature).astype(z.dtype) * jax.random.normal(key, z.shape, z.dtype)
 
 
@@ -103,9 +101,9 @@ gaussian = Likelihood(
     "gaussian",
     _gaussian_log_prob,
     _gaussian_sample,
-    lambda outputs, tangent: _wide(tangent),
+    lambda outputs, tangent: wide(tangent),
     lambda outputs, k: jnp.broadcast_to(jnp.arange(outputs.shape[-1]) == k, outputs.shape).astype(
-        _wide(outputs).dtype
+        wide(outputs).dtype
     ),
     lambda outputs, targets: jnp.all(jnp.isfinite(targets), -1),
 )

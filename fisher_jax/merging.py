@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax import welford
-from fisher_jax.alignment import beside, check_alike, check_not_negative, named_leaves, values_of, wide
+from fisher_jax.alignment import beside, check_alike, check_not_negative, named_leaves, values_of
+from fisher_jax.dtypes import wide
 from fisher_jax.jax_internals import is_traced
 
 __all__ = ["merge_params", "merge_task_vectors", "shrunk_mean"]

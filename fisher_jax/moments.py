@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax import compensated, rejection
+from fisher_jax.dtypes import wide
 
 __all__ = [
     "UNITS",
@@ -152,7 +153,7 @@ def close(moments: Moments, observation: Fragment, when=True) -> Moments:
     )
     return dataclasses.replace(
         moments, mean=mean, m2=m2, square_mean=square_mean, square_m2=square_m2, weight=moments.weight + weight,
-        weight_sq=moments.weight_sq + weight**2, count=moments.count + (weight > 0),
+        weight_sq=moments.weight_sq + weight**2, count=moments.count + (weight > 0).astype(moments.count.dtype),
     )  # fmt: skip
 
 
@@ -256,7 +257,7 @@ def observe(
         (3.0, 7.0)
     """
     check_unit(unit)
-    values = jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32)), values)
+    values = jax.tree.map(wide, values)
     sizes = {x.shape[:1] for x in jax.tree.leaves(values)}
     if len(sizes) != 1 or () in sizes:
         raise ValueError(f"values have one common leading axis of observations, found {sorted(sizes)}")

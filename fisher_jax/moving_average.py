@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax import welford
+from fisher_jax.dtypes import wide_dtype
 from fisher_jax.estimator import FisherEstimator
 from fisher_jax.moments import Moments, select
 
@@ -55,7 +56,7 @@ def init(like: Tree, decay: float) -> MovingAverage:
     if not 0 <= decay < 1:
         raise ValueError(f"decay is the share of the past that stays, in [0, 1), found {decay}")
     tree = like.mean if isinstance(like, Moments) else like
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)), tree)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, wide_dtype(x.dtype)), tree)
     zero = jnp.zeros((), jax.tree.leaves(zeros)[0].dtype)
     # One array for both counters could not be donated: a buffer is given away once.
     return MovingAverage(zeros, zero, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), float(decay))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax.batch import Batch
+from fisher_jax.dtypes import wide, wide_dtype
 from fisher_jax.likelihoods import Likelihood
 from fisher_jax.meshes import Place, laid_out
 from fisher_jax.selection import Selection
@@ -68,7 +69,7 @@ def product(operator: Operator, params: Tree, batch: Batch, v: Tree) -> Tree:
         def step(sums, part):
             return jax.tree.map(jnp.add, sums, of(part)), None
 
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)), moving)
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, wide_dtype(x.dtype)), moving)
         sums, _ = jax.lax.scan(step, zeros, chunks(part, operator.microbatch_size))
     return _placed(operator, _scaled(sums, total, usable))
 
@@ -152,7 +153,7 @@ def _placed(operator: Operator, tree: Tree) -> Tree:
 
 
 def _wide(tree: Tree) -> Tree:
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+    return jax.tree.map(wide, tree)
 
 
 def chunks(part: Part, size: int | None) -> Part | None:

@@ -12,8 +12,8 @@ from fisher_jax.alignment import (
     check_not_negative,
     named_leaves,
     values_of,
-    wide,
 )
+from fisher_jax.dtypes import wide
 from fisher_jax.jax_internals import is_traced
 from fisher_jax.kronecker.placement import automatic, spec_of
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from fisher_jax.alignment import check_alike, check_not_negative, per_parameter, values_of, wide
+from fisher_jax.alignment import check_alike, check_not_negative, per_parameter, values_of
+from fisher_jax.dtypes import wide
 
 __all__ = ["Conflict", "Overlap", "conflict", "overlap"]
 

@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from fisher_jax import rejection
 from fisher_jax.batch import Batch
+from fisher_jax.dtypes import wide_dtype
 from fisher_jax.errors import RejectedBatchError
 from fisher_jax.likelihoods import Likelihood
 
@@ -37,7 +38,7 @@ def weigh(likelihood: Likelihood, outputs: Any, batch: Batch, labels_matter: boo
     """
     if not hasattr(outputs, "shape") or not jnp.issubdtype(outputs.dtype, jnp.floating) or not outputs.shape:
         raise ValueError(f"apply_fn returns one floating array [..., K], found {_shown(outputs)}")
-    lead, dtype = outputs.shape[:-1], jnp.promote_types(outputs.dtype, jnp.float32)
+    lead, dtype = outputs.shape[:-1], wide_dtype(outputs.dtype)
     weights = jnp.ones(lead, dtype) if batch.weights is None else jnp.asarray(batch.weights).astype(dtype)
     if weights.shape != lead:
         raise ValueError(

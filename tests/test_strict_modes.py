@@ -88,7 +88,10 @@ def average_of_signs(dtype):
 def tracked_inside_a_chain(dtype):
     apply_fn, params, batch = decoder(dtype)
     tx = fj.track_fisher(fj.group_fisher(apply_fn, estimator="signs"))
-    update = lambda grads, state, params, batch, key: tx.update(grads, state, params, batch=batch, key=key)
+
+    def update(grads, state, params, batch, key):
+        return tx.update(grads, state, params, batch=batch, key=key)
+
     return update, (params, tx.init(params), params, batch, jax.random.key(1))
 
 
@@ -117,7 +120,9 @@ def head_step(dtype, **options):
     def step(state, hidden, head, targets, weights):
         return fj.welford.add(state, fj.lm_head.moments(hidden, head, targets, weights, chunk_size=4, **options))
 
-    moments = jax.eval_shape(lambda *x: fj.lm_head.moments(*x, chunk_size=4, **options), hidden, head, targets, weights)
+    moments = jax.eval_shape(
+        lambda *x: fj.lm_head.moments(*x, chunk_size=4, **options), hidden, head, targets, weights
+    )
     return step, (fj.welford.init(moments), hidden, head, targets, weights)
 
 
@@ -145,7 +150,7 @@ for operator in (fj.operators.ggn, fj.operators.fisher, fj.operators.empirical_f
 @case
 def blocks(dtype):
     apply_fn, params, batch = decoder(dtype)
-    stream = fj.block_spectra(apply_fn, fj.categorical, example=batch, top_k=3)
+    stream = fj.block_spectra(apply_fn, fj.categorical, example=batch)
     return stream.update, (stream.init(params), params, batch)
 
 
@@ -153,7 +158,10 @@ def kfac_step(dtype, make, **options):
     apply_fn, params, batch = decoder(dtype)
     tx = make(apply_fn, example=batch, **options)
     grads = jax.tree.map(lambda x: 0.1 * jnp.sin(x), params)
-    update = lambda grads, state, params, batch, key: tx.update(grads, state, params, batch=batch, key=key)
+
+    def update(grads, state, params, batch, key):
+        return tx.update(grads, state, params, batch=batch, key=key)
+
     return update, (grads, tx.init(params), params, batch, jax.random.key(2))
 
 
@@ -161,7 +169,7 @@ for name, options in {
     "kfac_directions": {},
     "kfac_directions_of_sampled_labels": {"fisher": "sampled"},
     "kfac_directions_of_the_exact_head": {"fisher": "exact_head"},
-    "kfac_directions_corrected": {"eigenvalue_correction": True, "policy": "eigh"},
+    "kfac_directions_corrected": {"eigenvalue_correction": True, "policy": "all"},
     "kfac_directions_averaged": {"factor_decay": 0.9, "statistics_freq": 2},
 }.items():
     CASES[name] = functools.partial(kfac_step, make=fj.scale_by_kfac, **options)
@@ -198,7 +206,8 @@ def reading_a_state(dtype):
     _, params, _ = decoder(dtype)
     rng = np.random.default_rng(5)
     rows = jax.tree.map(lambda x: jnp.asarray(rng.gamma(1.0, 1.0, (4, *x.shape)), jnp.float32), params)
-    state = fj.welford.observe(rows)
+    moments = fj.welford.observe(rows)
+    state = fj.welford.add(fj.welford.init(moments), moments)
 
     def step(one, two):
         both = fj.welford.merge(one, two)
@@ -216,7 +225,9 @@ def masks_and_saliency(dtype):
 
 def numbers(tree):
     """Leaves as NumPy arrays; keys as their data."""
-    leaves = [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)]
+    leaves = [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)
+    ]
     return [np.asarray(x, float) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x) for x in leaves]
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array
 from fisher_jax.blocks.partition import Block
 from fisher_jax.blocks.scores import Problem, row_loss
 from fisher_jax.dense import matrices
+from fisher_jax.dtypes import wide, wide_dtype
 from fisher_jax.jax_internals import lookup
 from fisher_jax.meshes import automatic
 from fisher_jax.taps import Tap, capture
@@ -105,7 +106,7 @@ def _gram(tap: Tap, block: Block) -> Array:
 
 
 def _dense(use: Any, inputs: Array, cotangents: Array) -> Array:
-    wide = jnp.promote_types(cotangents.dtype, jnp.float32)
+    wide = wide_dtype(cotangents.dtype)
     a, g = jax.vmap(lambda x, y: matrices(use, (x.astype(wide),), y.astype(wide)))(inputs, cotangents)
 
     def against_all(own):
@@ -124,7 +125,7 @@ def _embedding(use: Any, indices: Array, cotangents: Array) -> Array:
     lead = [i for i in range(1, cotangents.ndim) if i not in offset]
     width = math.prod(cotangents.shape[i] for i in offset)
     g = jnp.transpose(cotangents, (0, *lead, *offset)).reshape(cotangents.shape[0], -1, width)
-    g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+    g = wide(g)
     index = indices.reshape(g.shape[:2])
     if picked.clips:
         index = jnp.clip(index, 0, size - 1)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax.batch import Batch
+from fisher_jax.dtypes import common_dtype, wide
 from fisher_jax.likelihoods import Likelihood
 from fisher_jax.selection import Chosen, Selection, matches, select
 from fisher_jax.taps import coverage
@@ -41,10 +42,10 @@ class Block:
         """Leaves ``[scores, ...]`` as ``[layers, scores, size]``, at least float32."""
         found = []
         for i in self.leaves:
-            x = leaves[i].astype(jnp.promote_types(leaves[i].dtype, jnp.float32))
+            x = wide(leaves[i])
             x = x[None] if self.layers is None else jnp.swapaxes(x, 0, 1)
             found.append(x.reshape(*x.shape[:2], math.prod(x.shape[2:])))
-        dtype = jnp.result_type(*found)
+        dtype = common_dtype(*(x.dtype for x in found))
         return jnp.concatenate([x.astype(dtype) for x in found], 2)
 
     def names(self) -> tuple[str, ...]:

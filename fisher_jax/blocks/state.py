@@ -15,6 +15,7 @@ from fisher_jax.blocks import kept
 from fisher_jax.blocks.capacity import BlockSpectrum, spectrum
 from fisher_jax.blocks.partition import Block
 from fisher_jax.blocks.scores import Problem, fold
+from fisher_jax.dtypes import common_dtype, wide_dtype
 from fisher_jax.errors import RejectedBatchError
 from fisher_jax.meshes import automatic
 from fisher_jax.weighting import Part, weigh
@@ -117,11 +118,11 @@ def init(setting: Setting, params: Tree) -> State:
     leaves = jax.tree.leaves(setting.problem.selection.restrict(params))
     held, traces = [], []
     for block in setting.blocks:
-        dtype = jnp.result_type(jnp.float32, *(leaves[i].dtype for i in block.leaves))
+        dtype = wide_dtype(*(leaves[i].dtype for i in block.leaves))
         layers = block.layers or 1
         held.append(kept.keep(layers, block.size, setting.max_scores, setting.chunk, dtype))
         traces.append(jnp.zeros((2, layers), dtype))
-    dtype = jnp.result_type(*traces)
+    dtype = common_dtype(*(x.dtype for x in traces))
     return State(
         kept=tuple(held), traces=tuple(traces), weight=jnp.zeros(2, dtype), count=jnp.zeros(2, dtype),
         rejected=jnp.zeros((), jnp.int32), reasons=jnp.zeros((), jnp.int32),

@@ -15,6 +15,7 @@ from fisher_jax.axes import in_leaf_order
 from fisher_jax.batch import Batch
 from fisher_jax.dense import matrices, operand_axes
 from fisher_jax.diagonal.problem import unit_ids, weights_of
+from fisher_jax.dtypes import wide_dtype
 from fisher_jax.estimator import FisherEstimator
 from fisher_jax.groups import Group, Heads, resolve
 from fisher_jax.lm_head.scores import VALUE_BITS
@@ -114,7 +115,7 @@ def _from_taps(problem: HeadProblem, params: Tree, batch: Batch, taps: list[Tap]
     found = readout(problem.apply_fn, params, batch.inputs)
     tap = _head_tap(found, params, taps)
     hidden, cotangents = (x[0] for x in matrices(tap.use, tap.inputs or (), jnp.asarray(tap.cotangents)))
-    dtype = jnp.promote_types(cotangents.dtype, jnp.float32)
+    dtype = wide_dtype(cotangents.dtype)
     lead = jax.eval_shape(problem.apply_fn, params, batch.inputs).shape[:-1]
     weights, bad = weights_of(batch, lead, dtype)
     if hidden.shape[0] != weights.size:

@@ -12,6 +12,7 @@ from fisher_jax import moments as moments_room
 from fisher_jax.batch import Batch
 from fisher_jax.diagonal import gram
 from fisher_jax.diagonal.problem import Problem, is_free, square, unit_ids, weights_of, zeros_like
+from fisher_jax.dtypes import wide, wide_dtype
 from fisher_jax.jax_internals import abstract, contraction, convolution, lookup
 from fisher_jax.moments import Moments
 from fisher_jax.orientation import Grouping
@@ -35,7 +36,7 @@ def by_taps(
         raise ValueError("taps of a training step give the empirical Fisher, not the true one")
     out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
     lead, num_rows = out.shape[:-1], out.shape[0]
-    weights, bad = weights_of(batch, lead, jnp.promote_types(out.dtype, jnp.float32))
+    weights, bad = weights_of(batch, lead, wide_dtype(out.dtype))
     _check_rows_lead(loss, params, batch, num_rows)
     for tap in taps:
         _check_tap(tap, num_rows)
@@ -81,16 +82,14 @@ def _leaf(x: Array, one: Grouping, taps: list[Tap], row: Array, num_rows: int, s
             sums = jax.vmap(sums)
         found = sums(inputs, _scaled(cotangents, scale))
         return one.finish(found)
-    total = jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+    total = jnp.zeros(x.shape, wide_dtype(x.dtype))
     for tap, (inputs, cotangents) in zip(taps, parts, strict=True):
         total = total + program.gradient_of_use(tap.use, 0, inputs, cotangents).astype(total.dtype)
     return one(square(_scaled(total, scale)))
 
 
 def _scaled(x: Array, scale: Any) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) * jnp.asarray(
-        scale, jnp.promote_types(x.dtype, jnp.float32)
-    )
+    return wide(x) * jnp.asarray(scale, wide_dtype(x.dtype))
 
 
 def _row_axes(use: Use, cotangents_ndim: int) -> tuple[int | None, int]:

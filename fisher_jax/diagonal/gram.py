@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from fisher_jax.axes import UntraceableError, in_leaf_order, trace_axes
 from fisher_jax.dense import matrices, operand_axes
+from fisher_jax.dtypes import wide_dtype
 from fisher_jax.jax_internals import lookup
 from fisher_jax.meshes import replicated
 from fisher_jax.orientation import Grouping
@@ -62,7 +63,7 @@ def squared_sums(use: Use, side: str, inputs: tuple[Array, ...], cotangents: Arr
         inputs, cotangents: of one iteration of the use's loops.
         by_gram: or by forming the gradient.
     """
-    wide = jnp.promote_types(cotangents.dtype, jnp.float32)
+    wide = wide_dtype(cotangents.dtype)
     cotangents = cotangents.astype(wide)
     if use.kind == "embedding":
         sums, axes = _embedding(use, inputs[0], cotangents), [i for i, r in enumerate(use.roles) if r == "row"]

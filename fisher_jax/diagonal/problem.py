@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from fisher_jax import rejection
 from fisher_jax.batch import Batch
+from fisher_jax.dtypes import wide, wide_dtype
 from fisher_jax.jax_internals import zeros
 from fisher_jax.likelihoods import Likelihood
 from fisher_jax.orientation import Grouping
@@ -72,7 +73,7 @@ class Problem(NamedTuple):
 
 def square(x: Array) -> Array:
     """In at least float32."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) ** 2
+    return wide(x) ** 2
 
 
 class Split(NamedTuple):
@@ -119,7 +120,7 @@ class Tokens(NamedTuple):
 
 def tokens_of(problem: Problem, outputs: Any, batch: Batch) -> Tokens:
     lead = outputs.shape[:-1]
-    weights, bad = weights_of(batch, lead, jnp.promote_types(outputs.dtype, jnp.float32))
+    weights, bad = weights_of(batch, lead, wide_dtype(outputs.dtype))
     if problem.kind == "empirical":
         inside = problem.likelihood.in_range(outputs, batch.targets)
         if inside.shape != lead:

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax.dtypes import wide
 from fisher_jax.kronecker.blocks import Block
 from fisher_jax.kronecker.curvature import BlockFactors, Factors
-from fisher_jax.kronecker.factors import Diagonal, Eigen, LowRank, from_basis, product, to_basis, wide
+from fisher_jax.kronecker.factors import Diagonal, Eigen, LowRank, from_basis, product, to_basis
 from fisher_jax.kronecker.layout import bias_rows, inverse, kernel_matrices, table_matrices
 from fisher_jax.kronecker.placement import automatic, spec_of
 from fisher_jax.kronecker.woodbury import SoftmaxHead

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax.dtypes import wide
 from fisher_jax.kronecker.blocks import Block
 from fisher_jax.kronecker.decomposition import BlockFactors
-from fisher_jax.kronecker.factors import wide
 from fisher_jax.kronecker.layout import bias_rows, inverse, kernel_matrices, table_matrices
 from fisher_jax.kronecker.placement import automatic, spec_of
 from fisher_jax.kronecker.tikhonov import corrected, diagonal_power, exact, factored

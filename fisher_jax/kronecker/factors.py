@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from fisher_jax.dtypes import wide
+
 __all__ = [
     "Diagonal",
     "Eigen",
@@ -65,12 +67,6 @@ class LowRank(NamedTuple):
 
 
 Factor = Eigen | Diagonal | LowRank
-
-
-def wide(x: Any) -> Array:
-    """At least float32."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def product(a: Array, b: Array) -> Array:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax.alignment import check_alike, wide
+from fisher_jax.alignment import check_alike
+from fisher_jax.dtypes import wide
 from fisher_jax.kronecker.curvature import Factors, precondition
 from fisher_jax.kronecker.curvature_product import curvature_product
 from fisher_jax.kronecker.quadratic import tree_dot

@@ -12,8 +12,9 @@ from jaxtyping import Array
 
 from fisher_jax import program, rejection
 from fisher_jax.batch import Batch
+from fisher_jax.dtypes import wide, wide_dtype
 from fisher_jax.kronecker.blocks import Block, Rules
-from fisher_jax.kronecker.factors import chosen, wide
+from fisher_jax.kronecker.factors import chosen
 from fisher_jax.kronecker.joining import on_any_device, over_columns, over_devices, sums_of_blocks
 from fisher_jax.kronecker.placement import automatic, spec_of
 from fisher_jax.kronecker.problem import Problem
@@ -194,7 +195,7 @@ def _weights(lead: tuple[int, ...], dtype: Any, batch: Batch) -> Array:
 
 def token_weights(problem: Problem, out: Any, batch: Batch) -> tuple[Array, Array]:
     """Weights of the tokens, and why the batch cannot be used."""
-    weights = _weights(out.shape[:-1], jnp.promote_types(out.dtype, jnp.float32), batch)
+    weights = _weights(out.shape[:-1], wide_dtype(out.dtype), batch)
     bad = rejection.reason_mask(negative_weight=~jnp.all((weights >= 0) & jnp.isfinite(weights)))
     if problem.rules.fisher == "empirical":
         inside = problem.likelihood.in_range(out, batch.targets)

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from fisher_jax import rejection
 from fisher_jax.batch import Batch
+from fisher_jax.dtypes import wide, wide_dtype
 from fisher_jax.kronecker import annealing
 from fisher_jax.kronecker.quadratic import best_step, local_model, loss, tree_dot
 from fisher_jax.kronecker.rows import check_rows, first_rows, window
@@ -167,7 +168,7 @@ def kfac(
     )  # fmt: skip
 
     def init(params: Tree) -> KFACOptimizerState:
-        velocity = jax.tree.map(lambda x: jnp.zeros(x.shape, _dtype(x)) if _moves(x) else x, params)
+        velocity = jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x.dtype)) if _moves(x) else x, params)
         damping, rate, momentum, ratio = (jnp.full((), x, jnp.float32) for x in (first_damping, 0.0, 0.0, 1.0))
         factors = inner(damping=first_damping).init(params)
         return KFACOptimizerState(factors, velocity, damping, rate, momentum, ratio, annealing.start())
@@ -312,10 +313,6 @@ def _moves(x: Any) -> bool:
     return x is not None and bool(jnp.issubdtype(x.dtype, jnp.floating))
 
 
-def _dtype(x: Any) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def _floating(tree: Tree) -> Tree:
     return [x for x in jax.tree.leaves(tree) if _moves(x)]
 
@@ -324,6 +321,6 @@ def _combine(function: Callable, first: Tree, *rest: Tree) -> Tree:
     """Leaf by leaf in at least float32; what is not floating stays."""
 
     def leaf(x, *others):
-        return function(*(y.astype(_dtype(y)) for y in (x, *others))) if _moves(x) else x
+        return function(*(wide(y) for y in (x, *others))) if _moves(x) else x
 
     return jax.tree.map(leaf, first, *rest)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fisher_jax import program
 from fisher_jax.batch import Batch
+from fisher_jax.dtypes import wide_dtype
 from fisher_jax.kronecker.blocks import Block, Rules, plan
 from fisher_jax.kronecker.structure import structure
 from fisher_jax.likelihoods import Likelihood
@@ -67,7 +68,7 @@ def block_plan(problem: Problem, params: Tree, batch: Batch) -> tuple[Block, ...
     """The block of every parameter; arrays or ``ShapeDtypeStruct``s."""
     rules = dataclasses.replace(problem.rules, devices=_devices(problem.axis_name))
     out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
-    root = jax.ShapeDtypeStruct(out.shape[:-1], jnp.promote_types(out.dtype, jnp.float32))
+    root = jax.ShapeDtypeStruct(out.shape[:-1], wide_dtype(out.dtype))
 
     def loss(params, inputs, root):
         outputs = problem.apply_fn(params, inputs)

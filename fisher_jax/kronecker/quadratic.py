@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax.batch import Batch
+from fisher_jax.dtypes import wide
 from fisher_jax.likelihoods import Likelihood
 
 __all__ = ["LocalModel", "best_step", "local_model", "loss", "tree_dot"]
@@ -32,14 +33,9 @@ class LocalModel(NamedTuple):
 def tree_dot(a: Tree, b: Tree) -> Array:
     """Sum of products, at least float32."""
     return sum(
-        (jnp.sum(_wide(x) * _wide(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)),
+        (jnp.sum(wide(x) * wide(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)),
         start=jnp.zeros(()),
     )
-
-
-def _wide(x: Any) -> Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _mean(outputs: Array, batch: Batch, values: Array) -> Array:
@@ -71,7 +67,7 @@ def local_model(
     curved = [likelihood.fisher_product(outputs, t) for t in tangents]
 
     def entry(i, j):
-        fisher = _mean(outputs, batch, jnp.sum(_wide(tangents[i]) * _wide(curved[j]), -1))
+        fisher = _mean(outputs, batch, jnp.sum(wide(tangents[i]) * wide(curved[j]), -1))
         return fisher + damping * tree_dot(directions[i], directions[j])
 
     value = -_mean(outputs, batch, likelihood.log_prob(outputs, batch.targets))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from fisher_jax.dtypes import wide_dtype
 from fisher_jax.kronecker.blocks import Block
 from fisher_jax.kronecker.curvature import BlockFactors, Factors
 from fisher_jax.kronecker.curvature_product import block_product
@@ -220,7 +221,7 @@ def _by_lanczos(block: Block, found: BlockFactors, k: int, key: Any) -> BlockEig
 
 def _nonzero(values: np.ndarray, like: Any) -> np.ndarray:
     """Above the rounding of an eigendecomposition in the dtype of ``like``, for each row."""
-    eps = float(jnp.finfo(jnp.promote_types(like.dtype, jnp.float32)).eps)
+    eps = float(jnp.finfo(wide_dtype(like.dtype)).eps)
     return values > values.shape[1] * eps * values.max(1, keepdims=True)
 
 

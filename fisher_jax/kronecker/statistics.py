@@ -10,10 +10,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from fisher_jax.dense import matrices, operand_axes
+from fisher_jax.dtypes import wide
 from fisher_jax.jax_internals import lookup
 from fisher_jax.kronecker.blocks import Block, Rules
 from fisher_jax.kronecker.convolution import patches
-from fisher_jax.kronecker.factors import subsample, wide
+from fisher_jax.kronecker.factors import subsample
 from fisher_jax.kronecker.layout import through
 from fisher_jax.kronecker.placement import spec_of
 from fisher_jax.program import Tap
@@ -56,8 +57,8 @@ def statistic(tap: Tap, block: Block, masks: Masks, rules: Rules) -> Tree:
     if tap.kind == "embedding":
         return _embedding(tap, block, masks, rules)
     a, g, mask = observations(tap, block, masks, rules)
-    A = jnp.einsum("bti,btj->bij", a * mask[:, None], a, precision=_HIGHEST)
-    met = jnp.swapaxes(a * (mask > 0)[:, None], 1, 2)
+    A = jnp.einsum("bti,btj->bij", a * mask[None, :, None], a, precision=_HIGHEST)
+    met = jnp.swapaxes(a * (mask > 0).astype(a.dtype)[None, :, None], 1, 2)
     return {"A": A, "count": mask.sum(), **_outputs(g, met, block, masks, rules)}
 
 
@@ -160,7 +161,7 @@ def _mask(tap: Tap, block: Block, masks: Masks, tokens: int) -> Array:
     real = masks.real
     if real is None:
         return jnp.ones(tokens)
-    real = jnp.asarray(real) != 0
+    real = jnp.asarray(real).astype(bool)
     if "shared" not in tap.use.loops:
         if real.size == tokens:
             return real.ravel()
@@ -183,7 +184,7 @@ def _reduce(a: Array, g: Array, mask: Array, rows: int, path: str) -> tuple[Arra
     mask = mask.reshape(rows, -1)
     count = mask.sum(1)
     a, g = (x.reshape(x.shape[0], rows, -1, x.shape[-1]) for x in (a, g))
-    mean = jnp.einsum("brsi,rs->bri", a, mask) / jnp.where(count > 0, count, 1)[:, None]
+    mean = jnp.einsum("brsi,rs->bri", a, mask) / jnp.where(count > 0, count, 1)[None, :, None]
     return mean, g.sum(2), (count > 0).astype(mask.dtype)
 
 

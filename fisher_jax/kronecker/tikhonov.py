@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fisher_jax.dtypes import wide
 from fisher_jax.kronecker.factors import (
     Diagonal,
     Eigen,
@@ -20,7 +21,6 @@ from fisher_jax.kronecker.factors import (
     size,
     to_basis,
     trace,
-    wide,
 )
 
 __all__ = ["corrected", "diagonal_power", "exact", "factored", "push_through", "split_damping"]

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fisher_jax.kronecker.factors import Eigen, Factor, LowRank, eigen, low_rank, product, wide
+from fisher_jax.dtypes import wide
+from fisher_jax.kronecker.factors import Eigen, Factor, LowRank, eigen, low_rank, product
 from fisher_jax.kronecker.tikhonov import exact, one_sided, split
 
 __all__ = ["SoftmaxHead", "head_exact", "head_factored", "head_matrix", "softmax_head", "tied", "tied_head"]
@@ -32,7 +33,7 @@ def softmax_head(probabilities: Float[Array, "V T"], weights: Float[Array, " T"]
     total = weights.sum()
     share = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), 0)
     mean = product(p, share[:, None])[:, 0]
-    return SoftmaxHead(mean, (p - mean[:, None]) * jnp.sqrt(share))
+    return SoftmaxHead(mean, (p - mean[:, None]) * jnp.sqrt(share)[None, :])
 
 
 def head_matrix(head: SoftmaxHead) -> Float[Array, "V V"]:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.tree_util import Partial
 from jaxtyping import Array
 
+from fisher_jax.dtypes import common_dtype, wide_dtype
 from fisher_jax.jax_internals import is_traced
 
 __all__ = ["Layout", "layout_of", "product", "random_vector"]
@@ -36,7 +37,7 @@ class Layout(NamedTuple):
     @property
     def work(self) -> tuple[np.dtype, ...]:
         """Dtypes of the arithmetic: those of the leaves, at least float32."""
-        return tuple(jnp.promote_types(dtype, jnp.float32) for dtype in self.dtypes)
+        return tuple(wide_dtype(dtype) for dtype in self.dtypes)
 
     @property
     def eps(self) -> float:
@@ -122,7 +123,7 @@ def _checked(out: Tree, layout: Layout) -> Vector:
             raise ValueError(
                 f"matvec returns {name} with shape {list(jnp.shape(x))}, wanted {list(shape)} as in `like`"
             )
-        if not jnp.issubdtype(found, jnp.floating) or jnp.promote_types(found, dtype) != found:
+        if not jnp.issubdtype(found, jnp.floating) or common_dtype(found, dtype) != found:
             raise ValueError(
                 f"matvec returns {name} with dtype {found}, wanted {dtype} as in `like` (or wider): cast its result"
             )

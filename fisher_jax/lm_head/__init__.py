@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from fisher_jax import groups as groups_room
 from fisher_jax import meshes, rejection, welford
 from fisher_jax.batch import Batch
+from fisher_jax.dtypes import wide_dtype
 from fisher_jax.estimator import FisherEstimator
 from fisher_jax.lm_head import by_token, by_vocabulary, entries
 from fisher_jax.lm_head.scores import VALUE_BITS
@@ -103,7 +104,7 @@ def moments(
     binary = weights is None or jnp.asarray(weights).dtype == bool
 
     def run(hidden, head, targets, weights, units, bias, log_sum_exp):
-        dtype = jnp.promote_types(jnp.promote_types(hidden.dtype, head.dtype), jnp.float32)
+        dtype = wide_dtype(hidden.dtype, head.dtype)
         softmax_head = Head(head, bias, soft_cap, axis_name, dtype)
         rows, mask = _rows(hidden, softmax_head, targets, weights, units, unit, binary)
         found, log_likelihood = _run(rows, softmax_head, group, kinds, unit, temperature, log_sum_exp, chunk_size)
@@ -196,7 +197,7 @@ def estimator(
     def init(params):
         head = jax.eval_shape(head_fn, params)
         shape = {"row": head.shape[:1], "column": head.shape[1:], "tensor": (), "param": head.shape}[group]
-        like = jax.ShapeDtypeStruct(shape, jnp.promote_types(head.dtype, jnp.float32))
+        like = jax.ShapeDtypeStruct(shape, wide_dtype(head.dtype))
         return welford.init(like, unit=unit, scale=VALUE_BITS if group in ("row", "param") else 0)
 
     def observe(params, batch: Batch, key=None):

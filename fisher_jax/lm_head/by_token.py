@@ -60,7 +60,7 @@ def moments_by_token(
         def part(x):
             return jax.lax.dynamic_slice(x, (row_begin, begin, 0)[: x.ndim], (rows_at_once, size, *x.shape[2:]))
 
-        seen = jnp.arange(size) + begin < index * size
+        seen = (jnp.arange(size) + begin < index * size)[None, :]
         weights = jnp.where(seen | (jnp.arange(rows_at_once) + row_begin < first_row)[:, None], 0, part(rows.weights))
         sums, found = _piece_sums(
             part(rows.hidden), part(rows.targets), weights, head, group, kinds, unit, temperature, rows.binary

@@ -181,19 +181,19 @@ def _values(piece: _Tokens, local: Head, first_row, kind: str, temperature: floa
     z = local.logits(piece.hidden, vocabulary_first=True)
     index = (jnp.arange(local.size) + first_row)[:, None]
     part, targets = piece.part, piece.targets
-    total = part.total(targets)
-    p = jnp.exp(z - part.top_logit) / total
-    label_rest, top_rest = part.complements(targets)
-    is_label, is_top = index == targets, index == part.top
+    total = part.total(targets)[None, :]
+    p = jnp.exp(z - part.top_logit[None, :]) / total
+    label_rest, top_rest = (x[None, :] for x in part.complements(targets))
+    is_label, is_top = index == targets[None, :], index == part.top[None, :]
     slope = local.squared_slope(z) * _VALUE_SCALE
     if kind == "empirical":
         return jnp.where(is_label, label_rest / total, p) ** 2 * slope
     if temperature == 1:
         rest = jnp.where(is_top, top_rest / total, jnp.where(is_label, label_rest / total, 1 - p))
         return p * rest * slope
-    cold_total = piece.cold.total(targets)
-    q = jnp.exp(z / temperature - piece.cold.top_logit) / cold_total
-    _, cold_rest = piece.cold.complements(targets)
+    cold_total = piece.cold.total(targets)[None, :]
+    q = jnp.exp(z / temperature - piece.cold.top_logit[None, :]) / cold_total
+    cold_rest = piece.cold.complements(targets)[1][None, :]
     return ((p - q) ** 2 + q * jnp.where(is_top, cold_rest / cold_total, 1 - q)) * slope
 
 

@@ -107,7 +107,7 @@ def _chunk_values(local: Head, hidden: Array, label: Array, lse: Array, counted:
         confident = jnp.exp(top_logit - lse) > _CONFIDENT
         z = z.at[jnp.where(confident, top, local.size), tokens].set(-jnp.inf, mode="drop")
         top, top_logit = jnp.where(confident, top, -1), jnp.where(confident, top_logit, -jnp.inf)
-    p = jnp.exp(z - lse)
+    p = jnp.exp(z - lse[None, :])
     # A matrix product: summing over the leading axis is several times slower on a CPU.
     rest = jnp.matmul(counted.astype(p.dtype), p, precision="highest")
     slope = local.squared_slope(jnp.where(z == -jnp.inf, 0, z)) if local.soft_cap is not None else 1.0

@@ -75,7 +75,7 @@ def squared_scores(
 
 def _tempered(z, top_logit, total, top, head: Head, temperature: float) -> SquaredScores:
     shifted = z - top_logit[:, None]
-    is_top = jnp.arange(head.size) + head.offset == top[:, None]
+    is_top = (jnp.arange(head.size) + head.offset)[None, :] == top[:, None]
     p = jnp.exp(shifted) / total[:, None]
     q = jnp.exp(shifted / temperature)
     rest = head.gather_sum(jnp.where(is_top, 0, q).sum(1))[:, None]

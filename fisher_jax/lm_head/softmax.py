@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax.dtypes import common_dtype
+
 __all__ = ["SCALE_BITS", "Head", "Partition", "merge_partitions", "partition", "take", "zero_at"]
 
 SCALE_BITS = 16  # scores are multiplied by 2**16: fourth powers of small probabilities stay above underflow
@@ -50,14 +52,14 @@ class Head:
         """``[tokens, V]``, or ``[V, tokens]``, in full precision whatever the default is."""
         weight = self.weight
         if hidden.dtype != weight.dtype:
-            common = jnp.promote_types(hidden.dtype, weight.dtype)
+            common = common_dtype(hidden.dtype, weight.dtype)
             hidden, weight = hidden.astype(common), weight.astype(common)
         operands = (weight, hidden) if vocabulary_first else (hidden, weight)
         z = jax.lax.dot_general(
             *operands, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=self.dtype
         )
         if self.bias is not None:
-            z = z + (self.bias[:, None] if vocabulary_first else self.bias).astype(z.dtype)
+            z = z + (self.bias[:, None] if vocabulary_first else self.bias[None, :]).astype(z.dtype)
         return z if self.soft_cap is None else self.soft_cap * jnp.tanh(z / self.soft_cap)
 
     def squared_slope(self, z: Array) -> Array | float:

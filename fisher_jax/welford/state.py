@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax import compensated
+from fisher_jax.dtypes import wide_dtype
 from fisher_jax.moments import Fragment, Moments, check_unit
 
 __all__ = ["State", "init", "plain"]
@@ -83,11 +84,11 @@ def init(like: Tree, *, unit: str = "token", scale: int = 0) -> State:
 
     def zeros():
         # zeros_like, not zeros: on a mesh of explicit axes the state is laid out as the statistic is.
-        tree_zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)), tree)
+        tree_zeros = jax.tree.map(lambda x: jnp.zeros_like(x, wide_dtype(x.dtype)), tree)
         return jax.tree.map(compensated.from_value, tree_zeros)
 
     def scalar():
-        return jnp.zeros(2, jnp.promote_types(jax.tree.leaves(tree)[0].dtype, jnp.float32))
+        return jnp.zeros(2, wide_dtype(jax.tree.leaves(tree)[0].dtype))
 
     return State(
         mean=zeros(), m2=zeros(), square_mean=zeros() if squares else None, square_m2=zeros() if squares else None,

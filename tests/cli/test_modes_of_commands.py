@@ -47,11 +47,19 @@ def test_report_compare_trim_and_merge(mode, folder, texts, tmp_path):
     with MODES[mode]():
         for task, text in {"first": texts[:6], "second": texts[6:12]}.items():
             assert reported(folder, tmp_path / "report", text, "--task", task, "--parameters", "all") == 0
-        assert main(["compare", str(tmp_path / "report"), "--model", str(folder / "one"), "--out", str(tmp_path / "c")]) == 0
+        assert (
+            main(["compare", str(tmp_path / "report"), "--model", str(folder / "one"), "--out", str(tmp_path / "c")])
+            == 0
+        )
         trim = ["trim", "--model", str(folder / "one"), "--state", str(tmp_path / "report"), "--task", "first"]
         assert main([*trim, "--keep", "280", "--text", *texts[:4], "--out", str(tmp_path / "trimmed")]) == 0
         models = [str(folder / "one"), str(folder / "two")]
-        assert main(["merge", "--models", *models, "--by", "uniform", "--text", *texts[:4], "--out", str(tmp_path / "m")]) == 0
+        assert (
+            main(
+                ["merge", "--models", *models, "--by", "uniform", "--text", *texts[:4], "--out", str(tmp_path / "m")]
+            )
+            == 0
+        )
     assert (tmp_path / "trimmed" / "config.json").exists()
     assert (tmp_path / "m" / "config.json").exists()
 

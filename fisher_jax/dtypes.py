@@ -1,0 +1,27 @@
+"""In which precision numbers are added up: statistics are at least float32, whatever the parameters are in."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+__all__ = ["common_dtype", "wide", "wide_dtype"]
+
+
+def common_dtype(*dtypes: Any) -> jnp.dtype:
+    """The dtype that holds numbers of all of these, also where the user has asked JAX for strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
+def wide_dtype(*dtypes: Any) -> jnp.dtype:
+    """The dtype that holds numbers of all of these and of float32."""
+    return common_dtype(jnp.float32, *dtypes)
+
+
+def wide(x: Any) -> Array:
+    """Numbers in at least float32."""
+    x = jnp.asarray(x)
+    return x.astype(wide_dtype(x.dtype))

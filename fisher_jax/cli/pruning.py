@@ -131,7 +131,7 @@ def _log_kept_sums(
     @jax.jit
     def by_level(chunk, target, head, indicator, shift):
         logits = jnp.einsum("th,vh->tv", chunk, head, precision="highest", preferred_element_type=jnp.float32)
-        logits = logits + shift
+        logits = logits + shift[None, :]
         if soft_cap is not None:
             logits = soft_cap * jnp.tanh(logits / soft_cap)
         anchor = jnp.max(logits, axis=-1, keepdims=True) - _HEADROOM

@@ -32,8 +32,8 @@ SMALL_MODEL = ["--width", "16", "--layers", "1", "--heads", "2"]
 # Values in the place of those that the README has.
 INSTEAD = {"--tokens": "30", "--keep": "280"}
 FLAGS = {"--resume", "--density", "--blocks"}
-PLAIN = {"--out", "--parameters", "--model", "--models", "--states", "--base", "--init", "--task", "--compare",
-         "--operator", "--k"}  # fmt: skip
+PLAIN = {"--out", "--parameters", "--model", "--models", "--states", "--base", "--init", "--state", "--task",
+         "--compare", "--operator", "--k"}  # fmt: skip
 OTHERS = (["pip", "install", "uv"], ["uv", "run", "pytest"])
 
 

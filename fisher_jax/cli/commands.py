@@ -207,7 +207,8 @@ def settings_of(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
 def run_command(arguments: Sequence[str] | None, started: Callable[[], None]) -> int:
     """The exit code of the command that the arguments name; ``started`` is called when its imports are done."""
     # Errors are told once, by us; orbax would print a traceback of each of its threads as well.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio", "concurrent.futures"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     name, settings = settings_of(arguments)
     _say_start()
     module = importlib.import_module(f"fisher_jax.cli.{name}")

@@ -1,5 +1,7 @@
 """A finished run given again computes nothing, says so in a line, and shows what is stored."""
 
+import json
+
 import pytest
 
 from fisher_jax.cli import accumulate, train_run

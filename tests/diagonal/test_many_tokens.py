@@ -5,11 +5,18 @@ import numpy as np
 import pytest
 
 import fisher_jax as fj
-from tests.oracle_loops import case, close, scores
+from tests.oracle_loops import case, close, label_scores, only, scores
+
+KEY = jax.random.key(5)
 
 
 def weighted(w, values):
     return np.tensordot(w, values, 1)
+
+
+def mean_of(of, batch, key=None, **options):
+    fisher = fj.group_fisher(of.apply, **options)
+    return fj.welford.mean(jax.jit(fisher.observe)(of.params, batch, key))
 
 
 @pytest.mark.parametrize(("rows", "length"), [(16, 32), (32, 32), (8, 128)])
@@ -23,3 +30,33 @@ def test_exact_is_a_loop_over_tokens(rows, length):
     variance = jax.tree.map(lambda f, m: weighted(w, (f - m) ** 2) / (w.sum() - 1), squares, mean)
     close(fj.welford.mean(found), mean)
     close(fj.welford.variance(found, "frequency"), variance, 1e-3)
+
+
+def test_the_exact_true_fisher_is_a_loop_over_tokens_and_labels():
+    of = case(16, 32, vocabulary=8)
+    every, p = label_scores(of, of.counted[3])
+    found = mean_of(of, only(of, [3]), estimator="exact", kind="true")
+    close(found, jax.tree.map(lambda s: weighted(p, s**2), every))
+
+
+def one_of_each_row(of, length):
+    return np.unique(of.counted // length, return_index=True)[1]
+
+
+def test_signs_of_rows_with_one_token_are_its_squares():
+    of = case(32, 32)
+    kept = one_of_each_row(of, 32)
+    found = mean_of(of, only(of, kept), KEY, estimator="signs", unit="sequence", num_samples=2)
+    close(found, jax.tree.map(lambda s: (s[kept] ** 2).mean(0), scores(32, 32)))
+
+
+@pytest.mark.parametrize("kind", ["empirical", "true"])
+def test_the_head_in_closed_form_is_a_loop(kind):
+    of = case(32, 32)
+    if kind == "empirical":
+        batch, w, s = of.batch, of.weights, scores(32, 32)["head"]
+    else:
+        s, w = label_scores(of, of.counted[3])
+        batch, s = only(of, [3]), s["head"]
+    found = mean_of(of, batch, estimator="head", kind=kind, groups=fj.groups.param, example=batch)
+    close(found["head"], weighted(w, s**2) / w.sum())

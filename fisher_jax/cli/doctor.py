@@ -70,7 +70,7 @@ def report(settings: DoctorSettings, found: dict[str, str], began: float, checks
 
     chosen = [check for check in checks or CHECKS if check.quick or not settings.quick]
     dtypes = settings.dtypes or _dtypes(settings.quick)
-    if "float64" in dtypes and not jax.config.jax_enable_x64:
+    if "float64" in dtypes and not _has_float64():
         raise InputError("--dtypes float64 needs JAX_ENABLE_X64=1, without which JAX makes float32 of it.")
     _say("\nEach part of the library against loops of one token or one row in float32:\n")
     _say(_LINE.format("check", "dtype", "error", "expected", "verdict", "sec").rstrip())
@@ -98,7 +98,13 @@ def _dtypes(quick: bool) -> tuple[str, ...]:
     if quick:
         return ("float32",)
     half = () if jax.default_backend() == "cpu" else ("float16",)
-    return ("float32", "bfloat16", *half, *(("float64",) if jax.config.jax_enable_x64 else ()))
+    return ("float32", "bfloat16", *half, *(("float64",) if _has_float64() else ()))
+
+
+def _has_float64() -> bool:
+    import jax
+
+    return jax.dtypes.canonicalize_dtype("float64") == "float64"
 
 
 def _say(text: str) -> None:

@@ -65,7 +65,7 @@ def moments(groups: str, subject: Subject) -> Leaves:
 def moments_reference(groups: str, subject: Subject) -> Leaves:
     table = np.asarray(subject.params["head"]).astype(np.float64)
     both = squared_scores(np.asarray(_hidden(subject)), table, subject.loops.labels)
-    found = {}
+    found: Leaves = {}
     for kind, values in both.items():
         part = summary({"": values.sum(-1) if groups == "row" else values}, np.ones(len(values)), errors=True)
         found |= {f"['{kind}']{path}": x for path, x in part.items()}
@@ -76,14 +76,14 @@ def _hidden(subject: Subject) -> jax.Array:
     return jnp.asarray(subject.loops.hidden, jnp.dtype(subject.dtype))
 
 
-def _head_check(unit: str, **options: bool) -> Check:
-    parts = (functools.partial(function, unit) for function in (head, head_reference))
-    return Check(f"group_fisher head, by {unit}", *parts, **options)
+def _head_check(unit: str, *, quick: bool = False, once: bool = False) -> Check:
+    measure, reference = functools.partial(head, unit), functools.partial(head_reference, unit)
+    return Check(f"group_fisher head, by {unit}", measure, reference, quick=quick, once=once)
 
 
-def _moments_check(groups: str, **options: bool) -> Check:
-    parts = (functools.partial(function, groups) for function in (moments, moments_reference))
-    return Check(f"lm_head.moments, by {groups}", *parts, in_statistics=True, **options)
+def _moments_check(groups: str, *, quick: bool = False) -> Check:
+    measure, reference = functools.partial(moments, groups), functools.partial(moments_reference, groups)
+    return Check(f"lm_head.moments, by {groups}", measure, reference, in_statistics=True, quick=quick)
 
 
 CHECKS = (

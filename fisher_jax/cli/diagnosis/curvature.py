@@ -43,7 +43,8 @@ def matrices(factors: Any) -> Leaves:
 def matrices_reference(subject: Subject) -> Leaves:
     """Second moments of inputs and cotangents of single rows, summed over rows."""
     loops = subject.loops
-    number, found = loops.labels.size, {}
+    number = loops.labels.size
+    found: Leaves = {}
     for taps in loops.taps:
         for path, g in taps.cotangents.items():
             a = taps.inputs[path]

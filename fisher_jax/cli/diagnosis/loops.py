@@ -139,7 +139,8 @@ class Loops:
 
     def signs(self, unit: str) -> np.ndarray:
         """The signs that ``signs`` draws with `key`, ``[rows, positions]``, see `draws.signs`."""
-        return self._once("signs", unit, lambda: draws.signs(self.key, *self.labels.shape, unit))
+        rows, positions = self.labels.shape
+        return self._once("signs", unit, lambda: draws.signs(self.key, rows, positions, unit))
 
     def drawn(self, unit: str) -> tuple[np.ndarray, np.ndarray]:
         """Labels that ``sampled`` draws with `key`, and which of them rounding cannot change."""

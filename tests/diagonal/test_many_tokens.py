@@ -50,6 +50,19 @@ def test_signs_of_rows_with_one_token_are_its_squares():
     close(found, jax.tree.map(lambda s: (s[kept] ** 2).mean(0), scores(32, 32)))
 
 
+def test_several_samples_of_one_token_average_squares_of_its_labels():
+    of = case(32, 32, vocabulary=8)
+    every, _ = label_scores(of, of.counted[3])
+    squares = jax.tree.map(np.square, every)
+    found = mean_of(of, only(of, [3]), KEY, estimator="sampled", unit="sequence", num_samples=2)
+    error = sum(
+        np.abs(np.asarray(x) - (f[:, None] + f[None]) / 2).sum(axis=tuple(range(2, f.ndim + 1))) / np.abs(f).sum()
+        for x, f in zip(jax.tree.leaves(found), jax.tree.leaves(squares), strict=True)
+    )
+    first, second = np.unravel_index(np.argmin(error), error.shape)
+    close(found, jax.tree.map(lambda f: (f[first] + f[second]) / 2, squares))
+
+
 @pytest.mark.parametrize("kind", ["empirical", "true"])
 def test_the_head_in_closed_form_is_a_loop(kind):
     of = case(32, 32)

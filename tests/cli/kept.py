@@ -31,7 +31,11 @@ def _state(values, weights):
 
 
 def keep(out, task, model, rows, layers=None, *, counts=None, fingerprint=None, done=1, text=None, **more):
-    """One task of a report: the documents' values of every row, by kind, and of all totals of the layers."""
+    """One task of a report: the documents' values of every row, by kind, and of all totals of the layers.
+
+    A report has both kinds: one that is not given is as the other.
+    """
+    rows = {**dict.fromkeys(("empirical", "true"), next(iter(rows.values()))), **rows}
     settings = Settings(seq_len=SEQ_LEN, parameters="head" if layers is None else "all").fixed()
     settings |= {f"--{name.replace('_', '-')}": value for name, value in more.items()}
     arrays = {kind: state_of(values) for kind, values in rows.items()}

@@ -204,7 +204,7 @@ def unfit(folders, sums):
         (["--states", "{f}/report-one", "nowhere"], "nowhere holds no state"),
         (["--states", "{f}/report-one", "{f}/foreign.safetensors"], "was not written by fj.exchange.save"),
         (["--states", "{f}/report-one", "{f}/part.safetensors"], "does not go with two: the parameters"),
-        (["--states", "{f}/report-one", "{f}/negative.safetensors"], "has the entry -1"),
+        (["--states", "{f}/report-one", "{f}/negative.safetensors"], "have changed"),
         (["--by", "uniform", "--states", "{f}/report-one", "{f}/report-two"], "--states are for --by fisher"),
         (["--by", "uniform", "--weights", "1"], "--weights needs one number for each of the 2 models"),
         (["--by", "uniform", "--weights", "0", "0"], "all --weights are 0"),
@@ -212,7 +212,8 @@ def unfit(folders, sums):
         (["--by", "uniform", "--models", "{f}/one", "{f}/wide"], "different architectures: mlp_size is 32 and 64"),
         (["--by", "uniform", "--models", "{f}/one", "{f}/words"], "different tokenizers: token 5 is"),
         (["--by", "uniform", "--base", "{f}/wide"], "different architectures"),
-        (["--by", "uniform", "--out", "{f}/one"], "holds a model; choose another --out"),
+        (["--by", "uniform", "--out", "{f}/base"], "holds a model; choose another --out"),
+        (["--by", "uniform", "--out", "{f}/one"], "lies in"),
         (["--by", "uniform", "--text", "nowhere.txt"], "there is no text file"),
     ],
 )

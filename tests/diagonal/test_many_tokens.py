@@ -39,6 +39,16 @@ def test_the_exact_true_fisher_is_a_loop_over_tokens_and_labels():
     close(found, jax.tree.map(lambda s: weighted(p, s**2), every))
 
 
+def test_sequence_is_a_loop_over_rows():
+    of = case(32, 32)
+    rows = of.counted // 32
+    sums = jax.tree.map(
+        lambda s: np.stack([weighted(of.weights[rows == r], s[rows == r]) for r in set(rows)]), scores(32, 32)
+    )
+    found = mean_of(of, of.batch, estimator="sequence")
+    close(found, jax.tree.map(lambda s: (s**2).sum(0) / of.weights.sum(), sums))
+
+
 def one_of_each_row(of, length):
     return np.unique(of.counted // length, return_index=True)[1]
 

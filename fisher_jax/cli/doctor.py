@@ -16,7 +16,7 @@ from fisher_jax.cli.compiler import without_faulty_fusions
 from fisher_jax.cli.diagnosis import facts
 from fisher_jax.cli.doctor_settings import DoctorSettings
 from fisher_jax.cli.printable import printable, shortened
-from fisher_jax.cli.stopping import stop_if_requested
+from fisher_jax.cli.stopping import EXIT_CODE, stop_if_requested
 from fisher_jax.errors import InputError
 
 __all__ = ["report", "run"]
@@ -48,9 +48,14 @@ def run(settings: DoctorSettings) -> int:
     from fisher_jax.cli.diagnosis.examination import THREAD
 
     _say_facts(about_jax)
-    code = report(settings, {**found, **about_jax}, began)
-    if any(thread.name == THREAD for thread in threading.enumerate()):
-        atexit.register(_leave, code)  # a check that did not end would crash on what Python takes apart at its end
+    code = EXIT_CODE  # where a signal ends the report
+    try:
+        code = report(settings, {**found, **about_jax}, began)
+    finally:
+        if any(thread.name == THREAD for thread in threading.enumerate()):
+            atexit.register(
+                _leave, code
+            )  # a check that did not end would crash on what Python takes apart at its end
     return code
 
 

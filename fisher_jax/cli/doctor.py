@@ -53,9 +53,8 @@ def run(settings: DoctorSettings) -> int:
         code = report(settings, {**found, **about_jax}, began)
     finally:
         if any(thread.name == THREAD for thread in threading.enumerate()):
-            atexit.register(
-                _leave, code
-            )  # a check that did not end would crash on what Python takes apart at its end
+            # A check that did not end would crash on what Python takes apart at its end.
+            atexit.register(_leave, code)
     return code
 
 

@@ -52,11 +52,11 @@ def test_report_compare_trim_and_merge(mode, folder, texts, tmp_path):
             == 0
         )
         trim = ["trim", "--model", str(folder / "one"), "--state", str(tmp_path / "report"), "--task", "first"]
-        assert main([*trim, "--keep", "280", "--text", *texts[:9], "--out", str(tmp_path / "trimmed")]) == 0
+        assert main([*trim, "--keep", "280", "--text", *texts[:20], "--out", str(tmp_path / "trimmed")]) == 0
         models = [str(folder / "one"), str(folder / "two")]
         assert (
             main(
-                ["merge", "--models", *models, "--by", "uniform", "--text", *texts[:9], "--out", str(tmp_path / "m")]
+                ["merge", "--models", *models, "--by", "uniform", "--text", *texts[:20], "--out", str(tmp_path / "m")]
             )
             == 0
         )

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 
 import jax
@@ -216,12 +217,12 @@ def test_several_optimizers_in_one_picture(finished, tmp_path, arguments, capsys
 
 def test_a_loss_that_is_not_a_number_keeps_the_state_before_it(tmp_path, arguments, capsys):
     out = tmp_path / "out"
-    error = _refused(arguments(out, "--optimizer", "sgd", "--learning-rate", "1e38"), capsys)
+    error = _refused(arguments(out, "--optimizer", "sgd", "--learning-rate", "1e15"), capsys)
     assert "the last good state is kept" in error
     assert "smaller --learning-rate" in error
     done = fj.checkpoint.metadata(out / "state")["step"]
-    assert f"stopped at step {done}" in error
-    assert done > 0
+    stopped = int(re.search(r"stopped at step (\d+)", error)[1])
+    assert 0 < done <= stopped
     settings = TrainSettings(**TINY)
     params = first_params(config_for(settings, tokenizer_for("bytes")), 0)
     tx = build(TrainSettings(**TINY, optimizer="sgd"), None, None)
@@ -240,7 +241,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_state_before_it(tmp_path, argumen
         (["--against", "nowhere"], "holds no run of fisher-jax train"),
         (["--tokenizer", "nowhere"], "no file or folder 'nowhere'"),
         (["--text", "nowhere.txt"], "there is no text file nowhere.txt"),
-        (["--seq-len", "100000"], "fewer than one sequence"),
+        (["--seq-len", "9000"], "fewer than one sequence"),
     ],
 )
 def test_input_that_cannot_be_used(more, sentence, tmp_path, arguments, capsys):

@@ -17,8 +17,8 @@ _NAN = float("nan")
 
 
 def planned(checks: Sequence[Check], dtypes: Sequence[str]) -> list[tuple[Check, str]]:
-    """Which check runs in which dtype, the quick ones first."""
-    first = [(check, dtypes[0]) for quick in (True, False) for check in checks if check.quick == quick]
+    """Which check runs in which dtype: the quick ones first, then those of every dtype."""
+    first = [(check, dtypes[0]) for check in sorted(checks, key=lambda check: (not check.quick, check.once))]
     return first + [(check, dtype) for dtype in dtypes[1:] for check in checks if not check.once]
 
 

@@ -1,5 +1,6 @@
 """How a state is described as data: a tree of nodes that JSON carries, checked when it is read."""
 
+import abc
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,11 +29,12 @@ DTYPES = frozenset(
 _PLACES = ("device", "host", "scalar")
 
 
-class Node:
+class Node(abc.ABC):
     """One of the following."""
 
+    @abc.abstractmethod
     def json(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """What the facts hold of it."""
 
     def children(self) -> list["Node"]:
         return []

@@ -20,7 +20,7 @@ from fisher_jax.cli.folder import write_atomically
 from fisher_jax.cli.held_out import held_out
 from fisher_jax.cli.merge_settings import MergeSettings
 from fisher_jax.cli.merge_weights import read_weights, states_digest
-from fisher_jax.cli.model_folder import check_can_be_written, model_folder, save_model
+from fisher_jax.cli.model_folder import check_can_be_written, model_folder, save_model, say_written
 from fisher_jax.cli.model_result import MADE_FROM, read_result
 from fisher_jax.cli.pages import digest
 from fisher_jax.cli.printable import printable
@@ -56,13 +56,7 @@ def run(settings: MergeSettings) -> int:
         if texts:
             console.print(table_of(earlier["bits_per_byte"]))
         console.print("finished before: nothing had to be computed (--overwrite merges again)")
-    console.print(
-        headed(
-            "written",
-            f"{settings.out}. It loads with fisher_jax.models.load({str(settings.out)!r}), with --model "
-            f"{settings.out} in every command, and in Hugging Face transformers.",
-        )
-    )
+    say_written(console, settings.out)
     return 0
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from fisher_jax.cli.folder import disk_error
 from fisher_jax.cli.temporary import temporary_beside
+from fisher_jax.cli.terminal import Terminal, headed
 from fisher_jax.models import DecoderConfig, Tokenizer, save
 from fisher_jax.models.origin import Origin
 from fisher_jax.models.saving import hf_settings
 
-__all__ = ["check_can_be_written", "model_folder", "save_model"]
+__all__ = ["check_can_be_written", "model_folder", "save_model", "say_written"]
 
 _CONFIG = "config.json"  # without it no folder is taken for a model
 _OF_AN_EARLIER_MODEL = (
@@ -48,6 +49,12 @@ def _move(incoming: Path, out: Path) -> None:
             path.unlink()
     for path in sorted(incoming.iterdir(), key=lambda path: path.name == _CONFIG):  # last
         os.replace(path, out / path.name)
+
+
+def say_written(console: Terminal, out: Path) -> None:
+    """The last line of a command that wrote a model."""
+    where = f"It loads with fisher_jax.models.load({str(out)!r}), with --model {out} in every command"
+    console.print(headed("written", f"{out}. {where}, and in Hugging Face transformers."))
 
 
 def save_model(folder: Path, config: DecoderConfig, params: Any, tokenizer: Tokenizer, origin: Origin) -> None:

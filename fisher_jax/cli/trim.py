@@ -14,7 +14,7 @@ from fisher_jax.cli.compression import Loss, bits_per_byte, difference, measure_
 from fisher_jax.cli.corpora import describe_sources
 from fisher_jax.cli.folder import write_atomically
 from fisher_jax.cli.held_out import held_out
-from fisher_jax.cli.model_folder import check_can_be_written, model_folder, save_model
+from fisher_jax.cli.model_folder import check_can_be_written, model_folder, save_model, say_written
 from fisher_jax.cli.model_result import MADE_FROM, read_result
 from fisher_jax.cli.orderings import orderings
 from fisher_jax.cli.pages import digest
@@ -66,13 +66,7 @@ def run(settings: TrimSettings) -> int:
         for line in told(earlier):
             console.print(f"  {line}")
         console.print("finished before: nothing had to be computed (--overwrite cuts again)")
-    console.print(
-        headed(
-            "written",
-            f"{settings.out}. It loads with fisher_jax.models.load({str(settings.out)!r}), with --model "
-            f"{settings.out} in every command, and in Hugging Face transformers.",
-        )
-    )
+    say_written(console, settings.out)
     return 0
 
 

@@ -22,8 +22,10 @@ __all__ = [
     "from_sums",
     "map_values",
     "observe",
+    "of_tokens",
     "one",
     "start",
+    "union",
 ]
 
 UNITS = ("token", "sequence", "document", "batch")
@@ -279,14 +281,33 @@ def observe(
             lambda c, row: (fold(c, *row), None), start(like, unit, scale), (totals, weights, ids)
         )
         return reject_if(finish(carry), bad)
-    mean, m2 = _weighted(values, weights)
-    square_mean, square_m2 = (None, None) if binary and unit == "token" else _weighted(values, weights**2)
-    moments = Moments(
-        mean=mean, m2=m2, square_mean=square_mean, square_m2=square_m2, weight=weights.sum(),
-        weight_sq=(weights**2).sum(), count=(weights > 0).sum().astype(dtype), first=None, last=None, several=None,
-        rejected=jnp.zeros((), jnp.int32), reasons=jnp.zeros((), jnp.int32), unit=unit, scale=scale,
-    )  # fmt: skip
+    moments = dataclasses.replace(of_tokens(values, weights), unit=unit, scale=scale)
+    if binary and unit == "token":
+        moments = dataclasses.replace(moments, square_mean=None, square_m2=None)
     return reject_if(moments, bad)
+
+
+def of_tokens(values: Tree, weights: Array) -> Moments:
+    """Moments of values ``[N, ...]``, each of them one observation, with weights ``[N]`` that are not negative."""
+    mean, m2 = _weighted(values, weights)
+    square_mean, square_m2 = _weighted(values, weights**2)
+    return Moments(
+        mean=mean, m2=m2, square_mean=square_mean, square_m2=square_m2, weight=weights.sum(),
+        weight_sq=(weights**2).sum(), count=(weights > 0).sum().astype(weights.dtype), first=None, last=None,
+        several=None, rejected=jnp.zeros((), jnp.int32), reasons=jnp.zeros((), jnp.int32),
+    )  # fmt: skip
+
+
+def union(a: Moments, b: Moments) -> Moments:
+    """Moments of the observations of both, which have no fragments, by Chan's formula."""
+    mean, m2 = chan(a.mean, a.m2, a.weight, b.mean, b.m2, b.weight)
+    square_mean, square_m2 = chan(
+        a.square_mean, a.square_m2, a.weight_sq, b.square_mean, b.square_m2, b.weight_sq
+    )
+    return dataclasses.replace(
+        a, mean=mean, m2=m2, square_mean=square_mean, square_m2=square_m2, weight=a.weight + b.weight,
+        weight_sq=a.weight_sq + b.weight_sq, count=a.count + b.count,
+    )  # fmt: skip
 
 
 def one(value: Tree, weight: Array, unit: str = "batch") -> Moments:

@@ -11,7 +11,7 @@ from fisher_jax import meshes, passes, rejection
 from fisher_jax import moments as moments_room
 from fisher_jax.batch import Batch
 from fisher_jax.diagonal.problem import Problem, log_probs, split, tokens_of, unit_ids, zeros_like
-from fisher_jax.moments import Moments, from_sums
+from fisher_jax.moments import Moments, of_tokens, union
 
 __all__ = ["by_token"]
 
@@ -73,18 +73,19 @@ def _sum_over(function: Callable[[Array], Tree], number: int, chunk: int) -> Tre
 
 
 def _token_moments(value: Callable[[Array], Tree], weights: Array, chunk: int) -> Moments:
-    """Moments over tokens from sums of ``w f``, ``w f**2`` and the same with ``w**2``."""
+    """Moments over tokens, those of each chunk joined to those before it, since sums of ``f**2`` lose variances."""
+    number = weights.shape[0]
+    size = min(chunk, number)
 
-    def sums(token):
-        f, w = value(token), jnp.maximum(weights[token], 0)
-        powers = (w, w, w * w, w * w)
-        squared = jax.tree.map(jnp.square, f)
-        return tuple(
-            jax.tree.map(lambda x, p=p: p.astype(x.dtype) * x, part)
-            for part, p in zip((f, squared, f, squared), powers, strict=True)
-        )
+    def step(found, start):
+        index = start + jnp.arange(size)
+        token = jnp.minimum(index, number - 1)
+        w = jnp.where(index < number, jnp.maximum(weights[token], 0), 0)
+        return union(found, of_tokens(passes.each(value, token), w)), None
 
-    return from_sums(_sum_over(sums, weights.shape[0], chunk), weights)
+    like = jax.eval_shape(value, jax.ShapeDtypeStruct((), jnp.int32))
+    nothing = of_tokens(jax.tree.map(lambda x: x[None], zeros_like(like)), jnp.zeros(1, weights.dtype))
+    return jax.lax.scan(step, nothing, jnp.arange(0, number, size, dtype=jnp.int32))[0]
 
 
 def _row_moments(

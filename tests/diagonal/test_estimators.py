@@ -280,3 +280,24 @@ def test_output_fisher_is_the_expected_square_of_the_score(likelihood):
     assert np.abs(z).max() < 4.5
     factor = np.stack([likelihood.fisher_factor(outputs, k) for k in range(4)], 1)
     np.testing.assert_allclose(factor @ factor.T, fisher, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_exact_keeps_variances_far_below_the_squares_of_the_means(weighted):
+    """Squares that differ by a part in a thousand: sums of ``f**2`` in float32 would lose a tenth of the variance."""
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(3 + 1e-3 * rng.standard_normal((8, 16, 1)), jnp.float32)
+    targets = jnp.zeros((8, 16), jnp.int32)
+    weights = jnp.asarray(rng.integers(0, 3, (8, 16)) / 2, jnp.float32) if weighted else None
+    fisher = fj.group_fisher(
+        lambda params, x: x @ params["w"], example=fj.Batch(x, targets, weights), groups=fj.groups.tensor,
+        estimator="exact", unit="token", chunk_size=5,
+    )  # fmt: skip
+    moments = fisher.observe({"w": jnp.zeros((1, 4))}, fj.Batch(x, targets, weights), None)
+    # p = 1/4 everywhere: |p - onehot|**2 = 9/16 + 3/16.
+    f = 0.75 * np.asarray(x, np.float64).ravel() ** 2
+    w = np.ones(128) if weights is None else np.asarray(weights, np.float64).ravel()
+    mean, n = w @ f / w.sum(), (w > 0).sum()
+    wanted = np.sqrt(n / (n - 1) * (w**2 @ (f - mean) ** 2)) / w.sum()
+    np.testing.assert_allclose(fj.welford.mean(moments)["w"], mean, rtol=1e-6)
+    np.testing.assert_allclose(fj.welford.standard_error(moments)["w"], wanted, rtol=2e-3)

@@ -40,3 +40,20 @@ def test_the_fisher_is_that_of_a_loop_over_labels_in_micro_batches_too():
         matvec = fj.operators.fisher(of.apply, fj.categorical, of.params, only(of, [3]), **options)
         found = jax.jit(lambda m, v: m(v))(matvec, v)
         close(np.asarray(ravel_pytree(found)[0]), wanted)
+
+
+def test_trace_and_density_are_those_of_a_loop():
+    """24 tokens have a loss, so that a range of 24 holds everything and a probe's nodes are all eigenvalues."""
+    of = case()
+    matvec = fj.operators.empirical_fisher(of.apply, fj.categorical, of.params, of.batch)
+    x = np.sqrt(of.weights / of.weights.sum())[:, None] * flat(scores())
+    wanted = np.linalg.svd(x, compute_uv=False) ** 2
+    found = fj.trace(matvec, of.params, num_products=3 * len(wanted) + 6, key=jax.random.key(1))
+    assert abs(found.value / wanted.sum() - 1) < 1e-4
+    found = fj.spectral_density(matvec, of.params, num_steps=len(wanted) + 4, num_probes=4, key=jax.random.key(2))
+    for nodes, weights in zip(found.nodes, found.weights, strict=True):
+        large = np.sort(nodes[weights > 0])[::-1][:3]
+        np.testing.assert_allclose(large, wanted[:3], rtol=1e-3)
+    mean = wanted.sum() / x.shape[1]
+    assert found.mean_error < 0.2 * mean
+    assert abs(found.mean - mean) < 5 * found.mean_error

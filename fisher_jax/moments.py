@@ -301,9 +301,7 @@ def of_tokens(values: Tree, weights: Array) -> Moments:
 def union(a: Moments, b: Moments) -> Moments:
     """Moments of the observations of both, which have no fragments, by Chan's formula."""
     mean, m2 = chan(a.mean, a.m2, a.weight, b.mean, b.m2, b.weight)
-    square_mean, square_m2 = chan(
-        a.square_mean, a.square_m2, a.weight_sq, b.square_mean, b.square_m2, b.weight_sq
-    )
+    square_mean, square_m2 = chan(a.square_mean, a.square_m2, a.weight_sq, b.square_mean, b.square_m2, b.weight_sq)
     return dataclasses.replace(
         a, mean=mean, m2=m2, square_mean=square_mean, square_m2=square_m2, weight=a.weight + b.weight,
         weight_sq=a.weight_sq + b.weight_sq, count=a.count + b.count,

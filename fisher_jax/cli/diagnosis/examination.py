@@ -1,13 +1,15 @@
-"""All checks in every dtype, one after the other, as long as there is time."""
+"""All checks in every dtype, as long as there is time."""
 
 import dataclasses
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from fisher_jax.cli.diagnosis.arithmetic import PRODUCTS, REDUCED, precision_of_products
 from fisher_jax.cli.diagnosis.records import NOT_RUN, WRONG, Check, Record, examine
-from fisher_jax.cli.diagnosis.subject import make_subject
+from fisher_jax.cli.diagnosis.subject import Subject, make_subject
 
 __all__ = ["THREAD", "examination", "in_time", "planned"]
 
@@ -22,18 +24,74 @@ def planned(checks: Sequence[Check], dtypes: Sequence[str]) -> list[tuple[Check,
     return first + [(check, dtype) for dtype in dtypes[1:] for check in checks if not check.once]
 
 
-def examination(plan: Sequence[tuple[Check, str]]) -> Iterator[Record]:
-    """Records of the checks as they are made."""
-    subject, precision = None, WRONG
-    for check, dtype in plan:
-        if subject is None or subject.dtype != dtype:
-            subject = make_subject(dtype, None if subject is None else subject.loops)
+def examination(plan: Sequence[tuple[Check, str]], at_once: int | None = None) -> Iterator[Record]:
+    """Records of the checks in their order; ``at_once`` of them (by default 2, if there are two cores) are made.
+
+    Nearly all of the time goes into compiling, which one core does for one program.
+    """
+    subjects = _subjects([dtype for _, dtype in plan])
+    turn, condition, next_one = threading.Lock(), threading.Condition(), iter(range(len(plan)))
+    found: dict[int, Record | BaseException] = {}
+    precision = WRONG
+
+    def make(number: int) -> Record:
+        check, dtype = plan[number]
         reduced = precision if dtype == "float32" else WRONG
-        record = examine(check, subject, REDUCED.get(reduced, 0.0), reduced)
-        if check.name == PRODUCTS and dtype == "float32":
-            precision = precision_of_products(record)
-            record = dataclasses.replace(record, verdict=precision)
+        record = examine(
+            check._replace(reference=_one_at_a_time(check.reference, turn)), subjects[dtype],
+            REDUCED.get(reduced, 0.0), reduced,
+        )  # fmt: skip
+        if (check.name, dtype) != (PRODUCTS, "float32"):
+            return record
+        return dataclasses.replace(record, verdict=precision_of_products(record))
+
+    def work() -> None:
+        while True:
+            with condition:
+                number = next((i for i in next_one if i not in found), None)
+            if number is None:
+                return
+            try:
+                record: Record | BaseException = make(number)
+            except BaseException as problem:
+                record = problem
+            with condition:
+                found[number] = record
+                condition.notify_all()
+
+    for number, (check, dtype) in enumerate(plan):
+        if (check.name, dtype) == (PRODUCTS, "float32"):
+            # First of all, since its verdict explains those of others.
+            found[number] = first = make(number)
+            precision = first.verdict
+    for _ in range(at_once or min(2, os.cpu_count() or 1)):
+        threading.Thread(target=work, name=THREAD, daemon=True).start()
+    for number in range(len(plan)):
+        with condition:
+            while number not in found:
+                condition.wait()
+            record = found[number]
+        if isinstance(record, BaseException):
+            raise record
         yield record
+
+
+def _subjects(dtypes: Sequence[str]) -> dict[str, Subject]:
+    found: dict[str, Subject] = {}
+    for dtype in dict.fromkeys(dtypes):
+        first = next(iter(found.values()), None)
+        found[dtype] = make_subject(dtype, None if first is None else first.loops)
+    return found
+
+
+def _one_at_a_time(reference: Callable, turn: threading.Lock) -> Callable:
+    """What several checks are compared with is computed once."""
+
+    def run(subject: Subject) -> Any:
+        with turn:
+            return reference(subject)
+
+    return run
 
 
 def in_time(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 from fisher_jax.errors import ConflictError, InputError
 
-__all__ = ["begin", "check_newest", "commit", "discard", "place_of", "revision", "sync"]
+__all__ = ["begin", "check_newest", "commit", "discard", "place_of", "remove_left_over", "revision", "sync"]
 
 _INCOMING, _DROPPED = ".incoming-", ".dropped-"
 _STALE = 3600.0  # seconds without a change, after which a save that nobody can be asked about counts as given up
@@ -124,6 +124,12 @@ def discard(incoming: pathlib.Path) -> None:
     shutil.rmtree(incoming, ignore_errors=True)
     with contextlib.suppress(OSError):
         incoming.parent.rmdir()
+
+
+def remove_left_over(path: pathlib.Path) -> None:
+    """Remove earlier saves and what killed savers left; a living saver's stay, and so does a folder without a save."""
+    if newest := revision(path):
+        _clean(path, newest)
 
 
 def sync(folder: pathlib.Path) -> None:

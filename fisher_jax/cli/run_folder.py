@@ -29,7 +29,6 @@ def run_folder(out: Path, *, interrupted: Callable[[], str], lock: Lock = flock)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _held(out, lock):
-            remove_left_over(out)
             yield
             stop_if_requested()
     except BrokenPipeError:
@@ -54,7 +53,11 @@ def _held(out: Path, lock: Lock) -> Iterator[None]:
     if jax.distributed.is_initialized() and jax.process_index() > 0:
         yield
         return
+    from fisher_jax.checkpoint import generations
+
     with hold(out, lock=lock):
+        remove_left_over(out)
+        generations.remove_left_over(out / "state")
         yield
 
 

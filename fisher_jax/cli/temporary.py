@@ -24,9 +24,9 @@ def temporary_beside(path: Path) -> Path:
 
 
 def remove_left_over(folder: Path) -> None:
-    """Removes what killed runs were writing in a folder and two levels inside; what a living one writes stays."""
-    for pattern in (f"{_PREFIX}*", f"*/{_PREFIX}*", f"*/*/{_PREFIX}*"):
-        for path in folder.glob(pattern):
+    """Removes what killed runs were writing in a folder and three levels inside; what a living one writes stays."""
+    for levels in range(4):
+        for path in folder.glob("*/" * levels + f"{_PREFIX}*"):
             if _is_left_over(path):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)

@@ -114,16 +114,24 @@ def test_an_interrupted_model_leaves_an_earlier_one_as_it_was(tmp_path, tiny_mod
 
 
 def test_files_of_killed_runs_go_and_those_of_living_ones_stay(tmp_path):
-    from fisher_jax.cli.temporary import remove_left_over, temporary_beside
+    from fisher_jax.cli.run_folder import run_folder
+    from fisher_jax.cli.temporary import temporary_beside
 
     mine = temporary_beside(tmp_path / "x")
     mine.write_text("being written")
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    (tmp_path / "figures").mkdir()
     left = re.sub(rf"-{os.getpid()}-", f"-{ended.pid}-", mine.name)
-    for folder in (tmp_path, tmp_path / "figures"):
+    deepest = tmp_path / "figures" / "tasks" / "wikipedia"
+    deepest.mkdir(parents=True)
+    for folder in (tmp_path, *list(deepest.parents)[:2], deepest):
         (folder / left).write_text("half")
         (folder / f"{left}1").mkdir()
-    remove_left_over(tmp_path)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted([mine.name, "figures"])
+    for name in ("00000006", "00000007", ".dropped-0a1b", "notes"):
+        (tmp_path / "state" / name).mkdir(parents=True)
+        (tmp_path / "state" / name / "file").write_text("something")
+    with run_folder(tmp_path, interrupted=str):
+        kept = {path for path in tmp_path.rglob("*") if path.name != ".fisher-jax.lock"}
+    state = [tmp_path / "state", *(tmp_path / "state" / x for x in ("00000007", "notes"))]
+    files = [path / "file" for path in state[1:]]
+    assert kept == {mine, *list(deepest.parents)[:2], deepest, *state, *files}

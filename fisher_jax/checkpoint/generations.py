@@ -127,7 +127,7 @@ def discard(incoming: pathlib.Path) -> None:
 
 
 def remove_left_over(path: pathlib.Path) -> None:
-    """Remove earlier saves and what killed savers left; a living saver's stay, and so does a folder without a save."""
+    """Remove earlier saves and what killed savers left, not what living ones write; nothing where there is no save."""
     if newest := revision(path):
         _clean(path, newest)
 

@@ -127,7 +127,7 @@ def discard(incoming: pathlib.Path) -> None:
 
 
 def remove_left_over(path: pathlib.Path) -> None:
-    """Remove earlier saves and what killed savers left; what living ones write stays, and all where nothing is saved."""
+    """Remove earlier saves and what killed savers left, not what living ones write; nothing if nothing is saved."""
     if newest := revision(path):
         _clean(path, newest)
 

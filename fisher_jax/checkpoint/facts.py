@@ -73,7 +73,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     data = read_small(folder / _NAME, SIZE)
     check(_same(read_small(folder / _DIGEST, 1024), data), f"{_NAME} does not have the SHA-256 that {_DIGEST} states")
     try:
-        facts = json.loads(data)
+        facts = json.loads(data, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{_NAME} is not JSON ({_short(error)})") from error
     check(isinstance(facts, dict), f"{_NAME} is not a JSON object")
@@ -87,6 +87,13 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     check(all(type(x) is str for x in facts["versions"].values()), "its versions are not texts")
     check(all(type(x) is dict for x in facts["states"]), "its states are not described")
     return facts
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("it gives a name twice")
+    return found
 
 
 def read_small(file: pathlib.Path, limit: int) -> bytes:

@@ -182,7 +182,7 @@ def _drop(entry: pathlib.Path) -> None:
 def _is_abandoned(incoming: pathlib.Path) -> bool:
     """Whether its saver is dead, as far as this host can tell, or has done nothing for long."""
     process, host, *_ = (*incoming.name.removeprefix(_INCOMING).split("-"), "", "")
-    if host == _host() and process.isdigit() and not _is_alive(int(process)):
+    if host == _host() and re.fullmatch("[0-9]{1,10}", process) and not _is_alive(int(process)):
         return True
     return time.time() - max(_times(incoming), default=time.time()) > _STALE
 

@@ -3,12 +3,17 @@
 import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
 from fisher_jax.cli.temporary import temporary_beside
 from fisher_jax.errors import InputError
 
-__all__ = ["check_writable", "disk_error", "write_atomically"]
+__all__ = ["check_entries", "check_writable", "disk_error", "read_plain", "write_atomically"]
+
+_MOST = 2**30  # bytes; pages and their parts hold pictures
+_FILES = (".html", ".md", ".csv", ".json", ".png", ".jinja", ".safetensors", ".lock")
+_FOLDERS = ("figures", "model", "parts", "state")
 
 
 def check_writable(folder: Path, *, bytes_needed: int = 0) -> None:
@@ -46,6 +51,40 @@ def check_writable(folder: Path, *, bytes_needed: int = 0) -> None:
             f"{folder} has {free / 2**20:,.0f} MiB free and this run needs about "
             f"{bytes_needed / 2**20:,.0f} MiB; free some space or choose another --out."
         )
+
+
+def check_entries(folder: Path) -> None:
+    """Raises InputError where something lies in the place of a file or a folder that a command may write.
+
+    Looks at the folder and at the folders of commands in it: for pipes, devices and the like, for folders named as
+    files are, and for files named as folders are.
+    """
+    for place in (folder, *(folder / name for name in _FOLDERS)):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            try:
+                mode = path.stat().st_mode
+            except OSError:  # a link to nothing; it gives way to a file
+                continue
+            is_folder, ours = stat.S_ISDIR(mode), place == folder and path.name in _FOLDERS
+            if not is_folder and not stat.S_ISREG(mode) and (ours or path.name.endswith(_FILES)):
+                raise InputError(f"{path} is neither a file nor a folder; remove it, or choose another --out.")
+            if is_folder and path.name.endswith(_FILES):
+                raise InputError(f"{path} is a folder in the place of a file; move it, or choose another --out.")
+            if ours and not is_folder:
+                raise InputError(f"{path} is a file in the place of a folder; move it, or choose another --out.")
+
+
+def read_plain(path: Path) -> str:
+    """What a command wrote earlier.
+
+    Raises:
+        OSError: it is no plain file, or has more than 1 GiB.
+        ValueError: it is not UTF-8.
+    """
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode) or about.st_size > _MOST:
+        raise OSError(errno.EINVAL, "not a file of fisher-jax", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def disk_error(error: OSError, folder: Path) -> InputError:

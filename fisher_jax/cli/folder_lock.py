@@ -11,6 +11,7 @@ import os
 import platform
 import secrets
 import shlex
+import stat
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ FILE = ".fisher-jax.lock"
 RENEWED_EVERY = 10.0  # seconds
 FREE_AFTER = 60.0
 _TRIES, _PAUSE = 40, 0.05
+_LONGEST = 65536  # bytes
 
 Lock = Callable[[int], None]
 
@@ -88,6 +90,8 @@ def _renew(file: int, ended: threading.Event, every: float) -> None:
 def _take(path: Path, lock: Lock) -> int:
     """The open file that is locked."""
     for _ in range(_TRIES):
+        if not _is_plain(path):
+            raise InputError(f"{path} is not a file that fisher-jax wrote; remove it, or choose another --out.")
         mine = temporary_beside(path)
         file = os.open(mine, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
@@ -109,6 +113,14 @@ def _take(path: Path, lock: Lock) -> int:
         else:  # it has just gone, or another run is removing it
             time.sleep(_PAUSE)
     raise InputError(f"{path} changes all the time; choose another --out.")
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether a lock lies there, or nothing: no folder, link, pipe or device."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return True
 
 
 def _appears(mine: Path, path: Path) -> bool:
@@ -138,13 +150,13 @@ def _locked(file: int, lock: Lock) -> bool | None:
 def _look(path: Path, lock: Lock, now: float) -> Found | None:
     """The lock that is there, or None."""
     try:
-        file = os.open(path, os.O_RDWR)
+        file = os.open(path, os.O_RDWR | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
     except OSError:
         return None
     try:
         ours = _locked(file, lock)
         seen = os.fstat(file)
-        content = _read(os.read(file, 65536))
+        content = _read(os.read(file, _LONGEST))
     finally:
         os.close(file)
     return Found(content, now - seen.st_mtime, None if ours is None else not ours)
@@ -163,7 +175,9 @@ def _remove(path: Path, found: Found) -> None:
     aside = temporary_beside(path)
     with suppress(OSError):
         os.rename(path, aside)
-        if _read(aside.read_bytes()) != found.content:
+        with open(aside, "rb") as file:
+            content = _read(file.read(_LONGEST))
+        if content != found.content:
             with suppress(OSError):
                 os.link(aside, path)
         os.unlink(aside)
@@ -176,7 +190,7 @@ def _is_over(found: Found) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return found.content.get("flock") is not False
     except OSError:
         pass

@@ -11,7 +11,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 0 when done, 2 for input that cannot be used, 130 when interrupted after saving."""
     try:
-        with stop_signals() as signals:
+        with stop_signals(last=arguments is None) as signals:
             from fisher_jax.cli.outcome import run
 
             return run(arguments, signals)

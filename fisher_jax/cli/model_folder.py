@@ -18,8 +18,9 @@ __all__ = ["check_can_be_written", "model_folder", "save_model", "say_written"]
 
 _CONFIG = "config.json"  # without it no folder is taken for a model
 _OF_AN_EARLIER_MODEL = (
-    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "tokenizer*.json",
-    "special_tokens_map.json", "generation_config.json", "chat_template.*", "trim.json", "merge.json",
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja", "trim.json",
+    "merge.json",
 )  # fmt: skip
 
 
@@ -43,12 +44,29 @@ def model_folder(out: Path) -> Iterator[Path]:
 
 
 def _move(incoming: Path, out: Path) -> None:
-    (out / _CONFIG).unlink(missing_ok=True)
-    for pattern in _OF_AN_EARLIER_MODEL:
-        for path in out.glob(pattern):
-            path.unlink()
-    for path in sorted(incoming.iterdir(), key=lambda path: path.name == _CONFIG):  # last
-        os.replace(path, out / path.name)
+    """An earlier model goes aside first, and comes back where the new one cannot take its place."""
+    aside, arrived = temporary_beside(out / _CONFIG), []
+    aside.mkdir()
+    try:
+        for pattern in (_CONFIG, *_OF_AN_EARLIER_MODEL):
+            for path in out.glob(pattern):
+                if not path.is_dir():
+                    os.rename(path, aside / path.name)
+        for path in sorted(incoming.iterdir(), key=_config_last):
+            os.replace(path, out / path.name)
+            arrived.append(out / path.name)
+    except BaseException:
+        for path in reversed(arrived):
+            path.unlink(missing_ok=True)
+        for path in sorted(aside.iterdir(), key=_config_last):
+            os.replace(path, out / path.name)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _config_last(path: Path) -> bool:
+    return path.name == _CONFIG
 
 
 def say_written(console: Terminal, out: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fisher_jax.cli.earlier_run import refuse_difference
+from fisher_jax.cli.folder import read_plain
 from fisher_jax.errors import InputError
 
 __all__ = ["MADE_FROM", "read_result"]
@@ -22,7 +23,7 @@ def read_result(out: Path, name: str, facts: Mapping[str, Any], overwrite: bool)
     if overwrite or not (out / "config.json").is_file():
         return None
     try:
-        result = json.loads((out / name).read_text(encoding="utf-8"))
+        result = json.loads(read_plain(out / name))
         made_from = dict(result[MADE_FROM])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{out} holds a model; choose another --out, or --overwrite.") from None

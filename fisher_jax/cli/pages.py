@@ -8,7 +8,7 @@ from typing import Any
 
 from fisher_jax.cli import html, markdown
 from fisher_jax.cli.blocks import Block, Picture
-from fisher_jax.cli.folder import write_atomically
+from fisher_jax.cli.folder import read_plain, write_atomically
 
 __all__ = ["digest", "page_is_current", "remove_pages", "write_pages"]
 
@@ -54,8 +54,7 @@ def write_pages(
 def page_is_current(out: Path, name: str, made_from: str) -> bool:
     """Whether `name.html` was made from the same, and all files that go with it are there."""
     try:
-        with (out / f"{name}.html").open(encoding="utf-8") as stream:
-            said = html.read_facts(stream.read(html.HEAD_LENGTH))
+        said = html.read_facts(read_plain(out / f"{name}.html")[: html.HEAD_LENGTH])
         files = json.loads(said.get("files", "[]"))
     except (OSError, ValueError):
         return False
@@ -76,5 +75,5 @@ def _remove_figures(out: Path, prefixes: tuple[str, ...], keep: Any) -> None:
         if place.startswith(prefixes) and f"figures/{place}" not in keep:
             path.unlink()
     for path in sorted(folder.rglob("*"), reverse=True):  # the deepest first
-        if path.is_dir() and not any(path.iterdir()):
+        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
             path.rmdir()

@@ -56,7 +56,7 @@ def value(kind: Any, found: Any, name: str) -> Any:
         check(type(found) in (int, float) and abs(found) < 1e300 and math.isfinite(found), wrong)
         return float(found)
     if kind in (int, str, bool):
-        check(type(found) is kind, wrong)
+        check(type(found) is kind and (kind is not int or abs(found) < 2**63), wrong)
         return found
     if origin is list:
         check(isinstance(found, list), wrong)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fisher_jax.cli.blocks import Block, Heading, Paragraph, Picture, Table
-from fisher_jax.cli.folder import write_atomically
+from fisher_jax.cli.folder import read_plain, write_atomically
 from fisher_jax.cli.pages import digest
 from fisher_jax.cli.run_state import Progress
 
@@ -79,7 +79,7 @@ class PartStore:
 
     def _read(self, tasks: tuple[str, ...]) -> Part | None:
         try:
-            saved = json.loads(self._path(tasks).read_text(encoding="utf-8"))
+            saved = json.loads(read_plain(self._path(tasks)))
             if saved.pop("digest") != digest(saved):
                 return None
             part = Part(**saved | {"blocks": [_decoded(block) for block in saved["blocks"]]})

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fisher_jax.cli.folder import check_writable, disk_error
+from fisher_jax.cli.folder import check_entries, check_writable, disk_error
 from fisher_jax.cli.folder_lock import Lock, flock, hold
 from fisher_jax.cli.stopping import InterruptedRunError, stop_if_requested
 from fisher_jax.cli.temporary import remove_left_over
@@ -28,6 +28,7 @@ def run_folder(out: Path, *, interrupted: Callable[[], str], lock: Lock = flock)
     created = _missing(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        check_entries(out)
         with _held(out, lock):
             yield
             stop_if_requested()

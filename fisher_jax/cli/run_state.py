@@ -170,6 +170,9 @@ def tasks_of_facts(facts: Any) -> dict[str, Progress]:
         counts = progress.num_batches, progress.batches_done, progress.tokens, progress.seconds
         check(min(counts) >= 0 and progress.num_batches > 0, f"a count is {min(counts)}")
         check(
+            progress.tokens >= progress.batches_done, f"{progress.batches_done} batches have {progress.tokens} tokens"
+        )
+        check(
             progress.batches_done <= progress.num_batches,
             f"{progress.batches_done} of {progress.num_batches} batches are done",
         )

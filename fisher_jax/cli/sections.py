@@ -1,7 +1,8 @@
 # ruff: noqa: RUF001 -- a minus, a times sign and a dash are what they look like
 """What the report says, in plain words: the same blocks for HTML and Markdown."""
 
-import numpy as np
+import math
+
 from matplotlib.figure import Figure
 
 from fisher_jax.cli import plots
@@ -142,7 +143,7 @@ def _method(found: Findings) -> list[Block]:
         ["text", f"{describe_sources(s.text)}; task {s.task}"],
         ["tokens", found.packed.choice],
         ["rows", f"{s.seq_len} tokens each, {s.batch_size} in a batch; a row sees nothing before it"],
-        ["loss", f"{found.loss:.3f} nats per token, perplexity {np.exp(found.loss):.1f}"],
+        ["loss", f"{found.loss:.3f} nats per token, perplexity {_perplexity(found.loss)}"],
         ["observations", units],
         ["kind", KIND_NAMES[s.kind]],
         ["parameters", "all" if s.parameters == "all" else "the head"],
@@ -179,3 +180,8 @@ def _reading(found: Findings) -> list[Block]:
             )
         )
     return parts
+
+
+def _perplexity(loss: float) -> str:
+    value = math.exp(min(loss, 700.0))
+    return f"{value:,.1f}" if value < 1e6 else f"{value:.1e}"

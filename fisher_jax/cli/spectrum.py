@@ -16,7 +16,7 @@ from fisher_jax.cli import spectrum_sections as sections
 from fisher_jax.cli.clock import Clock
 from fisher_jax.cli.corpora import describe_sources, documents
 from fisher_jax.cli.earlier_run import refuse_difference, refuse_misuse
-from fisher_jax.cli.folder import check_writable, write_atomically
+from fisher_jax.cli.folder import check_writable, read_plain, write_atomically
 from fisher_jax.cli.memory import attention_bytes, check_memory
 from fisher_jax.cli.packing import Rows, longest_document, pack
 from fisher_jax.cli.pages import digest, page_is_current, write_pages
@@ -83,7 +83,7 @@ class _Run:
 
     def _read(self) -> dict[str, Any]:
         try:
-            saved = json.loads(self._facts.read_text(encoding="utf-8"))
+            saved = json.loads(read_plain(self._facts))
         except (OSError, ValueError, RecursionError) as error:
             raise self._damaged(str(error)) from None
         if not isinstance(saved, dict):
@@ -147,7 +147,7 @@ def _measure_and_write(
 
 def _source(kept: _Run) -> str:
     """What the page is made from."""
-    return digest(kept.finished.read_text(encoding="utf-8"))
+    return digest(read_plain(kept.finished))
 
 
 def _finished(

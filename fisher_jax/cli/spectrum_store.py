@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fisher_jax.blocks.capacity import BlockSpectrum, Capacity
-from fisher_jax.cli.folder import write_atomically
+from fisher_jax.cli.folder import read_plain, write_atomically
 from fisher_jax.cli.pages import digest
 from fisher_jax.cli.spectrum_measure import Measured, Passes
 from fisher_jax.cli.spectrum_sections import SpectrumFindings
@@ -81,7 +81,7 @@ def read_finished(path: Path, settings: SpectrumSettings) -> SpectrumFindings:
 
 def _content(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):

@@ -80,8 +80,12 @@ def _numbers() -> set[int]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopSignals]:
-    """Takes the signals over for the time of a command, in the main thread; elsewhere nobody presses Ctrl-C."""
+def stop_signals(*, last: bool = False) -> Iterator[StopSignals]:
+    """Takes the signals over for the time of a command, in the main thread; elsewhere nobody presses Ctrl-C.
+
+    Args:
+        last: the process only ends afterwards, which takes Python and JAX a while and which no signal may spoil.
+    """
     signals = StopSignals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
@@ -102,7 +106,7 @@ def stop_signals() -> Iterator[StopSignals]:
         signals.phase = _ENDED
         sys.unraisablehook = unraisable
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if last else handler)
         signal.set_wakeup_fd(wakeup)
         os.close(writer)
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import re
 import secrets
 import shutil
 import time
@@ -11,7 +12,9 @@ from pathlib import Path
 __all__ = ["remove_left_over", "temporary_beside"]
 
 _PREFIX = ".fj-"
+_NAME = re.compile(rf"{re.escape(_PREFIX)}(?P<host>[0-9a-f]+)-(?P<pid>[0-9]{{1,10}})-[0-9a-f]+")
 _LONG_AGO = 24 * 3600.0  # seconds
+_LEVELS = 3  # of folders that a command writes in its own
 
 
 def _host() -> str:
@@ -25,24 +28,25 @@ def temporary_beside(path: Path) -> Path:
 
 def remove_left_over(folder: Path) -> None:
     """Removes what killed runs were writing in a folder and three levels inside; what a living one writes stays."""
-    for levels in range(4):
-        for path in folder.glob("*/" * levels + f"{_PREFIX}*"):
-            if _is_left_over(path):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+    for place, folders, files in os.walk(folder):  # not through links
+        if len(Path(place).relative_to(folder).parts) == _LEVELS:
+            folders.clear()
+        for name in [name for name in (*folders, *files) if _is_left_over(Path(place, name))]:
+            if name in folders and not os.path.islink(os.path.join(place, name)):
+                shutil.rmtree(os.path.join(place, name), ignore_errors=True)
+                folders.remove(name)
+            else:
+                Path(place, name).unlink(missing_ok=True)
 
 
 def _is_left_over(path: Path) -> bool:
-    host, _, rest = path.name.removeprefix(_PREFIX).partition("-")
-    pid = rest.partition("-")[0]
-    if not pid.isdigit():
+    name = _NAME.fullmatch(path.name)
+    if name is None:
         return False
-    if host == _host() and os.name == "posix":
-        return not _is_alive(int(pid))
+    if name["host"] == _host() and os.name == "posix":
+        return not _is_alive(int(name["pid"]))
     try:
-        return time.time() - path.stat().st_mtime > _LONG_AGO
+        return time.time() - path.lstat().st_mtime > _LONG_AGO
     except OSError:
         return False
 

@@ -142,7 +142,10 @@ def rotary(read: Settings, head_size: int) -> tuple[float, tuple[float, ...] | N
         return base, None
     if by_layer := [key for key, value in scaling.values.items() if isinstance(value, dict)]:
         raise InputError(f"{scaling.label} differs between kinds of layers ({shown(by_layer)}), which is not read")
-    base = scaling.number("rope_theta", base, **ROPE_BASE)
+    if (inner := scaling.number("rope_theta", None, **ROPE_BASE)) is not None:
+        if read.get("rope_theta", inner) != inner:
+            read.refuse("rope_theta", f"the {inner:g} of its rope_parameters")
+        base = inner
     scaling.must("partial_rotary_factor", 1.0, 1)
     kind = scaling.text("rope_type", None) or scaling.text("type", "default")
     if kind == "default":

@@ -9,7 +9,7 @@ import numpy as np
 from fisher_jax.errors import InputError, shown
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.hf_config import config_from_hf
-from fisher_jax.models.json_files import MOST_BYTES, read_json, read_text
+from fisher_jax.models.json_files import MOST_BYTES, is_there, read_json, read_text
 from fisher_jax.models.layout import GPT2_NAMES, HF_NAMES, assemble, check_entries
 from fisher_jax.models.safetensors_file import StoredTensor, open_safetensors, read_header
 from fisher_jax.models.settings import Settings
@@ -57,7 +57,7 @@ class HfFolder:
     def json(self, name: str) -> dict:
         """The content of one of the folder's files, which must be an object."""
         file = self.path / name
-        if not file.is_file():
+        if not is_there(file):
             raise InputError(f"{self.path} has no {name}; it is not a complete Hugging Face model folder")
         content = read_json(file)
         if not isinstance(content, dict):
@@ -66,8 +66,8 @@ class HfFolder:
 
     def weight_files(self) -> list[Path]:
         """The shards that the index names, else ``model.safetensors``; no other file is a model's weights."""
-        if not (self.path / INDEX).is_file():
-            if (self.path / ONLY).is_file():
+        if not is_there(self.path / INDEX):
+            if is_there(self.path / ONLY):
                 return [self.path / ONLY]
             beside = ", ".join(weights_in(self.path)[:8])
             raise InputError(
@@ -130,7 +130,7 @@ class HfFolder:
     def tokenizer(self, rows: int = 2**18) -> Tokenizer:
         """From ``tokenizer.json``, for a head of at most so many rows."""
         file = self.path / "tokenizer.json"
-        if not file.is_file():
+        if not is_there(file):
             raise InputError(
                 f"{self.path} has no tokenizer.json; save it there with the fast tokenizer's save_pretrained"
             )

@@ -1,15 +1,29 @@
 """JSON from files that anybody may have written: bounded in size, read strictly, refused in one sentence."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fisher_jax.errors import InputError, shown
 
-__all__ = ["MOST_BYTES", "parse_json", "read_bytes", "read_json", "read_text"]
+__all__ = ["MOST_BYTES", "is_there", "parse_json", "read_bytes", "read_json", "read_text"]
 
 # Python needs up to 24 bytes for one of JSON; published settings and indices have at most some hundred kB.
 MOST_BYTES = 4 * 2**20
+
+
+def is_there(file: Path) -> bool:
+    """Whether there is such a file.
+
+    Raises:
+        InputError: there is something else of that name.
+    """
+    if file.is_file():
+        return True
+    if os.path.lexists(file):
+        raise InputError(f"{shown_path(file)} is not a file; fetch it again")
+    return False
 
 
 def read_json(file: Path, *, most: int = MOST_BYTES) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from fisher_jax.errors import InputError, shown
 from fisher_jax.models.gguf_file import GgufFile
 from fisher_jax.models.hf_folder import HfFolder
-from fisher_jax.models.json_files import read_text
+from fisher_jax.models.json_files import is_there, read_text
 from fisher_jax.models.loading import files_of
 from fisher_jax.models.settings import Settings
 from fisher_jax.models.token_ids import check_ids, renumbered
@@ -74,7 +74,7 @@ def from_folder(path: Path) -> Origin:
 
 def there(folder: HfFolder, name: str) -> dict[str, Any]:
     """The content of a file that need not exist."""
-    return folder.json(name) if (folder.path / name).is_file() else {}
+    return folder.json(name) if is_there(folder.path / name) else {}
 
 
 def tokenizer_settings(folder: HfFolder, rows: int) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def tokenizer_settings(folder: HfFolder, rows: int) -> dict[str, Any]:
         found["added_tokens_decoder"] = dict(added.values)
         check_ids(found, rows, label)
     file = folder.path / "chat_template.jinja"
-    chat = read_text(file) if file.is_file() else frame.get("chat_template")
+    chat = read_text(file) if is_there(file) else frame.get("chat_template")
     if not isinstance(chat, str | list | None):
         raise InputError(f"{label} has the chat_template {shown(chat)}, but it must be a text or a list of them")
     return found | ({"chat_template": chat} if chat else {})

@@ -43,8 +43,8 @@ def keep(out, task, model, rows, layers=None, *, counts=None, fingerprint=None, 
     if layers is not None:
         arrays["layers"] = state_of(layers)
     progress = Progress(
-        settings, fingerprint or model.fingerprint, text or f"digest of {task}", 1, done, model_name="tiny",
-        text_names=[task],
+        settings, fingerprint or model.fingerprint, text or f"digest of {task}", 1, done,
+        tokens=10 * len(next(iter(rows.values()))), model_name="tiny", text_names=[task],
     )  # fmt: skip
     StateStore(Path(out)).save(task, arrays, progress)
     return out

@@ -159,7 +159,7 @@ def prepare(root: Path) -> dict[str, list[str]]:
         more = ["--text", *texts[:4]] if task == "second" else []
         code, _, said = forked([*report, *more, "--task", task, "--out", str(root / "report")], root / "report")
         assert code == 0, said
-    some = ["--text", *texts, "--characters", "60"]
+    some = ["--text", *write_texts(root / "many"), "--characters", "60"]
     return {
         "report": [*report, "--checkpoint-every", "0"],
         "train": [

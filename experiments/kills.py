@@ -101,7 +101,9 @@ def bits(command: str, out: Path) -> dict[str, object]:
     }[command]  # fmt: skip
     for name in files:
         path = out / name
-        found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+        # merge.json names the folder that it lies in.
+        raw = path.read_bytes().replace(bytes(out), b"OUT") if path.exists() else None
+        found[name] = None if raw is None else hashlib.sha256(raw).hexdigest()
     return found
 
 

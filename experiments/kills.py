@@ -8,7 +8,7 @@ one of these moments drawn at random, half of them up to 50 ms later, inside wha
 tasks are finished in the folder of a report before. Afterwards every file under its final name must be whole
 and what was finished before must restore to the same bits; the same command with --resume (again, where there
 is nothing to resume) must exit with 0, leave nothing of the killed run, and end in the bits of the undisturbed
-run. Counts go to results/kills.json.
+run. Counts go to results/kills.json, beside those of other commands.
 
 One process imports the library and forks for every run, before JAX starts any thread.
 """
@@ -236,7 +236,8 @@ def main() -> None:
 
     from fisher_jax.cli import compare, merge, report, spectrum, train, trim  # noqa: F401
 
-    dice, results, started = random.Random(options.seed), {}, time.time()
+    dice, started = random.Random(options.seed), time.time()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # of other commands
     with tempfile.TemporaryDirectory() as folder:
         arguments = prepare(Path(folder))
         share, more = divmod(options.kills, len(options.commands))

@@ -221,7 +221,7 @@ def _shrunk(mean: Array, error: Array) -> Array:
     present = mean > 0
     safe = jnp.where(present, mean, 1)
     log, relative = jnp.log(safe), jnp.where(present, error / safe, 0) ** 2
-    number = jnp.sum(present)
+    number = jnp.sum(present, dtype=mean.dtype)
     average = functools.partial(_average, present=present, number=number)
     centre = average(log)
     spread = average((log - centre) ** 2) * number / jnp.maximum(number - 1, 1)

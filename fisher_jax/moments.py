@@ -356,5 +356,5 @@ def _weighted(values: Tree, weights: Array) -> tuple[Tree, Tree]:
     total = weights.sum()
     safe = jnp.where(total > 0, total, 1)
     mean = jax.tree.map(lambda x: compensated.divide((_over(weights, x) * x).sum(0), safe), values)
-    m2 = jax.tree.map(lambda x, mu: (_over(weights, x) * (x - mu) ** 2).sum(0), values, mean)
+    m2 = jax.tree.map(lambda x, mu: (_over(weights, x) * (x - mu[None]) ** 2).sum(0), values, mean)
     return mean, m2

@@ -193,7 +193,8 @@ def _scan(eqn: Any, scan: Loop, values: list, recorder: Recorder) -> list:
     def body(carry, x):
         perturbations, slices = x
         inner = Recorder(recorder.reduce) if probe is None else probe.replay(perturbations)
-        probes.append(inner)
+        if probe is None:
+            probes.append(inner)  # it keeps shapes; the other one has arrays of this trace
         args = [*inside(consts, map(plain, consts), "shared"), *carry, *inside(xs, slices, "stacked")]
         outs = [inner.generic(v, eqn) for v in evaluate(scan.traced, args, inner)]
         return outs[:num_carry], (outs[num_carry:], inner.inputs)

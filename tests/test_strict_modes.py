@@ -170,6 +170,8 @@ for name, options in {
     "kfac_directions_of_sampled_labels": {"fisher": "sampled"},
     "kfac_directions_of_the_exact_head": {"fisher": "exact_head"},
     "kfac_directions_corrected": {"eigenvalue_correction": True, "policy": "all"},
+    "kfac_directions_corrected_in_eigenbases": {"eigenvalue_correction": True, "policy": "never"},
+    "kfac_directions_reduced": {"shared": "reduce"},
     "kfac_directions_averaged": {"factor_decay": 0.9, "statistics_freq": 2},
 }.items():
     CASES[name] = functools.partial(kfac_step, make=fj.scale_by_kfac, **options)
@@ -186,6 +188,46 @@ def kfac_factors_and_inverse(dtype):
         return fj.precondition(factors, grads)
 
     return step, (params, batch, jax.tree.map(jnp.sin, params), jax.random.key(2))
+
+
+@case
+def kfac_as_a_matrix(dtype):
+    apply_fn, params, batch = decoder(dtype)
+
+    def step(params, batch, key):
+        found = {}
+        for policy in ("never", "all"):
+            factors = fj.kfac_factors(apply_fn, params, batch, damping=0.1, key=key, policy=policy)
+            found[policy] = fj.operators.kfac(factors)(jax.tree.map(jnp.cos, params))
+        exact = fj.kfac_factors(apply_fn, params, batch, damping=0.1, key=key, fisher="exact_head")
+        return found, fj.operators.kfac(exact)(jax.tree.map(jnp.cos, params))
+
+    return step, (params, batch, jax.random.key(2))
+
+
+def layered(params, inputs):
+    """Layers in a rematerialised scan."""
+
+    @jax.checkpoint
+    def layer(x, kernel):
+        return x + jnp.tanh(x @ kernel), None
+
+    return (jax.lax.scan(layer, params["embed"][inputs], params["layers"])[0] @ params["head"]).astype(jnp.float32)
+
+
+@case
+def layers_in_a_scan(dtype):
+    _, params, batch = decoder(dtype)
+    kernel = params["mix"]["kernel"]
+    params = {"embed": params["embed"], "layers": jnp.stack([kernel, -kernel]), "head": params["head"].T}
+    fisher = fj.group_fisher(layered, example=batch, groups=fj.groups.row, estimator="sequence")
+
+    def step(params, batch, key):
+        factors = fj.kfac_factors(layered, params, batch, damping=0.1, key=key)
+        loss = lambda params: jnp.sum(layered(params, batch.inputs) ** 2)  # noqa: E731
+        return fisher.observe(params, batch, None), fj.precondition(factors, params), fj.capture(loss)(params)
+
+    return step, (params, batch, jax.random.key(2))
 
 
 @case
@@ -211,7 +253,15 @@ def reading_a_state(dtype):
 
     def step(one, two):
         both = fj.welford.merge(one, two)
-        return fj.welford.mean(both), fj.welford.variance(both, kind="frequency"), fj.welford.standard_error(both)
+        both = fj.welford.add(both, fj.welford.observe(rows))
+        by_row = fj.welford.observe(rows, unit="sequence")
+        weights = fj.shrunk_mean(by_row), fj.merge_params([params, params], [fj.welford.mean(one)] * 2)
+        return (
+            weights,
+            fj.welford.mean(both),
+            fj.welford.variance(both, kind="frequency"),
+            fj.welford.standard_error(both),
+        )
 
     return step, (state, state)
 
@@ -239,6 +289,13 @@ def test_a_step_needs_no_leniency(name, dtype):
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         found = jax.make_jaxpr(lambda *x: step(*x))(*arguments)
     assert [(x.shape, x.dtype) for x in found.out_avals] == [(x.shape, x.dtype) for x in wanted.out_avals]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_keeps_nothing_of_its_trace(name):
+    step, arguments = CASES[name]("float32")
+    with jax.checking_leaks():
+        jax.make_jaxpr(lambda *x: step(*x))(*arguments)
 
 
 @pytest.mark.parametrize("name", CASES)

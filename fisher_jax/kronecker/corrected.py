@@ -33,7 +33,8 @@ def second_moments(block: Block, taps: list[Tap], masks: Masks, rules: Rules, A:
 def _of_table(block: Block, tap: Tap, masks: Masks, on_g: Array) -> Array:
     """Of an embedding: squares summed over the tokens that look up the same row."""
     rows, g, mask = lookups(tap, block, masks)
-    squares = product(g[0], on_g[0]).T ** 2 * (mask > 0)
+    squares = product(g[0], on_g[0]).T ** 2
+    squares = squares * (mask > 0).astype(squares.dtype)[None]
     return jnp.zeros((block.units, block.width), squares.dtype).at[:, rows].add(squares, mode="drop")[None]
 
 
@@ -46,8 +47,9 @@ def _of_use(block: Block, tap: Tap, masks: Masks, rules: Rules, on_a: Array, on_
         whole = dataclasses.replace(tap, inputs=inputs, cotangents=cotangents)
         a, g, mask = observations(whole, block, masks, rules)
         # At the head the weight of a token is in its output gradient already.
-        counts = (mask > 0)[:, None]
-        squares = (product(g, on_g) ** 2, (product(a, on_a) * counts) ** 2)
+        on_a = product(a, on_a)
+        counts = (mask > 0).astype(on_a.dtype)[None, :, None]
+        squares = (product(g, on_g) ** 2, (on_a * counts) ** 2)
         return product(jnp.swapaxes(squares[0], 1, 2), squares[1])
 
     for loop in reversed(loops):

@@ -114,5 +114,5 @@ def _side(factor: Any, M: Array) -> Array:
     if isinstance(factor, LowRank):
         return product(factor.columns, product(factor.columns.T, M))
     if isinstance(factor, Eigen):
-        return product(factor.vectors * factor.values, product(factor.vectors.T, M))
+        return product(factor.vectors * factor.values[None], product(factor.vectors.T, M))
     return factor.values[:, None] * M

@@ -49,7 +49,7 @@ def two_difference(pair: Pair, other: Pair) -> tuple[Array, Array]:
 def add_pair(pair: Pair, high: Array, low: Array | float = 0.0) -> Pair:
     """``pair + (high + low)``, renormalised so that the correction stays below half an ulp of the value."""
     if len(pair) == 1:
-        return pair + (high + low)
+        return pair + (high + low)[None]
     s, e = two_sum(pair[0], high)
     e = e + (pair[1] + low)
     total = s + e

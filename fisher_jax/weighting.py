@@ -84,7 +84,8 @@ def without_padding(inputs: Any, weights: Array, real: Any = None) -> Any:
 
 def log_probs(likelihood: Likelihood, outputs: Array, targets: Any, weights: Array) -> Array:
     """Per-token log-likelihood, 0 where the weight is 0, whatever the outputs and targets are there."""
-    active = weights > 0
+    # On a mesh of explicit axes the outputs say where the tokens lie, and weights that were not given do not.
+    active = (weights > 0) | jnp.zeros_like(outputs, bool).any(-1)
     # Both selections: a NaN that is only hidden in the value would come back in the gradient.
     safe = jnp.where(active[..., None], outputs, jnp.zeros_like(outputs))
     found = likelihood.log_prob(safe, targets)

@@ -256,8 +256,10 @@ def reading_a_state(dtype):
         both = fj.welford.add(both, fj.welford.observe(rows))
         by_row = fj.welford.observe(rows, unit="sequence")
         weights = fj.shrunk_mean(by_row), fj.merge_params([params, params], [fj.welford.mean(one)] * 2)
+        plain = fj.welford.merge(fj.welford.plain(one), fj.welford.plain(two))
         return (
             weights,
+            fj.welford.variance(plain),
             fj.welford.mean(both),
             fj.welford.variance(both, kind="frequency"),
             fj.welford.standard_error(both),

@@ -73,7 +73,8 @@ def moments(
         chunk_size: tokens at a time for ``row``, ``column`` and ``tensor`` (default 64), vocabulary rows at a time
             for ``param`` (default: about half a million logits).
         axis_name: under ``jax.shard_map``, the mesh axis over which the vocabulary is split evenly; ``targets`` are
-            indices in the whole vocabulary, results the device's own rows. The head is never gathered.
+            indices in the whole vocabulary, results the device's own rows. The head is never gathered. However the
+            arrays are split, `jax.shard_map` is called with ``check_vma=False``.
         with_log_likelihood: also return ``log p(y_t)``, ``[...]``, 0 where the weight is 0.
 
     Returns:

@@ -12,10 +12,13 @@ from jax.sharding import PartitionSpec as P
 import fisher_jax as fj
 
 MESHES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-OPTIONS = {"plain": {}, "micro-batches": {"microbatch_size": 4}, "kept": {"keep_linearization": True}}
+ALL_ONES = "all weights one"
+OPTIONS = {
+    "plain": {}, "micro-batches": {"microbatch_size": 4}, "kept": {"keep_linearization": True}, ALL_ONES: {},
+}  # fmt: skip
 CASES = [
     ("ggn", "plain"), ("ggn", "micro-batches"), ("ggn", "kept"), ("empirical_fisher", "plain"), ("hessian", "plain"),
-    ("hessian", "micro-batches"),
+    ("hessian", "micro-batches"), ("ggn", ALL_ONES), ("empirical_fisher", ALL_ONES), ("hessian", ALL_ONES),
 ]  # fmt: skip
 SPECS = {
     "embed": P(None, "model"), "layers": {"up": P(None, None, "model"), "down": P(None, "model", None)}, "scale": P(),
@@ -61,7 +64,7 @@ def distance(a, b):
     return max(float(np.max(np.abs(np.asarray(x) - np.asarray(y))) / np.abs(np.asarray(y)).max()) for x, y in pairs)
 
 
-def on_mesh(kind, wanted, name, options):
+def on_mesh(kind, wanted, name, option):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
 
     def place(x, spec):
@@ -70,8 +73,10 @@ def on_mesh(kind, wanted, name, options):
         return spec if x is None else jax.reshard(x, spec)
 
     params, tokens, weights = problem()
+    options = OPTIONS[option]
     params = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), params, SPECS)
     tokens, weights = (jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (tokens, weights))
+    weights = None if option == ALL_ONES else weights
     with jax.set_mesh(mesh):
         # With automatic axes the vector may lie anywhere; its place must not become that of the product.
         lay = (lambda x: jax.device_put(x, NamedSharding(mesh, P()))) if kind == AxisType.Auto else lambda x: x
@@ -91,11 +96,15 @@ def attempt(function, *arguments):
 def main():
     assert jax.device_count() == 8
     found = {}
-    wanted = {name: products(model(lambda x, spec: x), *problem(), name, {}) for name in {name for name, _ in CASES}}
+    params, tokens, weights = problem()
+    wanted = {
+        (name, ones): products(model(lambda x, spec: x), params, tokens, None if ones else weights, name, {})
+        for name, ones in {(name, option == ALL_ONES) for name, option in CASES}
+    }
     for name, option in CASES:
         for mesh, kind in MESHES.items():
             key = f"{mesh} {name} {option}"
-            found[key] = attempt(on_mesh, kind, wanted[name], name, OPTIONS[option])
+            found[key] = attempt(on_mesh, kind, wanted[name, option == ALL_ONES], name, option)
     json.dump(found, sys.stdout)
 
 

@@ -8,15 +8,14 @@ import sys
 import pytest
 
 from tests.core.sharded_script import MESHES, VOCABULARY, WAYS, WELFORD, WIDTH
+from tests.eight_devices import FLAGS
 
 
 @pytest.fixture(scope="session")
 def found():
     """The device count is fixed when JAX starts, so this needs a process of its own."""
     command = [sys.executable, "-W", "error", "-m", "tests.core.sharded_script"]
-    # What is compiled there runs once, on small arrays: optimising it would take most of the time.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.eight_devices import FLAGS
+
 CASES = [
     *(f"auto, {name}" for name in ("exact", "signs by row")),
     *(f"explicit, {name}" for name in ("exact", "signs", "signs by row", "sequence")),
@@ -19,8 +21,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def found():
     """The device count is fixed when JAX starts, so this needs a process of its own."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-m", "tests.diagonal.sharded_fisher"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

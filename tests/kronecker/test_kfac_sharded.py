@@ -15,13 +15,13 @@ from jax.sharding import PartitionSpec as P
 import fisher_jax as fj
 from fisher_jax.kronecker import factors, tikhonov
 from tests import oracle_kronecker as oracle
+from tests.eight_devices import FLAGS
 
 
 @pytest.fixture(scope="module")
 def found():
     """The device count is fixed when JAX starts, so this needs a process of its own."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-m", "tests.kronecker.sharded_kfac"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

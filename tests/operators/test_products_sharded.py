@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
+from tests.eight_devices import FLAGS
 from tests.operators.sharded_operators import CASES, MESHES
 
 
 @pytest.fixture(scope="module")
 def found():
     """The device count is fixed when JAX starts, so this needs a process of its own."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-m", "tests.operators.sharded_operators"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

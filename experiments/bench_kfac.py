@@ -32,8 +32,9 @@ import optax
 import scipy.stats
 
 import fisher_jax as fj
-from fisher_jax.cli import corpora
-from fisher_jax.kronecker import factors, tikhonov
+from fisher_jax.kronecker.factors import forms as factors
+from fisher_jax.kronecker.factors import tikhonov
+from fisher_jax.text import corpora
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 DAMPING, UPDATE_FREQ = 1e-3, 10

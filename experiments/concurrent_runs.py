@@ -61,8 +61,8 @@ def saving(task: str, out: Path, seed: int) -> int:
     """A run without its model: it holds the folder, reads the state and saves its task three times."""
     import copy
 
-    from fisher_jax.cli.run_folder import run_folder
-    from fisher_jax.cli.run_state import StateStore
+    from fisher_jax.cli.report.run_state import StateStore
+    from fisher_jax.cli.run.run_folder import run_folder
     from fisher_jax.errors import InputError
 
     dice = random.Random(seed)

@@ -25,8 +25,8 @@ import numpy as np
 
 import fisher_jax as fj
 from fisher_jax import models
-from fisher_jax.cli import corpora
-from fisher_jax.cli.printable import readable
+from fisher_jax._support.printable import readable
+from fisher_jax.text import corpora
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 LEVEL = 0.05

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisher_jax import models, passes
+from fisher_jax import models
+from fisher_jax._support import passes
 from fisher_jax.models.config import DecoderConfig
 
 FULL = {

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fisher_jax as fj
-from fisher_jax.cli import corpora, packing
+from fisher_jax.text import corpora, packing
 
 SEQ_LEN = 257
 

@@ -38,7 +38,7 @@ def load_before_forking() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import orbax.checkpoint  # noqa: F401
 
-    from fisher_jax.cli import compare, merge, report, spectrum, train, trim  # noqa: F401
+    from fisher_jax.cli.trim import command as trim  # noqa: F401
 
 
 def forked(arguments: list[str], out: Path, number: int = 0, seconds: float = 0.0) -> tuple[int, int, str]:
@@ -234,7 +234,7 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import orbax.checkpoint  # noqa: F401
 
-    from fisher_jax.cli import compare, merge, report, spectrum, train, trim  # noqa: F401
+    from fisher_jax.cli.trim import command as trim  # noqa: F401
 
     dice, started = random.Random(options.seed), time.time()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # of other commands

@@ -31,7 +31,8 @@ import numpy as np
 
 import fisher_jax as fj
 from fisher_jax import models
-from fisher_jax.kronecker import factors, tikhonov
+from fisher_jax.kronecker.factors import forms as factors
+from fisher_jax.kronecker.factors import tikhonov
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 SIZES = {"1M": (4096, 128, 2), "5M": (8192, 256, 4), "35M": (32768, 512, 6)}  # vocabulary, width, layers

@@ -13,7 +13,7 @@ from natural_gradient_language import cut, decoder
 from natural_gradient_runs import orders
 
 import fisher_jax as fj
-from fisher_jax.cli.corpora import documents
+from fisher_jax.text.corpora import documents
 
 DOMAINS = ("wikipedia", "pubmed")
 

@@ -41,7 +41,7 @@ from natural_gradient_runs import (
 
 import fisher_jax as fj
 from fisher_jax import models
-from fisher_jax.cli.corpora import documents
+from fisher_jax.text.corpora import documents
 
 LENGTH = 64
 

@@ -26,7 +26,7 @@ import scipy.stats
 
 import fisher_jax as fj
 from fisher_jax import models
-from fisher_jax.cli import corpora, packing
+from fisher_jax.text import corpora, packing
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 KINDS = ("embedding", "q", "k", "v", "o", "gate", "up", "down", "norms")

@@ -25,11 +25,11 @@ import numpy as np
 import scipy.stats
 
 from fisher_jax import models
-from fisher_jax.cli import corpora
-from fisher_jax.cli.compression import bits_per_byte, difference, measure
-from fisher_jax.cli.orderings import Ordering
-from fisher_jax.cli.pruning import prune
+from fisher_jax.cli.report.orderings import Ordering
+from fisher_jax.cli.report.pruning import prune
 from fisher_jax.models.trimming import cut_model, kept_tokens, read_vocabulary
+from fisher_jax.text import corpora
+from fisher_jax.text.bits_per_byte import bits_per_byte, difference, measure
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 CORPORA = ("wikipedia", "pubmed")

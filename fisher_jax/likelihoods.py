@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from fisher_jax.dtypes import wide
+from fisher_jax._support.dtypes import wide
 
 __all__ = ["Likelihood", "bernoulli", "categorical", "gaussian"]
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax import welford
-from fisher_jax.dtypes import wide_dtype
+from fisher_jax._support.dtypes import wide_dtype
 from fisher_jax.estimator import FisherEstimator
-from fisher_jax.moments import Moments, select
+from fisher_jax.welford.moments import Moments, select
 
 __all__ = ["MovingAverage", "add", "ema", "init", "mean"]
 

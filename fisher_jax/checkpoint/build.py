@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisher_jax import compensated
+from fisher_jax._support import compensated
 from fisher_jax.checkpoint import uses
 from fisher_jax.checkpoint.describe import Arrays
 from fisher_jax.checkpoint.nodes import Array, Dict, Key, Node, Other, Record, Sequence, Value, static_value

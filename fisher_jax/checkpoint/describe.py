@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisher_jax import compensated
+from fisher_jax._support import compensated
 from fisher_jax.checkpoint import uses
 from fisher_jax.checkpoint.facts import DamagedError
 from fisher_jax.checkpoint.nodes import DTYPES, Array, Dict, Key, Node, Other, Record, Sequence, Value, check_record

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fisher_jax._support.jax_internals import PLACES, equation
+from fisher_jax._tracing.provenance import Segment, Step, Use
 from fisher_jax.checkpoint.facts import DamagedError, check
-from fisher_jax.jax_internals import PLACES, equation
-from fisher_jax.provenance import Segment, Step, Use
 
 __all__ = ["fields", "rebuilt"]
 

@@ -7,13 +7,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from fisher_jax.cli.compare_settings import add_compare_options, compare_settings_from
-from fisher_jax.cli.doctor_settings import add_doctor_options, doctor_settings_from
-from fisher_jax.cli.merge_settings import add_merge_options, merge_settings_from
-from fisher_jax.cli.settings import add_report_options, settings_from
-from fisher_jax.cli.spectrum_settings import add_spectrum_options, spectrum_settings_from
-from fisher_jax.cli.train_settings import add_train_options, train_settings_from
-from fisher_jax.cli.trim_settings import add_trim_options, trim_settings_from
+from fisher_jax.cli.compare.settings import add_compare_options, compare_settings_from
+from fisher_jax.cli.doctor.settings import add_doctor_options, doctor_settings_from
+from fisher_jax.cli.merge.settings import add_merge_options, merge_settings_from
+from fisher_jax.cli.report.settings import add_report_options, settings_from
+from fisher_jax.cli.spectrum.settings import add_spectrum_options, spectrum_settings_from
+from fisher_jax.cli.train.settings import add_train_options, train_settings_from
+from fisher_jax.cli.trim.settings import add_trim_options, trim_settings_from
 from fisher_jax.errors import InputError
 
 __all__ = ["parser", "run_command", "settings_of"]
@@ -211,7 +211,7 @@ def run_command(arguments: Sequence[str] | None, started: Callable[[], None]) ->
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     name, settings = settings_of(arguments)
     _say_start()
-    module = importlib.import_module(f"fisher_jax.cli.{name}")
+    module = importlib.import_module(f"fisher_jax.cli.{name}.command")
     started()
     return module.run(settings)
 

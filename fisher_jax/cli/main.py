@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from fisher_jax.cli.stopping import EXIT_CODE, stop_signals
+from fisher_jax.cli.run.stopping import EXIT_CODE, stop_signals
 
 __all__ = ["main"]
 

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from fisher_jax import groups as groups_room
-from fisher_jax import meshes, rejection, welford
+from fisher_jax import welford
+from fisher_jax._support import meshes, rejection
+from fisher_jax._support.dtypes import wide_dtype
 from fisher_jax.batch import Batch
-from fisher_jax.dtypes import wide_dtype
 from fisher_jax.estimator import FisherEstimator
 from fisher_jax.lm_head import by_token, by_vocabulary, entries
 from fisher_jax.lm_head.scores import VALUE_BITS
 from fisher_jax.lm_head.softmax import Head
-from fisher_jax.moments import check_unit, reject_if
+from fisher_jax.welford.moments import check_unit, reject_if
 
 __all__ = ["estimator", "moments"]
 

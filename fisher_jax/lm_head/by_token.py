@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from fisher_jax.lm_head.scores import VALUE_BITS, SquaredScores, squared_scores
 from fisher_jax.lm_head.softmax import Head
-from fisher_jax.moments import Fold, Moments, finish, fold, from_sums, start
+from fisher_jax.welford.moments import Fold, Moments, finish, fold, from_sums, start
 
 __all__ = ["DEFAULT_CHUNK", "Rows", "moments_by_token"]
 

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from fisher_jax.lm_head.by_token import Rows
 from fisher_jax.lm_head.scores import VALUE_BITS
 from fisher_jax.lm_head.softmax import SCALE_BITS, Head, Partition, merge_partitions, partition
-from fisher_jax.moments import Moments, finish, fold, from_sums, start
+from fisher_jax.welford.moments import Moments, finish, fold, from_sums, start
 
 __all__ = ["chunks", "cut", "default_chunk", "moments_by_vocabulary", "products", "stream_partition"]
 

@@ -14,7 +14,7 @@ from fisher_jax.lm_head.by_token import Rows
 from fisher_jax.lm_head.by_vocabulary import chunks, cut, products
 from fisher_jax.lm_head.scores import VALUE_BITS
 from fisher_jax.lm_head.softmax import Head
-from fisher_jax.moments import Moments, from_sums
+from fisher_jax.welford.moments import Moments, from_sums
 
 __all__ = ["token_moments"]
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax.dtypes import common_dtype
+from fisher_jax._support.dtypes import common_dtype
 
 __all__ = ["SCALE_BITS", "Head", "Partition", "merge_partitions", "partition", "take", "zero_at"]
 

@@ -1,12 +1,9 @@
 """What the package tokenizers does not look at in a ``tokenizer.json``: ids, randomness, failures on plain text."""
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fisher_jax.errors import InputError, shown
-
-if TYPE_CHECKING:
-    from fisher_jax.models.tokenizer import Tokenizer
 
 __all__ = ["checked_content", "tried"]
 
@@ -54,8 +51,8 @@ def check_ids(content: dict, model: dict, label: str) -> None:
             raise InputError(f"{label} gives the id {id} to {shown(token)}, but it is taken by {shown(taken[id])}")
 
 
-def tried(tokenizer: "Tokenizer", label: str) -> "Tokenizer":
-    """The same tokenizer after it has read and written ordinary texts, with ids of its own vocabulary."""
+def tried(tokenizer: Any, label: str) -> Any:
+    """The same `Tokenizer` after it has read and written ordinary texts, with ids of its own vocabulary."""
     for probe in PROBES:
         for special in (True, False):
             ids = tokenizer.backend.encode(probe, add_special_tokens=special).ids

@@ -5,7 +5,6 @@ that float32 keeps about 1e-10 over billions of tokens without float64. Where me
 numbers.
 """
 
-from fisher_jax.moments import Moments, observe
 from fisher_jax.welford.accumulation import add, merge
 from fisher_jax.welford.estimates import (
     confidence_interval,
@@ -17,6 +16,7 @@ from fisher_jax.welford.estimates import (
     variance,
     weight,
 )
+from fisher_jax.welford.moments import Moments, observe
 from fisher_jax.welford.state import State, init, plain
 
 __all__ = [

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax import compensated
-from fisher_jax.moments import Fragment, Moments, select
+from fisher_jax._support import compensated
+from fisher_jax.welford.moments import Fragment, Moments, select
 from fisher_jax.welford.state import State
 
 __all__ = ["add", "closed", "merge"]

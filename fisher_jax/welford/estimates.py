@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from fisher_jax import compensated
-from fisher_jax.moments import Moments
+from fisher_jax._support import compensated
 from fisher_jax.welford.accumulation import closed
+from fisher_jax.welford.moments import Moments
 from fisher_jax.welford.state import State
 
 __all__ = [

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax import compensated
-from fisher_jax.dtypes import wide_dtype
-from fisher_jax.moments import Fragment, Moments, check_unit
+from fisher_jax._support import compensated
+from fisher_jax._support.dtypes import wide_dtype
+from fisher_jax.welford.moments import Fragment, Moments, check_unit
 
 __all__ = ["State", "init", "plain"]
 

@@ -6,8 +6,8 @@ import pytest
 from tiny import write_model, write_texts
 
 import fisher_jax as fj
-from fisher_jax.cli import accumulate
 from fisher_jax.cli.main import main
+from fisher_jax.cli.report import accumulate
 
 OPTIONS = ["--seq-len", "32", "--batch-size", "4"]
 
@@ -67,7 +67,7 @@ def finished_report(tmp_path_factory, report_arguments):
 def without_pictures(monkeypatch):
     """For tests that look at states: reports without their sections."""
     for name in ("blocks", "pair_blocks"):
-        monkeypatch.setattr(f"fisher_jax.cli.report_writing.{name}", lambda found: [])
+        monkeypatch.setattr(f"fisher_jax.cli.report.writing.{name}", lambda found: [])
 
 
 @pytest.fixture(scope="session")

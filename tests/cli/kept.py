@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import fisher_jax as fj
-from fisher_jax.cli.layers import on_parts, part_sizes
-from fisher_jax.cli.run_state import Progress, StateStore
-from fisher_jax.cli.settings import Settings
+from fisher_jax.cli.report.layers import on_parts, part_sizes
+from fisher_jax.cli.report.run_state import Progress, StateStore
+from fisher_jax.cli.report.settings import Settings
 
 SEQ_LEN = 32
 MOST = 20  # documents

@@ -8,8 +8,8 @@ import pytest
 from tiny import write_model
 
 import fisher_jax as fj
-from fisher_jax.cli import folder
 from fisher_jax.cli.main import main
+from fisher_jax.cli.run import folder
 
 
 def _refused(arguments, out, capsys):
@@ -89,7 +89,7 @@ def test_a_loss_that_is_not_a_number_names_the_batch_and_its_documents(tmp_path,
 
 
 def test_a_nan_later_keeps_the_state_before_it(tmp_path, report_arguments, capsys, monkeypatch):
-    from fisher_jax.cli import accumulate
+    from fisher_jax.cli.report import accumulate
 
     out, observe = tmp_path / "out", accumulate._observe
     monkeypatch.setattr(

@@ -63,7 +63,7 @@ def compared(model, report, tmp_path_factory):
 
 @pytest.fixture
 def without_pages(monkeypatch):
-    monkeypatch.setattr("fisher_jax.cli.compare_sections.blocks", lambda found: [])
+    monkeypatch.setattr("fisher_jax.cli.compare.sections.blocks", lambda found: [])
 
 
 def lines(path):
@@ -112,8 +112,8 @@ def test_the_page_names_what_gained_and_lost(compared, model):
 
 
 def test_the_error_of_the_total_is_that_of_rows_that_move_together(model, tmp_path, without_pages):
-    from fisher_jax.cli.compare_shift import row_shift
-    from fisher_jax.cli.task_state import find_task, read_task, tasks_of
+    from fisher_jax.cli.compare.shift import row_shift
+    from fisher_jax.cli.report.task_state import find_task, read_task, tasks_of
 
     loaded, rng = load(model), np.random.default_rng(1)
     size = loaded.config.vocab_size

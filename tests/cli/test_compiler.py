@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fisher_jax.cli.compiler import without_faulty_fusions
+from fisher_jax.cli.run.compiler import without_faulty_fusions
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
@@ -14,7 +14,7 @@ FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 # first multiplies a batch of matrices by a constant.
 PROGRAM = """
 import os, sys
-from fisher_jax.cli.compiler import avoid_faulty_fusions
+from fisher_jax.cli.run.compiler import avoid_faulty_fusions
 assert "jax" not in sys.modules
 avoid_faulty_fusions(os.environ, "report")
 import jax, jax.numpy as jnp, numpy as np

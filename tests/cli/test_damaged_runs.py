@@ -11,10 +11,10 @@ from kept import keep
 
 import fisher_jax as fj
 from fisher_jax.cli.main import main
-from fisher_jax.cli.records import UnreadableError
-from fisher_jax.cli.run_state import tasks_of_facts
-from fisher_jax.cli.train_settings import TrainSettings
-from fisher_jax.cli.train_store import Point, TrainProgress, progress_of_facts
+from fisher_jax.cli.report.run_state import tasks_of_facts
+from fisher_jax.cli.run.records import UnreadableError
+from fisher_jax.cli.train.settings import TrainSettings
+from fisher_jax.cli.train.store import Point, TrainProgress, progress_of_facts
 from fisher_jax.models import load
 
 ODD = [None, [], {}, "", "5", "kind", -1, 10**30, 0.5, math.nan, math.inf, True, [None], {"a": []}, "absent"]

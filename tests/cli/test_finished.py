@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from fisher_jax.cli import accumulate, train_run
-from fisher_jax.cli import report as report_command
 from fisher_jax.cli.main import main
+from fisher_jax.cli.report import accumulate
+from fisher_jax.cli.report import command as report_command
+from fisher_jax.cli.train import run as train_run
 
 FEW = ["--max-tokens", "400", "--task", "prose"]
 
@@ -34,7 +35,7 @@ def test_a_report_draws_nothing_again(tmp_path, report_arguments, capsys, monkey
     first, before = capsys.readouterr().out, _files(out)
     with monkeypatch.context() as patch:
         patch.setattr(report_command, "_prune", _never)
-        patch.setattr("fisher_jax.cli.report_writing.blocks", _never)
+        patch.setattr("fisher_jax.cli.report.writing.blocks", _never)
         patch.setattr(accumulate, "_check_batch", _never)
         assert main(report_arguments(out, *FEW)) == 0
         _same_answer(first, capsys.readouterr().out, [f"report: {out}/report.html", "rows to zero changes"])
@@ -74,8 +75,8 @@ def test_a_training_run_trains_and_draws_nothing_again(tmp_path, training, capsy
     first, before = capsys.readouterr().out, _files(out)
     with monkeypatch.context() as patch:
         patch.setattr(train_run, "_compiled", _never)
-        patch.setattr("fisher_jax.cli.train_sections.blocks", _never)
-        patch.setattr("fisher_jax.cli.train.write_model", _never)
+        patch.setattr("fisher_jax.cli.train.sections.blocks", _never)
+        patch.setattr("fisher_jax.cli.train.command.write_model", _never)
         for more in ([], ["--resume"]):
             assert main(training(out, *more)) == 0
             _same_answer(first, capsys.readouterr().out, [f"page: {out}/train.html", "nats/token", "SGD"])
@@ -101,8 +102,8 @@ def test_a_spectrum_multiplies_nothing_again(tmp_path, tiny_model, texts, capsys
     first, before = capsys.readouterr().out, _files(out)
     value = (out / "spectrum.csv").read_text().splitlines()[1].split(",")[2]
     with monkeypatch.context() as patch:
-        patch.setattr("fisher_jax.cli.spectrum.operator_of", _never)
-        patch.setattr("fisher_jax.cli.spectrum.time_passes", _never)
+        patch.setattr("fisher_jax.cli.spectrum.command.operator_of", _never)
+        patch.setattr("fisher_jax.cli.spectrum.command.time_passes", _never)
         for more in ([], ["--resume"]):
             assert main([*run, *more]) == 0
             _same_answer(first, capsys.readouterr().out, [f"{float(value):.6g}", f"spectrum: {out}/spectrum.html"])

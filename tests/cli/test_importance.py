@@ -7,11 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from fisher_jax.cli import plots, pruning_plots, style
-from fisher_jax.cli.importance import Importance, compare, importance_csv, outliers
-from fisher_jax.cli.orderings import orderings
-from fisher_jax.cli.printable import readable
-from fisher_jax.cli.pruning import prune
+from fisher_jax._support.printable import readable
+from fisher_jax.cli.page import style
+from fisher_jax.cli.report import plots, pruning_plots
+from fisher_jax.cli.report.importance import Importance, compare, importance_csv, outliers
+from fisher_jax.cli.report.orderings import orderings
+from fisher_jax.cli.report.pruning import prune
 
 AWKWARD = [
     "$\\frac$",

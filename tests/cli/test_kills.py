@@ -107,15 +107,15 @@ def test_an_interrupted_model_leaves_an_earlier_one_as_it_was(tmp_path, tiny_mod
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fisher_jax.cli.trim.measure_in_pieces", interrupt)
+    monkeypatch.setattr("fisher_jax.cli.trim.command.measure_in_pieces", interrupt)
     arguments = ["trim", "--model", tiny_model, "--by", "magnitude", "--keep", "270", "--text", *texts]
     assert main([*arguments, "--out", str(out), "--overwrite"]) == 130
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_files_of_killed_runs_go_and_those_of_living_ones_stay(tmp_path):
-    from fisher_jax.cli.run_folder import run_folder
-    from fisher_jax.cli.temporary import temporary_beside
+    from fisher_jax.cli.run.run_folder import run_folder
+    from fisher_jax.cli.run.temporary import temporary_beside
 
     mine = temporary_beside(tmp_path / "x")
     mine.write_text("being written")

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import fisher_jax as fj
-from fisher_jax.cli import accumulate, layer_plots, layers, style
 from fisher_jax.cli.main import main
-from fisher_jax.cli.settings import Settings
+from fisher_jax.cli.page import style
+from fisher_jax.cli.report import accumulate, layer_plots, layers
+from fisher_jax.cli.report.settings import Settings
 from fisher_jax.models import DecoderConfig, from_config, init_params, load
 
 ALL = ["--parameters", "all", "--task", "first", "--max-tokens", "1000", "--held-out-tokens", "0", "--seed", "3"]
@@ -54,8 +55,8 @@ def squares_of_documents(report_of_all, report_arguments, tiny_model):
         return run(model, rows, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fisher_jax.cli.report.accumulate", remember)
-        patch.setattr("fisher_jax.cli.report_writing.blocks", lambda found: [])
+        patch.setattr("fisher_jax.cli.report.command.accumulate", remember)
+        patch.setattr("fisher_jax.cli.report.writing.blocks", lambda found: [])
         patch.setattr(accumulate, "_make_step", lambda model, settings: _stop)
         assert main(report_arguments(report_of_all.parent / "rows", *ALL)) == 2
     documents: dict = {}

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import fisher_jax as fj
-from fisher_jax.cli.compression import bits_per_byte, measure, measure_in_pieces, pieces
 from fisher_jax.cli.main import main
 from fisher_jax.models import load
 from fisher_jax.models.layout import flatten
+from fisher_jax.text.bits_per_byte import bits_per_byte, measure, measure_in_pieces, pieces
 
 HEAD_SIZE = tiny.WIDTH // tiny.HEADS
 

@@ -15,15 +15,15 @@ from rich.table import Table
 from rich.text import Text
 from tiny import prose
 
-from fisher_jax.cli import html, markdown
-from fisher_jax.cli.blocks import Heading, Paragraph, Picture
-from fisher_jax.cli.blocks import Table as PageTable
-from fisher_jax.cli.csv_text import csv_text
-from fisher_jax.cli.folder import check_writable
+from fisher_jax._support.printable import printable, quoted, readable, shortened
 from fisher_jax.cli.main import main
-from fisher_jax.cli.printable import printable, quoted, readable, shortened
-from fisher_jax.cli.progress import StreamProgress
-from fisher_jax.cli.terminal import Terminal, headed
+from fisher_jax.cli.page import html, markdown
+from fisher_jax.cli.page.blocks import Heading, Paragraph, Picture
+from fisher_jax.cli.page.blocks import Table as PageTable
+from fisher_jax.cli.page.csv_text import csv_text
+from fisher_jax.cli.run.folder import check_writable
+from fisher_jax.cli.run.progress import StreamProgress
+from fisher_jax.cli.run.terminal import Terminal, headed
 from fisher_jax.errors import InputError
 from fisher_jax.models import load
 

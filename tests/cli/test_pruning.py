@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fisher_jax.cli.orderings import Ordering, orderings, prune_levels
-from fisher_jax.cli.pruning import prune, ratio_error
+from fisher_jax.cli.report.orderings import Ordering, orderings, prune_levels
+from fisher_jax.cli.report.pruning import prune, ratio_error
 
 SHARES = (0.0, 0.1, 0.5, 0.9, 0.97)
 

@@ -12,8 +12,9 @@ import pytest
 import tiny
 
 import fisher_jax as fj
-from fisher_jax.cli import style, train_run
 from fisher_jax.cli.main import main
+from fisher_jax.cli.page import style
+from fisher_jax.cli.train import run as train_run
 
 README = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 CORPORA = ("wikipedia", "pubmed", "news")

@@ -64,7 +64,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, report_arguments):
     """A folder whose run was stopped after four batches."""
-    from fisher_jax.cli import accumulate
+    from fisher_jax.cli.report import accumulate
 
     out = tmp_path_factory.mktemp("stopped") / "report"
     check, seen = accumulate._check_batch, []
@@ -131,7 +131,7 @@ def test_an_interrupt_after_measuring_loses_nothing(tmp_path, report_arguments, 
         raise KeyboardInterrupt
 
     out = tmp_path / "out"
-    monkeypatch.setattr("fisher_jax.cli.report.prune", interrupt)
+    monkeypatch.setattr("fisher_jax.cli.report.command.prune", interrupt)
     assert main(report_arguments(out, "--task", "first", "--max-tokens", "500")) == 130
     assert "give the same command again" in capsys.readouterr().out
     done, total = _batches_done(out)

@@ -46,7 +46,7 @@ def test_a_termination_signal_ends_every_command(command, tmp_path, tiny_model, 
 
 _BUSY = """
 import os, signal, sys, time
-from fisher_jax.cli import stopping
+from fisher_jax.cli.run import stopping
 
 def deaf():
     "Compiled code that does not return: the handler of Python does not run."

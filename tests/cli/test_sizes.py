@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tiny import prose
 
-from fisher_jax.cli.corpora import Document
+from fisher_jax._support.host_memory import available_memory, check_memory
 from fisher_jax.cli.main import main
-from fisher_jax.cli.memory import available_memory, check_memory
-from fisher_jax.cli.packing import pack
 from fisher_jax.errors import InputError
+from fisher_jax.text.corpora import Document
+from fisher_jax.text.packing import pack
 
 CPU_SECONDS, MIB = 10, 2**20
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import tiny
 
-from fisher_jax.cli import spectrum as command
 from fisher_jax.cli.main import main
-from fisher_jax.cli.packing import pack
-from fisher_jax.cli.spectrum_measure import basis_size
-from fisher_jax.cli.spectrum_settings import SpectrumSettings
+from fisher_jax.cli.spectrum import command
+from fisher_jax.cli.spectrum.measure import basis_size
+from fisher_jax.cli.spectrum.settings import SpectrumSettings
 from fisher_jax.models import load
 from fisher_jax.models.layout import flatten, unflatten
+from fisher_jax.text.packing import pack
 from tests.models import decoder_oracle
 
 LENGTH, TOKENS = 16, 45
@@ -153,7 +153,7 @@ def test_both_ends_of_the_hessian_resumed_after_an_interruption(
 ):
     out = tmp_path / "out"
     run = arguments(out, "--parameters", "mlp_norm", "--k", "3", "--operator", "hessian", "--save-every", "4")
-    from fisher_jax.cli.spectrum_progress import ProductProgress
+    from fisher_jax.cli.spectrum.progress import ProductProgress
 
     add = ProductProgress._add
 

@@ -114,7 +114,7 @@ def test_merge_takes_the_only_task_with_all_parameters_or_asks(report, models, t
 
 
 def test_compare_takes_the_only_two_that_fit_or_asks(report, models, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fisher_jax.cli.compare_sections.blocks", lambda found: [])
+    monkeypatch.setattr("fisher_jax.cli.compare.sections.blocks", lambda found: [])
     state = report("report", wikipedia=False, pubmed=False, news=False, unfinished=("pubmed",))
     start = ["compare", "--model", str(models / "one"), "--out", str(tmp_path / "out")]
     assert main([*start, state]) == 0

@@ -88,7 +88,7 @@ def test_what_was_measured_again_takes_the_place_of_what_was_dropped(steps, repo
 
 
 def test_a_dropped_task_takes_its_files_with_it(steps, report_arguments, tmp_path, monkeypatch):
-    from fisher_jax.cli import accumulate
+    from fisher_jax.cli.report import accumulate
 
     out = shutil.copytree(steps[1], tmp_path / "copy")
 

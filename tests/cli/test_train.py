@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import fisher_jax as fj
-from fisher_jax.cli import train as command
-from fisher_jax.cli import train_run
 from fisher_jax.cli.main import main
-from fisher_jax.cli.train_data import bytes_of_tokens, read_text, tokenizer_for
-from fisher_jax.cli.train_model import config_for, first_params
-from fisher_jax.cli.train_optimizers import build
-from fisher_jax.cli.train_settings import OPTIMIZERS, TrainSettings
+from fisher_jax.cli.train import command
+from fisher_jax.cli.train import run as train_run
+from fisher_jax.cli.train.data import bytes_of_tokens, read_text, tokenizer_for
+from fisher_jax.cli.train.model import config_for, first_params
+from fisher_jax.cli.train.optimizers import build
+from fisher_jax.cli.train.settings import OPTIMIZERS, TrainSettings
 from fisher_jax.models import from_config, load
 from tests.models import decoder_oracle
 

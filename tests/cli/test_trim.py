@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from fisher_jax import models
-from fisher_jax.cli.compression import bits_per_byte, difference, measure
 from fisher_jax.cli.main import main
+from fisher_jax.text.bits_per_byte import bits_per_byte, difference, measure
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def folders(tmp_path_factory):
     report = ["report", "--model", str(model), "--text", *texts, "--seq-len", "32", "--max-tokens", "400"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "fisher_jax.cli.report_writing.blocks", lambda found: []
+            "fisher_jax.cli.report.writing.blocks", lambda found: []
         )  # pictures take longer than all the rest
         assert main([*report, "--held-out-tokens", "0", "--task", "prose", "--out", str(root / "report")]) == 0
     return model, texts, root / "report"
@@ -73,7 +73,7 @@ def test_the_error_of_the_change_is_that_of_a_ratio_over_texts():
 
 
 def measured(bits, sizes):
-    from fisher_jax.cli.compression import Loss
+    from fisher_jax.text.bits_per_byte import Loss
 
     return Loss(bits, sizes, sizes)
 

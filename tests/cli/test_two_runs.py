@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from kept import keep
 
-from fisher_jax.cli.folder_lock import FILE, FREE_AFTER, flock, hold
 from fisher_jax.cli.main import main
-from fisher_jax.cli.run_state import StateStore
+from fisher_jax.cli.report.run_state import StateStore
+from fisher_jax.cli.run.folder_lock import FILE, FREE_AFTER, flock, hold
 from fisher_jax.errors import ConflictError, InputError
 from fisher_jax.models import load
 
@@ -35,7 +35,7 @@ def test_the_second_one_is_told_who_holds_the_folder(lock, tmp_path):
 
 
 def test_a_lock_dies_with_its_process(tmp_path):
-    script = "import sys, os; from pathlib import Path; from fisher_jax.cli.folder_lock import hold\n"
+    script = "import sys, os; from pathlib import Path; from fisher_jax.cli.run.folder_lock import hold\n"
     script += "with hold(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", script, str(tmp_path)])
     assert (tmp_path / FILE).exists()

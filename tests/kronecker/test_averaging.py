@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fisher_jax as fj
-from fisher_jax.kronecker import averaging
+from fisher_jax.kronecker.statistics import averaging
 from tests import oracle_kronecker as oracle
 
 DAMPING, DECAY = 1e-2, 0.7

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import fisher_jax as fj
-from fisher_jax.kronecker import statistics
-from fisher_jax.kronecker.blocks import Rules
+from fisher_jax.kronecker.blocks.plan import Rules
+from fisher_jax.kronecker.statistics import second_moments as statistics
 
 V, T, D, K, L, DAMPING = 5, 9, 3, 4, 2, 1e-2
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fisher_jax.kronecker import factors, tikhonov, woodbury
+from fisher_jax.kronecker.factors import forms as factors
+from fisher_jax.kronecker.factors import tikhonov, woodbury
 from tests import oracle_kronecker as oracle
 
 DAMPINGS = (1e-8, 1e-3, 1e2)

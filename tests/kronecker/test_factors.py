@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import fisher_jax as fj
-from fisher_jax.kronecker import curvature
-from fisher_jax.kronecker.factors import eigen, low_rank
+from fisher_jax.kronecker.curvature import factors as curvature
+from fisher_jax.kronecker.factors.forms import eigen, low_rank
 from tests import oracle_kronecker as oracle
 
 T, WIDTHS = 6, (3, 4, 5)

@@ -13,7 +13,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import fisher_jax as fj
-from fisher_jax.kronecker import factors, tikhonov
+from fisher_jax.kronecker.factors import forms as factors
+from fisher_jax.kronecker.factors import tikhonov
 from tests import oracle_kronecker as oracle
 from tests.eight_devices import FLAGS
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fisher_jax as fj
-from fisher_jax.kronecker import spectrum
+from fisher_jax.kronecker.curvature import spectrum
 from tests import oracle_kronecker as oracle
 
 V, H, K, T = 5, 3, 4, 7

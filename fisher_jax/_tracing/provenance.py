@@ -1,0 +1,171 @@
+"""Where a parameter came from: the chain of layout operations and loops between a leaf and its use."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from fisher_jax._support.jax_internals import abstract, bind, stacked
+
+__all__ = ["Known", "Segment", "Spec", "Step", "Use", "View", "alike", "plain", "signature"]
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """One layout operation."""
+
+    eqn: Any
+    output: int = 0
+
+    def __call__(self, x: Array) -> Array:
+        return bind(self.eqn, [x])[self.output]
+
+    def key(self) -> tuple:
+        return (*signature(self.eqn), self.output)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A chain of layout operations, from one array to one array."""
+
+    source: jax.ShapeDtypeStruct
+    steps: tuple[Step, ...] = ()
+
+    def __call__(self, x: Array) -> Array:
+        return functools.reduce(lambda value, step: step(value), self.steps, x)
+
+    def transpose(self, cotangent: Array) -> Array:
+        if not self.steps:
+            return cotangent
+        (result,) = jax.linear_transpose(self, self.source)(cotangent)
+        return result
+
+    def key(self) -> tuple:
+        return (self.source.shape, str(self.source.dtype), *(step.key() for step in self.steps))
+
+
+def signature(eqn: Any) -> tuple:
+    return (eqn.primitive.name, str(sorted(eqn.params.items())), *(str(atom.aval) for atom in eqn.invars))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Use:
+    """Static facts of one use: how the parameter got there, and the operation that is linear in it.
+
+    Two uses are equal if they compute the same at the same line, so that taps of two traces of one loss have the
+    same tree structure.
+
+    Attributes:
+        kind: ``dense``, ``embedding``, ``scale``, ``bias``, ``conv`` or ``generic``.
+        primitive, where: the JAX operation and the line of the user's code.
+        segments: layout chains; between two of them lies a loop.
+        loops: for every loop, outermost first, ``"stacked"`` (each iteration has its own slice: layers) or
+            ``"shared"`` (all iterations use the same numbers: time). Inputs and cotangents have these leading axes.
+        operand: shape and dtype of the parameter where it is used.
+        apply: ``apply(operand, *inputs) -> output``, linear in the operand up to a constant; ``None`` for generic.
+        roles: what each axis of the operand is: ``row`` (output unit), ``column`` (input), ``both`` (scales, and
+            axes that a product keeps apart), ``window`` (of a convolution), ``grouped`` (inputs of one group of a
+            grouped convolution); empty for generic.
+        index, options: which operand of the operation the parameter is, and the operation's own options (a
+            ``dot_general``'s ``dimension_numbers``).
+        signature: of the operation, for comparison.
+    """
+
+    kind: str
+    primitive: str
+    where: str
+    segments: tuple[Segment, ...]
+    loops: tuple[str, ...]
+    operand: jax.ShapeDtypeStruct
+    apply: Callable | None
+    roles: tuple[str, ...] = ()
+    index: int = 0
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    signature: tuple = ()
+
+    def _key(self):
+        operand = (self.operand.shape, str(self.operand.dtype))
+        chains = tuple(segment.key() for segment in self.segments)
+        return (self.kind, self.where, self.loops, operand, self.signature, chains)
+
+    def __eq__(self, other):
+        return isinstance(other, Use) and self._key() == other._key()
+
+    def __hash__(self):
+        return hash((self.kind, self.where, self.loops, self.operand.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A parameter leaf on its way through the program: ``value = factor * segments(leaf) + constant``."""
+
+    value: Any
+    leaf: int
+    segments: tuple[Segment, ...]
+    loops: tuple[str, ...] = ()
+    factor: float = 1.0
+
+    @classmethod
+    def of(cls, value: Array, leaf: int) -> "View":
+        return cls(value, leaf, (Segment(abstract(value)),))
+
+    def through(self, value: Array, step: Step) -> "View":
+        last = dataclasses.replace(self.segments[-1], steps=(*self.segments[-1].steps, step))
+        return dataclasses.replace(self, value=value, segments=(*self.segments[:-1], last))
+
+    def scaled(self, value: Array, factor: float = 1.0) -> "View":
+        return dataclasses.replace(self, value=value, factor=self.factor * factor)
+
+    def inside(self, value: Array, loop: str) -> "View":
+        """The view that the body of a loop has of this one."""
+        segments = (*self.segments, Segment(abstract(value)))
+        return dataclasses.replace(self, value=value, segments=segments, loops=(*self.loops, loop))
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A value that no data went into: a function of constants, and of parameters where ``params``."""
+
+    value: Any
+    params: bool
+
+
+def plain(x: Any) -> Any:
+    return x.value if isinstance(x, View | Known) else x
+
+
+def alike(x: Any, value: Any) -> Any:
+    """``value``, known where ``x`` is known."""
+    return Known(value, x.params) if isinstance(x, Known) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A use found by probing: its leaf, static facts, and the shapes that its tap will have.
+
+    ``lengths`` are those of ``use.loops``, the leading axes of ``output`` and ``inputs``.
+    """
+
+    leaf: int
+    use: Use
+    output: jax.ShapeDtypeStruct
+    inputs: tuple[jax.ShapeDtypeStruct, ...]
+    result: Tree
+    lengths: tuple[int, ...] = ()
+
+    def stacked(self, length: int) -> "Spec":
+        def stack(tree):
+            return jax.tree.map(lambda x: stacked(x, length), tree)
+
+        return dataclasses.replace(
+            self,
+            output=stack(self.output),
+            inputs=stack(self.inputs),
+            result=stack(self.result),
+            lengths=(length, *self.lengths),
+        )

@@ -1,0 +1,1 @@
+"""`fisher-jax compare`: two tasks of reports against one another."""

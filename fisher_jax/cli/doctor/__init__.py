@@ -1,0 +1,1 @@
+"""`fisher-jax doctor`: each part of the library on this device, against slow loops."""

@@ -1,0 +1,1 @@
+"""`fisher-jax merge`: one model out of several."""

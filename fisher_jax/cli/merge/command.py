@@ -1,0 +1,215 @@
+"""`fisher-jax merge` from start to end: several fine-tuned models in, one model folder out, and what it costs."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import fisher_jax as fj
+from fisher_jax._support.printable import printable
+from fisher_jax.cli.merge.settings import MergeSettings
+from fisher_jax.cli.merge.weights import read_weights, states_digest
+from fisher_jax.cli.page.files import digest
+from fisher_jax.cli.run.folder import write_atomically
+from fisher_jax.cli.run.model_folder import check_can_be_written, model_folder, save_model, say_written
+from fisher_jax.cli.run.model_result import MADE_FROM, read_result
+from fisher_jax.cli.run.run_folder import run_folder
+from fisher_jax.cli.run.terminal import Terminal, headed
+from fisher_jax.cli.run.texts import default_task
+from fisher_jax.cli.run.unread import say_unread
+from fisher_jax.errors import InputError
+from fisher_jax.models import LanguageModel, load
+from fisher_jax.models.origin import Origin, read_origin
+from fisher_jax.text.bits_per_byte import Loss, bits_per_byte, difference, measure_in_pieces
+from fisher_jax.text.held_out import held_out
+
+__all__ = ["run"]
+
+TITLES = {"fisher": "Fisher information", "uniform": "equal weights", "magnitude": "magnitude"}
+
+
+def run(settings: MergeSettings) -> int:
+    """Merges, writes, loads what was written and measures it; the exit code."""
+    console = Terminal()
+    with run_folder(settings.out, interrupted=lambda: "interrupted; no model was written."):
+        loaded = [read(console, source) for source in settings.models]
+        base = None if settings.base is None else read(console, settings.base, " (base)")
+        for other in [*loaded[1:], *([] if base is None else [base])]:
+            check_same(loaded[0], other)
+        origin = read_origin(settings.models[0])
+        check_can_be_written(loaded[0].config, origin)
+        texts = {default_task(sources): texts_of(settings, loaded[0], sources) for sources in settings.text}
+        facts = made_from(settings, loaded, base, texts)
+        earlier = read_result(settings.out, "merge.json", facts, settings.overwrite)
+        if earlier is None:
+            with model_folder(settings.out) as incoming:
+                merge_and_measure(settings, console, incoming, loaded, base, origin, texts, facts)
+    if earlier is not None:
+        if texts:
+            console.print(table_of(earlier["bits_per_byte"]))
+        console.print("finished before: nothing had to be computed (--overwrite merges again)")
+    say_written(console, settings.out)
+    return 0
+
+
+def made_from(
+    settings: MergeSettings,
+    loaded: Sequence[LanguageModel],
+    base: LanguageModel | None,
+    texts: dict[str, list[str]],
+) -> dict[str, Any]:
+    """What decides the result, by the names of a refusal."""
+    names = ("by", "floor", "scale", "dtype", "documents", "characters")
+    return {
+        "--weights": list(settings.weights),
+        **{f"--{name}": getattr(settings, name) for name in names},
+        "--models": [model.fingerprint for model in loaded],
+        "--base": None if base is None else base.fingerprint,
+        "--states": states_digest(settings.states),
+        "the text": digest(texts),
+    }
+
+
+def merge_and_measure(
+    settings: MergeSettings,
+    console: Console,
+    incoming: Path,
+    loaded: Sequence[LanguageModel],
+    base: LanguageModel | None,
+    origin: Origin,
+    texts: dict[str, list[str]],
+    facts: dict[str, Any],
+) -> None:
+    fishers = weights_of(settings, console, loaded, base)
+    merged = merge(settings, loaded, base, fishers)
+    params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), merged)
+    save_model(incoming, loaded[0].config, params, loaded[0].tokenizer, origin)
+    console.print(headed("merged", f"in {settings.dtype}"))
+    content = {
+        "models": {source: model.fingerprint for source, model in zip(settings.models, loaded, strict=True)},
+        **{name: getattr(settings, name) for name in ("states", "base", "by", "weights", "floor", "scale")},
+        MADE_FROM: facts,
+    }
+    if texts:
+        content["bits_per_byte"] = evaluate(settings, console, incoming, loaded, base, texts)
+    write_atomically(incoming / "merge.json", json.dumps(content, indent=1) + "\n")
+
+
+def read(console: Console, source: str, what: str = "") -> LanguageModel:
+    console.print(headed(f"model{what}", source))
+    model = load(source)
+    say_unread(console, model)
+    return model
+
+
+def check_same(first: LanguageModel, other: LanguageModel) -> None:
+    """Raises InputError where two models differ in anything but their weights, and names the first difference."""
+    for field in dataclasses.fields(first.config):
+        one, two = (getattr(model.config, field.name) for model in (first, other))
+        if one != two:
+            raise InputError(
+                f"{first.name} and {other.name} have different architectures: {field.name} is {one} and {two}; only "
+                "models fine-tuned from one model can be merged."
+            )
+    tokens = [[m.tokenizer.backend.id_to_token(i) for i in range(m.tokenizer.vocab_size)] for m in (first, other)]
+    merges = [json.loads(m.tokenizer.to_json())["model"].get("merges", []) for m in (first, other)]
+    for what, (left, right) in {"token": tokens, "merge": merges}.items():
+        for i, (one, two) in enumerate(zip_longest(left, right)):
+            if one != two:
+                raise InputError(
+                    f"{first.name} and {other.name} have different tokenizers: {what} {i} is {one!r} and {two!r}; a "
+                    "row of the embedding would be the mean of two tokens."
+                )
+
+
+def weights_of(
+    settings: MergeSettings, console: Console, loaded: Sequence[LanguageModel], base: LanguageModel | None
+) -> list[Any]:
+    """A tree for each model: what its parameters weigh."""
+    console.print(headed("weights", TITLES[settings.by]))
+    if settings.by == "uniform":
+        return [equal(model.params) for model in loaded]
+    if settings.by == "magnitude":
+        start = jax.tree.map(jnp.zeros_like, loaded[0].params) if base is None else base.params
+        return [jax.tree.map(lambda x, y: jnp.abs(x - y), model.params, start) for model in loaded]
+    found = read_weights(settings.states, loaded)
+    for source, weights in zip(settings.states, found, strict=True):
+        console.print(f"  {source}: {weights.words}; each parameter weighs as the mean of its group")
+    return [weights.values for weights in found]
+
+
+def equal(params: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.ones((1,) * x.ndim), params)
+
+
+def merge(
+    settings: MergeSettings, loaded: Sequence[LanguageModel], base: LanguageModel | None, fishers: Sequence[Any]
+) -> Any:
+    """Merged parameters, in float32."""
+    params = [model.params for model in loaded]
+    scales = list(settings.weights) or None
+    if base is None:
+        return fj.merge_params(params, fishers, scales=scales, floor=settings.floor)
+    return fj.merge_task_vectors(
+        base.params, params, fishers, scale=settings.scale, scales=scales, floor=settings.floor
+    )
+
+
+def texts_of(settings: MergeSettings, model: LanguageModel, sources: Sequence[str]) -> list[str]:
+    return held_out(model, sources, settings.split_documents, settings.documents, settings.characters)
+
+
+def evaluate(
+    settings: MergeSettings,
+    console: Console,
+    folder: Path,
+    loaded: Sequence[LanguageModel],
+    base: LanguageModel | None,
+    texts: dict[str, list[str]],
+) -> dict[str, dict[str, float]]:
+    """{model: {text: bits per byte}}, printed as a table with the differences that matter."""
+    number = sum(map(len, texts.values()))
+    console.print(headed("loss", f"{number} held-out documents of {' and '.join(texts)}"))
+    written = load(folder, dtype=settings.dtype)
+    models = dict(zip(settings.models, loaded, strict=True))
+    if base is not None and settings.base is not None:
+        models[f"{settings.base} (base)"] = base
+    if settings.by != "uniform" or settings.weights or settings.base:
+        mean = fj.merge_params([x.params for x in loaded], [equal(x.params) for x in loaded])
+        models["plain mean (not written)"] = dataclasses.replace(loaded[0], params=mean)
+    models[f"merged: {settings.out}"] = written
+    of_text = {text: measure_in_pieces(list(models.values()), found) for text, found in texts.items()}
+    losses = {name: {text: of_text[text][i] for text in texts} for i, name in enumerate(models)}
+    told = {name: {text: bits_per_byte(loss) for text, loss in of.items()} for name, of in losses.items()}
+    console.print(table_of(told))
+    *others, last = losses
+    for name in others:
+        changes = (change(losses[last][text], losses[name][text], text) for text in texts)
+        console.print(f"  merged less {name}: {', '.join(changes)}")
+    console.print("  (± 95% over documents)")
+    return told
+
+
+def table_of(told: dict[str, dict[str, float]]) -> Table:
+    """Bits per byte of every model on every text, and on all of them."""
+    texts = list(next(iter(told.values())))
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for i, name in enumerate(["bits per byte", *texts, *(["mean"] if len(texts) > 1 else [])]):
+        table.add_column(name, justify="right" if i else "left")
+    for name, of in told.items():
+        values = [*of.values(), *([float(np.mean(list(of.values())))] if len(of) > 1 else [])]
+        table.add_row(printable(name), *(f"{x:.4f}" for x in values))
+    return table
+
+
+def change(after: Loss, before: Loss, text: str) -> str:
+    mean, error = difference(after, before)
+    return f"{mean:+.4f} ± {1.96 * error:.4f} on {text}"

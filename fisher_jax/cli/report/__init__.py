@@ -1,0 +1,1 @@
+"""`fisher-jax report`: importance over a corpus, kept as tasks of one folder."""

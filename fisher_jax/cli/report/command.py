@@ -1,0 +1,230 @@
+"""`fisher-jax report` from start to end."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+import fisher_jax as fj
+from fisher_jax._support.host_memory import attention_bytes, check_memory
+from fisher_jax.cli.report.accumulate import accumulate, hidden_and_targets
+from fisher_jax.cli.report.findings import Findings
+from fisher_jax.cli.report.importance import importance
+from fisher_jax.cli.report.layers import columns, read_layers
+from fisher_jax.cli.report.orderings import orderings
+from fisher_jax.cli.report.parts import Part
+from fisher_jax.cli.report.pruning import PruningResult, prune
+from fisher_jax.cli.report.run_state import Progress, StateStore
+from fisher_jax.cli.report.settings import Settings
+from fisher_jax.cli.report.summary import summary, told_again
+from fisher_jax.cli.report.writing import ReportFolder
+from fisher_jax.cli.run.clock import Clock
+from fisher_jax.cli.run.folder import check_writable
+from fisher_jax.cli.run.progress import StreamProgress
+from fisher_jax.cli.run.row_length import row_length
+from fisher_jax.cli.run.run_folder import run_folder
+from fisher_jax.cli.run.terminal import Terminal
+from fisher_jax.cli.run.unread import say_unread
+from fisher_jax.models import LanguageModel, load
+from fisher_jax.text.corpora import describe_sources, documents
+from fisher_jax.text.packing import Packed, Rows, longest_document, pack
+
+__all__ = ["run"]
+
+OTHER_KIND = {"empirical": "true", "true": "empirical"}
+# One Welford state in float32 per row or entry, with its corrections, twice on disk while it is replaced.
+_STATE_BYTES = 2 * 40
+_REPORT_BYTES = 20 * 2**20
+
+
+def run(settings: Settings) -> int:
+    """Measures, writes the report and prints a summary; the exit code."""
+    console = Terminal()
+    clock = Clock(console)
+    store: StateStore | None = None
+    with run_folder(settings.out, interrupted=lambda: _after_interrupt(store, settings)):
+        store = StateStore(settings.out)
+        store.check_before_loading(settings)
+        found = _measure_and_write(settings, console, clock, store)
+    if isinstance(found, Findings):
+        summary(console, found, clock.total)
+    else:
+        told_again(console, settings, found)
+    return 0
+
+
+def _measure_and_write(settings: Settings, console: Console, clock: Clock, store: StateStore) -> Findings | Part:
+    """What was found, or the part of the page of a task that was finished before."""
+    with clock.stage("model", settings.model):
+        model = load(settings.model, dtype=settings.dtype)
+        console.print(f"  {model.name}: vocabulary {model.config.vocab_size:,}, width {model.config.width:,}")
+        say_unread(console, model)
+    settings = _fitted(settings, model)
+    with clock.stage("text", describe_sources(settings.text)):
+        packed = _pack(settings, model)
+        console.print(f"  {packed.choice}")
+        _warn_about_intervals(console, settings, packed)
+        rows = packed.stream.rows_in_batch(settings.batch_size)
+        check_memory(
+            attention_bytes(model.config.num_heads, rows, settings.seq_len),
+            f"attention over rows of {settings.seq_len:,} tokens, {rows:,} at a time",
+            "give a smaller --batch-size or --seq-len",
+        )
+    fresh = Progress(
+        settings=settings.fixed(),
+        model=model.fingerprint,
+        text=packed.stream.digest(),
+        num_batches=packed.stream.num_batches(settings.batch_size),
+        model_name=model.name,
+        text_names=list(settings.text),
+    )
+    progress, state = store.start_or_resume(settings, fresh)
+    if settings.overwrite and settings.task in store.tasks:
+        ReportFolder(settings, model, store, store.restore()).drop()
+    arrays = _stream(console, clock, settings, model, packed.stream, store, progress, state)
+    folder = ReportFolder(settings, model, store, {**store.restore(), settings.task: arrays})
+    found = folder.part() or _findings(clock, settings, model, packed, progress, arrays)
+    if not folder.is_current():
+        with clock.stage("report", "pictures and tables"):
+            folder.write(found if isinstance(found, Findings) else None)
+    return found
+
+
+def _after_interrupt(store: StateStore | None, settings: Settings) -> str:
+    saved = None if store is None else store.tasks.get(settings.task)
+    if store is None or saved is None:
+        return "interrupted before the first checkpoint; nothing was saved."
+    if saved.finished:
+        return "interrupted after measuring; give the same command again to write the report."
+    return (
+        f"stopped after batch {saved.batches_done} of {saved.num_batches}; the state is saved in {store.path}. Give "
+        "the same command with --resume to go on."
+    )
+
+
+def _fitted(settings: Settings, model: LanguageModel) -> Settings:
+    """With rows that fit the model, once the disk was found to hold its states."""
+    entries = model.config.vocab_size * (2 + (model.config.width if settings.groups == "param" else 0))
+    check_writable(settings.out, bytes_needed=_REPORT_BYTES + _STATE_BYTES * entries)
+    return replace(settings, seq_len=_length(settings, model))
+
+
+def _length(settings: Settings, model: LanguageModel) -> int:
+    return row_length(settings.seq_len, settings.seq_len_typed, model.config.max_positions, model.name)
+
+
+def _pack(settings: Settings, model: LanguageModel) -> Packed:
+    longest = longest_document(settings.max_tokens, settings.held_out_tokens, settings.seq_len)
+    return pack(
+        documents(settings.text, split=settings.split_documents, longest=longest),
+        model.tokenizer.encode,
+        seq_len=settings.seq_len,
+        max_targets=settings.max_tokens,
+        held_out_targets=settings.held_out_tokens,
+        vocab_size=model.config.vocab_size,
+    )
+
+
+def _warn_about_intervals(console: Console, settings: Settings, packed: Packed) -> None:
+    if settings.unit == "document" and len(packed.stream.names) < 2:
+        console.print(
+            Text.assemble(
+                "  ",
+                ("note", "yellow"),
+                ": one document gives no intervals; give more files, --split-documents blank-line, or --unit "
+                "sequence",
+            )
+        )
+
+
+def _stream(
+    console: Console,
+    clock: Clock,
+    settings: Settings,
+    model: LanguageModel,
+    rows: Rows,
+    store: StateStore,
+    progress: Progress,
+    state: dict[str, Any] | None,
+) -> dict[str, Any]:
+    if progress.finished and state is not None:
+        return state
+    verb = f"going on after batch {progress.batches_done} of" if progress.batches_done else "in"
+    whose = "the head"
+    if settings.parameters == "all":
+        whose = (
+            f"the head and of every layer on {rows.num_targets:,} tokens, one backward pass for each batch (about "
+            "four times slower than --parameters head)"
+        )
+    with (
+        clock.stage("stream", f"Fisher information of {whose}, {verb} {progress.num_batches} batches"),
+        StreamProgress(console, rows.num_targets, progress.tokens) as display,
+    ):
+        return accumulate(model, rows, settings, store, progress, state, display)
+
+
+def _findings(
+    clock: Clock,
+    settings: Settings,
+    model: LanguageModel,
+    packed: Packed,
+    progress: Progress,
+    arrays: dict[str, Any],
+) -> Findings:
+    main = importance(arrays, settings.kind, settings.level)
+    other = importance(arrays, OTHER_KIND[settings.kind], settings.level)
+    by_entry = np.asarray(fj.welford.mean(arrays["param"])) if "param" in arrays else None
+    pruning = None
+    if len(packed.held_out.lengths):
+        with clock.stage("pruning", f"loss on {packed.held_out.num_targets:,} held-out tokens"):
+            pruning = _prune(settings, model, packed.held_out, arrays, by_entry)
+    return Findings(
+        settings=settings,
+        model_name=model.name,
+        tied=model.config.tied,
+        tokens=[model.tokenizer.token_text(i) for i in range(model.config.vocab_size)],
+        packed=packed,
+        main=main,
+        other=other,
+        loss=progress.log_loss / max(progress.tokens, 1),
+        pruning=pruning,
+        by_column=None if by_entry is None else by_entry.sum(axis=0, dtype=np.float64),
+        layers=read_layers(arrays["layers"], model, settings) if "layers" in arrays else None,
+        columns=columns(model.config),
+        timings=clock.seconds,
+        rate=progress.tokens / max(progress.seconds, 1e-9),
+    )
+
+
+def _prune(
+    settings: Settings,
+    model: LanguageModel,
+    held_out: Rows,
+    arrays: dict[str, Any],
+    by_entry: np.ndarray | None,
+) -> PruningResult:
+    hidden, targets, numbers = hidden_and_targets(model, held_out, settings.batch_size)
+    head, bias = model.head(model.params), model.head_bias(model.params)
+    weights = np.asarray(head, np.float32)
+    saliency = None
+    if by_entry is not None:
+        saliency = 0.5 * np.einsum("vd,vd,vd->v", by_entry, weights, weights, dtype=np.float64)
+    ranked = orderings(
+        np.asarray(fj.welford.mean(arrays["empirical"])),
+        np.asarray(fj.welford.mean(arrays["true"])),
+        weights,
+        np.asarray(arrays["counts"]),
+        saliency=saliency,
+        seed=settings.seed,
+    )
+    return prune(
+        hidden,
+        targets,
+        numbers,
+        head,
+        ranked,
+        bias=None if bias is None else np.asarray(bias, np.float32),
+        soft_cap=model.config.logit_soft_cap,
+    )

@@ -1,0 +1,91 @@
+"""Reading what `fisher-jax report` kept: one finished task of a folder, and whose model it was measured on."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fisher_jax.cli.report.run_state import Progress, StateStore
+from fisher_jax.cli.report.settings import Settings
+from fisher_jax.errors import InputError
+from fisher_jax.models import LanguageModel
+
+__all__ = ["LEVEL", "Task", "check_model", "find_task", "layer_settings", "read_task", "split_place", "tasks_of"]
+
+LEVEL = 0.95  # of the intervals of single means
+
+
+class Task(NamedTuple):
+    """A finished measurement, as it lies in a report's folder."""
+
+    folder: Path
+    name: str
+    progress: Progress
+    arrays: dict[str, Any]  # Welford states by name, and label counts
+
+    @property
+    def place(self) -> str:
+        """How a person names it on the command line."""
+        return f"{self.folder}:{self.name}"
+
+
+def split_place(place: str) -> tuple[Path, str | None]:
+    """(folder, task) of `report` or `report:pubmed`; a folder that is there wins over a colon in its name."""
+    cuts = [i for i, character in enumerate(place) if character == ":"]
+    if Path(place).exists() or not cuts:
+        return Path(place), None
+    cut = next((i for i in reversed(cuts) if Path(place[:i]).is_dir()), cuts[-1])
+    return Path(place[:cut]), place[cut + 1 :]
+
+
+def tasks_of(folder: Path) -> StateStore:
+    """The states of a report folder, not yet read.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    store = StateStore(folder)
+    if not store.tasks:
+        raise InputError(f"{folder} holds no state; give the folder that `fisher-jax report` wrote.")
+    return store
+
+
+def find_task(store: StateStore, name: str) -> Task:
+    """A task of a report folder, its arrays not yet read.
+
+    Raises:
+        InputError: there is no such task.
+    """
+    if name not in store.tasks:
+        raise InputError(f"{store.out} has no task {name!r}; it holds {', '.join(store.tasks)}.")
+    return Task(store.out, name, store.tasks[name], {})
+
+
+def read_task(task: Task) -> Task:
+    """The task with its arrays.
+
+    Raises:
+        InputError: it is not finished.
+    """
+    progress = task.progress
+    if not progress.finished:
+        raise InputError(
+            f"the task {task.name!r} in {task.folder} is not finished ({progress.batches_done} of "
+            f"{progress.num_batches} batches); go on with it first: fisher-jax report --resume."
+        )
+    return task._replace(arrays=StateStore(task.folder).restore()[task.name])
+
+
+def check_model(task: Task, model: LanguageModel) -> None:
+    """Raises InputError unless the task was measured on this very model."""
+    progress = task.progress
+    if progress.model != model.fingerprint:
+        raise InputError(
+            f"the state in {task.folder} was measured on {progress.model_name} ({progress.model}), and this model is "
+            f"{model.name} ({model.fingerprint}); give the state of this "
+            "model, or the other one to --model."
+        )
+
+
+def layer_settings(progress: Progress, level: float = LEVEL) -> Settings:
+    """Those of a run that matter for reading its layers."""
+    saved = progress.settings
+    return Settings(kind=saved["--kind"], unit=saved["--unit"], seq_len=saved["--seq-len"], level=level)

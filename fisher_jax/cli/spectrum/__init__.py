@@ -1,0 +1,1 @@
+"""`fisher-jax spectrum`: the eigenvalues of a curvature."""

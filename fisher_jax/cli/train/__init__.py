@@ -1,0 +1,1 @@
+"""`fisher-jax train`: optimizers side by side on a small model."""

@@ -1,0 +1,1 @@
+"""`fisher-jax trim`: a model with a smaller vocabulary."""

@@ -1,0 +1,1 @@
+"""`group_fisher` and its ways to per-token squares."""

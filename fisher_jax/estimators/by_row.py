@@ -1,0 +1,144 @@
+"""Every row an observation (or a part of a document): one backward pass of each, many rows at once."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from fisher_jax._support import meshes, rejection
+from fisher_jax._support.jax_internals import unstacked
+from fisher_jax._tracing import program
+from fisher_jax.batch import Batch
+from fisher_jax.estimators import gram
+from fisher_jax.estimators.problem import (
+    Problem,
+    Tokens,
+    signed_total,
+    split,
+    square,
+    tokens_of,
+    unit_ids,
+    zeros_like,
+)
+from fisher_jax.welford import moments as moments_room
+from fisher_jax.welford.moments import Moments
+
+__all__ = ["by_row"]
+
+Tree = Any
+
+
+def by_row(problem: Problem, params: Tree, batch: Batch, key: Array | None) -> tuple[Moments, Array]:
+    """Moments over rows or documents, and the reasons to reject the batch."""
+    free, model = split(problem.apply_fn, params)
+    out = jax.eval_shape(model, free, batch.inputs)
+    tokens = tokens_of(problem, out, batch)
+    if len(out.shape) < 2:
+        raise ValueError(f"unit={problem.unit!r} needs outputs [rows, ..., K], found shape {list(out.shape)}")
+    num_rows = out.shape[0]
+    rows = (batch.inputs, tokens.targets, jnp.maximum(tokens.weights, 0))
+    _check_rows(rows, num_rows)
+    rows = jax.tree.map(meshes.with_all_rows, jax.tree.map(jnp.asarray, rows))
+    keys = jax.random.split(jax.random.key(0) if key is None else key, num_rows)
+
+    def loss(free, row, key):
+        inputs, targets, weights = jax.tree.map(lambda x: x[None], row)
+        return signed_total(problem, model(free, inputs), Tokens(targets, weights, tokens.bad), key)
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (rows, keys))
+    squares, plan = _squares(problem, free, loss, *shapes)
+
+    def value(row, key):
+        """``sum_t w_t f_t`` of one row: its squares, averaged over draws."""
+        if problem.num_samples == 1:
+            return squares(row, key)
+        draws, finite = jax.lax.map(lambda k: squares(row, k), jax.random.split(key, problem.num_samples))
+        return jax.tree.map(lambda x: x.mean(0), draws), jnp.all(finite)
+
+    chunk = _divisor(num_rows, problem.chunk_size or plan.rows_at_once)
+    found, finite = _fold(problem, value, rows, keys, unit_ids(problem.unit, batch, num_rows), chunk)
+    return found, tokens.bad | rejection.reason_mask(non_finite=~finite)
+
+
+def _check_rows(rows: tuple, num_rows: int) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(rows[0]):
+        if jnp.shape(x)[:1] != (num_rows,):
+            raise ValueError(
+                f"observations of rows need inputs whose leading axis has {num_rows} rows, as the outputs; inputs"
+                f"{jax.tree_util.keystr(path)} have shape {list(jnp.shape(x))}"
+            )
+
+
+class _Plan(NamedTuple):
+    """Which leaves are measured at their use, and how many rows may be alive at once."""
+
+    at_use: dict
+    rows_at_once: int
+
+
+def _squares(problem: Problem, free: Tree, loss: Callable, row: Tree, key: Array) -> tuple[Callable, _Plan]:
+    """``squares(row, key) -> (groups of squared gradients, whether the loss is finite)``, and the plan."""
+    groupings = problem.free
+    treedef = jax.tree.structure(free)
+    plan = _plan(groupings, free, program.trace(loss, free, (row, key), {}).probe.specs)
+
+    def squares(row, key):
+        traced = program.trace(
+            loss, free, (row, key), {}, gram.reduce_taps(plan.at_use), follow=plan.at_use.__contains__
+        )
+        value, grads, taps = program.differentiate(traced, lambda leaf: leaf not in plan.at_use)
+        reduced = {tap.leaf: tap.reduced for tap in taps}
+        found = [
+            one.finish(reduced[i]) if i in plan.at_use else one(square(grads[i])) for i, one in enumerate(groupings)
+        ]
+        return problem.joined(treedef, found), jnp.isfinite(value)
+
+    return squares, plan
+
+
+def _plan(groupings: list, free: Tree, specs: list) -> _Plan:
+    """As many rows at once as keep what is formed for each of them within the size of the parameters."""
+    leaves, at_use, formed = jax.tree.leaves(free), {}, 1
+    for i, (one, x) in enumerate(zip(groupings, leaves, strict=True)):
+        own = [spec for spec in specs if spec.leaf == i]
+        if not gram.fits(own, one):
+            formed += x.size
+            continue
+        by_gram, by_gradient = gram.cost(own[0])
+        at_use[i] = one, by_gram <= by_gradient
+        if by_gram > by_gradient:
+            formed += own[0].use.operand.size
+    return _Plan(at_use, max(1, sum(x.size for x in leaves) // formed))
+
+
+def _divisor(number: int, at_most: int) -> int:
+    """The largest divisor of ``number`` that is at most ``at_most``."""
+    return next(n for n in range(min(number, at_most), 0, -1) if number % n == 0)
+
+
+def _fold(
+    problem: Problem, value: Callable, rows: Tree, keys: Array, ids: Array, chunk: int
+) -> tuple[Moments, Array]:
+    """Rows to observations, ``chunk`` of them at a time."""
+    num_rows = keys.shape[0]
+    weights = rows[2].reshape(num_rows, -1).sum(1)
+
+    def step(carry, part):
+        folded, finite = carry
+        rows, keys, weights, ids = part
+        totals, ok = jax.vmap(value)(rows, keys)
+        folded, _ = jax.lax.scan(lambda c, x: (moments_room.fold(c, *x), None), folded, (totals, weights, ids))
+        return (folded, finite & jnp.all(ok)), None
+
+    parts = (rows, keys, weights, ids)
+    like = jax.eval_shape(lambda p: jax.vmap(value)(p[0], p[1])[0], parts)
+    one = jax.tree.map(unstacked, like)
+    first = (moments_room.start(zeros_like(one), problem.unit), jnp.ones((), bool))
+    if chunk == num_rows:
+        (folded, finite), _ = step(first, parts)
+    else:
+        split_rows = jax.tree.map(lambda x: x.reshape(num_rows // chunk, chunk, *x.shape[1:]), parts)
+        (folded, finite), _ = jax.lax.scan(step, first, split_rows)
+    return moments_room.finish(folded), finite

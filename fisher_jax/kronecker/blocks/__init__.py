@@ -1,0 +1,1 @@
+"""Which parameters form a block of K-FAC, and how they lie in its matrix."""

@@ -1,0 +1,106 @@
+"""The plan of blocks as a table that a person can read."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from fisher_jax.batch import Batch
+from fisher_jax.kronecker.blocks.plan import Block, Rules, choice
+from fisher_jax.kronecker.blocks.problem import Problem, block_plan, check_options
+from fisher_jax.likelihoods import Likelihood, categorical
+
+__all__ = ["KFACCoverage", "kfac_coverage"]
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class KFACCoverage:
+    """Which block of curvature every parameter leaf gets; ``print`` it.
+
+    Attributes:
+        rows: ``(path, shape, block)`` of each leaf, the block in words.
+    """
+
+    rows: tuple[tuple[str, tuple[int, ...], str], ...]
+
+    def __str__(self) -> str:
+        paths = max([len(path) for path, _, _ in self.rows], default=0)
+        shapes = max([len(str(list(shape))) for _, shape, _ in self.rows], default=0)
+        return "\n".join(f"{path:{paths}}  {list(shape)!s:{shapes}}  {block}" for path, shape, block in self.rows)
+
+
+def kfac_coverage(
+    apply_fn: Callable[[Any, Any], Array],
+    params: Tree,
+    batch: Batch,
+    likelihood: Likelihood = categorical,
+    *,
+    fisher: str = "empirical",
+    policy: str = "auto",
+    token_cap: int | None = 1024,
+    shared: str = "expand",
+    diagonal: Callable[[str], bool] | None = None,
+    eigenvalue_correction: bool | Callable[[str], bool] = False,
+) -> KFACCoverage:
+    """Which block `fj.kfac_factors`, with the same options, gives every parameter; nothing is computed.
+
+    For a kernel the sizes of its factors, the input of 1 that stands for its bias counted, how ``G`` is kept, and
+    whether eigenvalues are corrected; for every other leaf what it gets instead.
+
+    Args:
+        params, batch: arrays or ``jax.ShapeDtypeStruct``s.
+
+    Raises:
+        ValueError: an unknown option; a parameter without a block, named with its line and the way out.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> apply_fn = lambda params, x: (x * params["scale"]) @ params["kernel"] + params["bias"]
+        >>> params = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3), "scale": jnp.ones(2)}
+        >>> print(fj.kfac_coverage(apply_fn, params, fj.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 2, 2]))))
+        ['bias']    [3]     an input of ['kernel']
+        ['kernel']  [2, 3]  A [3, 3] (x) G [3, 3], the head
+        ['scale']   [2]     diagonal
+    """
+    check_options(policy, fisher, shared, token_cap, 1.0)
+    rules = Rules(policy, token_cap, fisher, shared, choice(eigenvalue_correction), diagonal or (lambda path: False))
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    told = {}
+    for block in block_plan(Problem(apply_fn, likelihood, rules), params, batch):
+        told[block.leaf] = _told(block, rules)
+        if block.bias is not None:
+            told[block.bias] = f"an input of {block.path}"
+    return KFACCoverage(
+        tuple((jax.tree_util.keystr(path), jnp.shape(x), told[i]) for i, (path, x) in enumerate(leaves))
+    )
+
+
+def _told(block: Block, rules: Rules) -> str:
+    if block.kind == "frozen":
+        return "stays: not floating"
+    if block.kind == "unused":
+        return "no curvature: not used by the loss"
+    if block.kind == "diagonal":
+        return "diagonal"
+    width = block.width + (block.bias is not None)
+    inputs = f"frequencies of {width} rows" if block.kind == "embedding" else f"A [{width}, {width}]"
+    outputs = f"G [{block.units}, {block.units}]"
+    if block.head and rules.fisher == "exact_head":
+        outputs += " in closed form" + (f" from {block.columns} tokens" if block.low_rank else "")
+    elif block.low_rank:
+        outputs += f" by {block.columns} columns"
+    parts = [f"{inputs} (x) {outputs}"]
+    if block.number > 1:
+        parts.append(f"{block.number} of them")
+    if block.use is not None and block.use.kind == "conv":
+        parts.append("convolution")
+    if block.head:
+        parts.append("tied to its use as embedding" if block.kind == "tied" else "the head")
+    if block.is_corrected(rules):
+        parts.append("eigenvalues corrected")
+    return ", ".join(parts)

@@ -1,0 +1,246 @@
+"""The plan: which block of curvature every parameter gets. Nothing is left out silently."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from fisher_jax._support import jax_internals
+from fisher_jax._tracing.axes import UntraceableError, roles_of_leaf
+from fisher_jax._tracing.dense import operand_axes
+from fisher_jax._tracing.provenance import Spec, Use
+from fisher_jax._tracing.structure import Structure
+from fisher_jax.kronecker.blocks import convolution
+from fisher_jax.kronecker.blocks.layout import is_rearrangement, unit_axes
+
+__all__ = ["EIGEN_LIMIT", "Block", "Rules", "choice", "plan"]
+
+# Output factors above this size are never formed under policy="auto" and "hybrid".
+EIGEN_LIMIT = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What the user chose, see ``fj.kfac_factors``."""
+
+    policy: str = "auto"
+    token_cap: int | None = 1024
+    fisher: str = "empirical"
+    shared: str = "expand"
+    corrected: Callable[[str], bool] = lambda path: False
+    diagonal: Callable[[str], bool] = lambda path: False
+    follow: Callable[[str], bool] = lambda path: True
+    devices: int = 1  # over which the rows of a batch are spread inside shard_map
+
+
+def choice(which: bool | Callable[[str], bool]) -> Callable[[str], bool]:
+    """All leaves, none, or those that a function chooses."""
+    return which if callable(which) else lambda path: bool(which)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """The block of one parameter leaf, or of a kernel with its bias.
+
+    Attributes:
+        kind: ``dense`` (convolutions too), ``embedding``, ``tied``, ``diagonal``, ``unused`` or ``frozen`` (not a
+            floating leaf).
+        path, leaf: of the kernel.
+        use: of the kernel; the dense one of a tied leaf.
+        bias, bias_use: of the bias that makes the inputs homogeneous.
+        number: of matrices: layers of a stack times axes that a product keeps apart.
+        units, width: output and input size of each, the bias not counted.
+        head: whether its outputs are the outputs of the model.
+        low_rank: whether ``G`` is kept as columns; there are ``columns`` of them.
+    """
+
+    kind: str
+    path: str
+    leaf: int
+    use: Use | None = None
+    bias: int | None = None
+    bias_use: Use | None = None
+    number: int = 1
+    units: int = 0
+    width: int = 0
+    head: bool = False
+    low_rank: bool = False
+    columns: int = 0
+
+    @property
+    def is_kronecker(self) -> bool:
+        return self.kind in ("dense", "embedding", "tied")
+
+    def is_corrected(self, rules: Rules) -> bool:
+        """Whether its eigenvalues are corrected (EK-FAC)."""
+        return self.is_kronecker and rules.corrected(self.path)
+
+    def needs_taps(self, rules: Rules) -> bool:
+        """Whether these need the raw taps; the inputs of a kernel's columns are kept beside them instead."""
+        return self.is_corrected(rules) and not (self.kind == "dense" and self.low_rank)
+
+
+def plan(specs: list[Spec], leaves: list, paths: list[str], found: Structure, rules: Rules) -> tuple[Block, ...]:
+    """A block for every leaf that is to be followed.
+
+    Raises:
+        ValueError: a leaf without a block, named with the operation, its line and the way out.
+    """
+    uses: list[list[Spec]] = [[s for s in specs if s.leaf == i] for i in range(len(leaves))]
+    blocks = {}
+    for i, (leaf, path) in enumerate(zip(leaves, paths, strict=True)):
+        if rules.follow(path):
+            blocks[i] = _block(i, path, leaf, uses[i], found, rules)
+    for kernel, bias in found.biases.items():
+        if kernel not in blocks or bias not in blocks or len(uses[kernel]) != 1:
+            continue
+        joined = _with_bias(blocks[kernel], blocks[bias], uses[bias])
+        if joined is not None:
+            blocks[kernel] = joined
+            del blocks[bias]
+    for block in blocks.values():
+        _check_correction(block, rules)
+    return tuple(blocks.values())
+
+
+def _check_correction(block: Block, rules: Rules) -> None:
+    """Nothing stays uncorrected silently."""
+    closed_form = block.head and rules.fisher == "exact_head"
+    if not block.is_corrected(rules) or (block.kind != "tied" and not closed_form):
+        return
+    reason = (
+        "an embedding tied to its head is a sum of two products without common eigenvectors"
+        if block.kind == "tied"
+        else "fisher='exact_head' has the head's output factor in closed form, without gradients of tokens"
+    )
+    raise ValueError(
+        f"the eigenvalues of {block.path} cannot be corrected: {reason}; leave it as it is with "
+        f"eigenvalue_correction=lambda path: path != {block.path!r}"
+    )
+
+
+def _block(leaf: int, path: str, x: Any, uses: list[Spec], found: Structure, rules: Rules) -> Block:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return Block("frozen", path, leaf)
+    if not uses:
+        return Block("unused", path, leaf)
+    kinds = [spec.use.kind for spec in uses]
+    if rules.diagonal(path) or set(kinds) <= {"scale", "bias"}:
+        return Block("diagonal", path, leaf, uses[0].use)
+    for spec in uses:
+        _check(path, spec)
+    if set(kinds) in ({"dense"}, {"conv"}):
+        return _dense(Block("dense", path, leaf, uses[0].use), x, uses, found, rules)
+    if set(kinds) == {"embedding"}:
+        return _embedding(Block("embedding", path, leaf, uses[0].use), uses, rules)
+    if sorted(kinds) == ["dense", "embedding"]:
+        dense, table = sorted(uses, key=lambda spec: spec.use.kind)
+        if _roles(path, dense.use, x.ndim) != _roles(path, table.use, x.ndim):
+            raise ValueError(
+                f"{path} is an embedding whose rows are not the output units of its dense use at {dense.use.where}; "
+                f"{_way_out(path)}"
+            )
+        return _dense(Block("tied", path, leaf, dense.use), x, [dense], found, rules)
+    raise ValueError(f"{path} is used in ways that share no Kronecker block: {', '.join(kinds)}; {_way_out(path)}")
+
+
+def _check(path: str, spec: Spec) -> None:
+    use = spec.use
+    place = f" at {use.where}" if use.where else ""
+    if use.kind not in ("dense", "embedding", "conv"):
+        what = f"a use of kind {use.kind} ({use.primitive})"
+        raise ValueError(f"K-FAC has no block for {path}: {what}{place}; {_way_out(path)}")
+    if use.kind == "conv" and (groups := jax_internals.convolution(use.options).batch_groups) != 1:
+        raise ValueError(
+            f"K-FAC has no block for {path}: a convolution that groups examples (batch_group_count="
+            f"{groups}){place}; {_way_out(path)}"
+        )
+    if not is_rearrangement(use):
+        raise ValueError(
+            f"K-FAC has no block for {path}: only a slice, or a repetition, of it is used at {use.where}; "
+            f"{_way_out(path)}"
+        )
+
+
+def _way_out(path: str) -> str:
+    return (
+        f"give it a diagonal with diagonal=lambda path: path == {path!r}, or another optimizer through "
+        "optax.multi_transform"
+    )
+
+
+def _roles(path: str, use: Use, ndim: int) -> tuple:
+    try:
+        return roles_of_leaf(use, ndim)
+    except UntraceableError as reason:
+        raise ValueError(f"K-FAC has no block for {path}: {reason} at {use.where}; {_way_out(path)}") from None
+
+
+def _dense(block: Block, x: Any, uses: list[Spec], found: Structure, rules: Rules) -> Block:
+    first = uses[0].use
+    if len(uses) > 1:
+        loops = {spec.use.loops for spec in uses}
+        if len({_roles(block.path, spec.use, x.ndim) for spec in uses}) > 1 or len(loops) > 1:
+            raise ValueError(f"{block.path} is used both as it is and transposed; {_way_out(block.path)}")
+    apart, units, width = _sizes(first)
+    tokens = sum(_tokens(spec, apart, units) for spec in uses)
+    head = found.head == block.leaf and len(uses) == 1 and not first.loops
+    number = math.prod(x.shape) // (width * units)
+    block = dataclasses.replace(block, number=number, units=units, width=width, head=head)
+    return _with_policy(block, tokens, rules)
+
+
+def _sizes(use: Use) -> tuple[int, int, int]:
+    """Matrices kept apart, and outputs and inputs of each."""
+    if use.kind == "conv":
+        return convolution.sizes(use)
+    batch, inside, out = operand_axes(use)
+    apart, units, width = (math.prod(use.operand.shape[i] for i in axes) for axes in (batch, out, inside))
+    return apart, units, width
+
+
+def _tokens(spec: Spec, apart: int, units: int) -> int:
+    """Columns that this use gives to each output factor."""
+    repeats = math.prod(n for n, loop in zip(spec.lengths, spec.use.loops, strict=True) if loop == "shared")
+    stacks = math.prod(n for n, loop in zip(spec.lengths, spec.use.loops, strict=True) if loop == "stacked")
+    return math.prod(spec.output.shape) // (stacks * repeats * apart * units) * repeats
+
+
+def _embedding(block: Block, uses: list[Spec], rules: Rules) -> Block:
+    (use, *rest) = [spec.use for spec in uses]
+    if rest or use.loops:
+        raise ValueError(f"{block.path} is looked up at several places or in a loop; {_way_out(block.path)}")
+    rows = math.prod(n for n, role in zip(use.operand.shape, use.roles, strict=True) if role == "row")
+    width = math.prod(use.operand.shape) // rows
+    block = dataclasses.replace(block, units=width, width=rows)
+    return _with_policy(block, math.prod(uses[0].output.shape) // width, rules)
+
+
+def _with_policy(block: Block, tokens: int, rules: Rules) -> Block:
+    tokens *= rules.devices
+    columns = tokens if rules.token_cap is None else min(tokens, rules.token_cap)
+    large = block.units > EIGEN_LIMIT
+    low_rank = {"all": True, "never": False, "hybrid": large, "auto": large or tokens < block.units}[rules.policy]
+    return dataclasses.replace(block, low_rank=low_rank, columns=columns if low_rank else 0)
+
+
+def _with_bias(kernel: Block, bias: Block, uses: list[Spec]) -> Block | None:
+    """The kernel's block with the bias in it; ``None`` where the bias keeps its own diagonal."""
+    if kernel.kind != "dense" or bias.kind != "diagonal" or len(uses) != 1 or kernel.use is None:
+        return None
+    (use,) = [spec.use for spec in uses]
+    apart, units, _ = _sizes(kernel.use)
+    if use.kind != "bias" or use.loops != kernel.use.loops or apart != 1 or kernel.use.index != 1:
+        return None
+    try:
+        own = unit_axes(use)
+    except UntraceableError:
+        return None
+    shape = use.operand.shape
+    last = tuple(range(len(shape) - len(own), len(shape)))
+    wanted = (convolution.channel_axis(kernel.use),) if kernel.use.kind == "conv" else last
+    if math.prod(shape[i] for i in own) != units or (own != wanted and units > 1):
+        return None
+    return dataclasses.replace(kernel, bias=bias.leaf, bias_use=use)

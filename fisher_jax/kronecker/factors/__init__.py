@@ -1,0 +1,1 @@
+"""The forms that a Kronecker factor takes, and how they are damped and solved."""

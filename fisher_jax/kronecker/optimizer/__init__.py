@@ -1,0 +1,1 @@
+"""K-FAC as optax transformations: steps, refreshes, rates and damping."""

@@ -1,0 +1,1 @@
+"""Second moments of the inputs and output gradients of every use, over batches and devices."""

@@ -1,0 +1,220 @@
+"""Statistics of every block on one batch, from one backward pass or from taps of the training step's own."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from fisher_jax._support import rejection
+from fisher_jax._support.dtypes import wide, wide_dtype
+from fisher_jax._support.placement import automatic, spec_of
+from fisher_jax._tracing import program
+from fisher_jax.batch import Batch
+from fisher_jax.kronecker.blocks.plan import Block, Rules
+from fisher_jax.kronecker.blocks.problem import Problem
+from fisher_jax.kronecker.factors.forms import chosen
+from fisher_jax.kronecker.statistics.joining import on_any_device, over_columns, over_devices, sums_of_blocks
+from fisher_jax.kronecker.statistics.second_moments import Masks, places, statistic
+from fisher_jax.likelihoods import Likelihood
+
+__all__ = ["Observation", "observe", "observe_taps", "token_weights"]
+
+Tree = Any
+
+
+class Observation(NamedTuple):
+    """Statistics of one batch.
+
+    Attributes:
+        sums: for every block of the plan a dict of arrays, not divided by anything.
+        weight: ``W``, sum of the weights of the tokens.
+        bad: int32 bits, why the batch cannot be used; 0 if it can.
+        probabilities: ``[V, T]`` and weights ``[T]`` of (some of) the tokens, for ``exact_head``.
+        taps: the raw taps and their masks, where eigenvalues are to be corrected.
+    """
+
+    sums: tuple[dict[str, Array], ...]
+    weight: Array
+    bad: Array
+    probabilities: tuple[Array, Array] | None = None
+    taps: tuple[list, Masks] | None = None
+
+
+def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Batch, key: Any) -> Observation:
+    """Statistics of every block from one backward pass (``ggn``: one for each output)."""
+    rules = problem.rules
+    out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
+    weights, bad = token_weights(problem, out, batch)
+    masks, label_key = _masks(problem, weights, batch, key)
+    sampled = rules.fisher in ("sampled", "exact_head")
+    if sampled and key is None:
+        raise ValueError(f"fisher={rules.fisher!r} draws labels from the model: pass key=")
+    root = jnp.sqrt(jnp.maximum(weights, 0))
+    whole = any(block.needs_taps(rules) for block in blocks)
+
+    def one(column):
+        def loss(params, inputs, targets, root):
+            outputs = problem.apply_fn(params, inputs)
+            fixed = jax.lax.stop_gradient(outputs)
+            if rules.fisher == "ggn":
+                direction = problem.likelihood.fisher_factor(fixed, column)
+                return jnp.sum(root[..., None] * jnp.where(root[..., None] > 0, direction * outputs, 0))
+            if sampled:
+                draw = functools.partial(problem.likelihood.sample, temperature=problem.temperature)
+                targets = automatic(draw, PartitionSpec(), label_key, fixed)
+            return automatic(_log_likelihood(problem.likelihood), PartitionSpec(), outputs, targets, root)
+
+        followed = {i for b in blocks for i in (b.leaf, b.bias) if i is not None}
+        owner = {i: b for b in blocks for i in (b.leaf, b.bias) if i is not None}
+
+        def kept(tap):
+            def sums(inputs, cotangents, masks):
+                full = dataclasses.replace(tap, inputs=inputs, cotangents=cotangents)
+                return statistic(full, owner[tap.leaf], masks, rules)
+
+            return automatic(sums, places(tap, owner[tap.leaf], rules), tap.inputs, tap.cotangents, masks)
+
+        reduce = None if whole else kept
+        traced = program.trace(loss, params, (batch.inputs, batch.targets, root), {}, reduce, lambda i: i in followed)
+        value, _, taps = program.differentiate(traced)
+        found = [(t.leaf, t.use, t.reduced if reduce else _raw(t, owner, masks, rules)) for t in taps]
+        found = [(leaf, use, over_devices(x, problem.axis_name)) for leaf, use, x in found]
+        return sums_of_blocks(blocks, found, masks, rules), value, taps if whole else []
+
+    if rules.fisher == "ggn":
+        sums, values, taps = jax.lax.map(one, jnp.arange(out.shape[-1]))
+        sums = tuple(over_columns(found) for found in sums)
+        finite = jnp.all(jnp.isfinite(values))
+    else:
+        sums, value, taps = one(0)
+        finite = jnp.isfinite(value)
+    finite &= jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
+    probabilities = None
+    if rules.fisher == "exact_head":
+        outputs = problem.apply_fn(params, batch.inputs)
+        find = functools.partial(_probabilities, problem, blocks)
+        vocabulary = spec_of(outputs)[-1:] or (None,)
+        out_places = (PartitionSpec(*vocabulary, None), PartitionSpec())
+        probabilities = automatic(find, out_places, outputs, weights, masks)
+    bad = bad | rejection.reason_mask(non_finite=~finite)
+    if probabilities is not None and problem.axis_name is not None:
+        p, w = probabilities
+        gather = functools.partial(jax.lax.all_gather, axis_name=problem.axis_name, tiled=True)
+        probabilities = gather(p, axis=1), gather(w)
+    weight, bad = _everywhere(weights.sum(), bad, problem.axis_name)
+    return Observation(sums, weight, bad, probabilities, (taps, masks) if whole else None)
+
+
+def observe_taps(
+    problem: Problem, blocks: tuple[Block, ...], taps: list, scale: Any, lead: tuple[int, ...], batch: Batch, key: Any
+) -> Observation:
+    """The same from raw taps of the training step's own backward pass; ``scale`` times its loss is the summed one."""
+    rules = problem.rules
+    if rules.fisher != "empirical":
+        raise ValueError(
+            f"taps of the training loss hold its own labels; fisher={rules.fisher!r} needs batch= instead"
+        )
+    weights = _weights(lead, jnp.float32, batch)
+    masks, _ = _masks(problem, weights, batch, key)
+    owner = {i: b for b in blocks for i in (b.leaf, b.bias) if i is not None}
+    taps = [tap for tap in taps if tap.leaf in owner]
+    for tap in taps:
+        if tap.cotangents is None:
+            raise ValueError(f"the tap of {tap.path} was reduced; pass the taps of fj.value_grad_and_taps(loss)")
+    taps = [dataclasses.replace(tap, cotangents=wide(tap.cotangents) * scale) for tap in taps]
+    found = [(tap.leaf, tap.use, _raw(tap, owner, masks, rules)) for tap in taps]
+    found = [(leaf, use, over_devices(x, problem.axis_name)) for leaf, use, x in found]
+    sums = sums_of_blocks(blocks, found, masks, rules)
+    finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
+    negative = ~jnp.all((weights >= 0) & jnp.isfinite(weights))
+    bad = rejection.reason_mask(non_finite=~finite, negative_weight=negative)
+    whole = any(block.needs_taps(rules) for block in blocks)
+    weight, bad = _everywhere(weights.sum(), bad, problem.axis_name)
+    return Observation(sums, weight, bad, None, (taps, masks) if whole else None)
+
+
+def _raw(tap: Any, owner: dict[int, Block], masks: Masks, rules: Rules) -> Tree:
+    """The statistic of a raw tap, one for each iteration of its loops."""
+    block = owner[tap.leaf]
+
+    def run(inputs, cotangents, masks):
+        def kept(inputs, cotangents):
+            whole = dataclasses.replace(tap, inputs=inputs, cotangents=cotangents)
+            return statistic(whole, block, masks, rules)
+
+        for _ in tap.use.loops:
+            kept = jax.vmap(kept)
+        return kept(inputs, cotangents)
+
+    looped = [None] * len(tap.use.loops)
+    where = {name: PartitionSpec(*looped, *spec) for name, spec in places(tap, block, rules).items()}
+    return automatic(run, where, tap.inputs, tap.cotangents, masks)
+
+
+def _everywhere(weight: Array, bad: Array, axis_name: Any) -> tuple[Array, Array]:
+    """The weight of the whole batch, and why any part of it cannot be used."""
+    if axis_name is None:
+        return weight, bad
+    return jax.lax.psum(weight, axis_name), on_any_device(bad, axis_name)
+
+
+def _log_likelihood(likelihood: Likelihood) -> Callable:
+    def total(outputs, targets, root):
+        return jnp.sum(root * jnp.where(root > 0, likelihood.log_prob(outputs, targets), 0))
+
+    return total
+
+
+def _masks(problem: Problem, weights: Array, batch: Batch, key: Any) -> tuple[Masks, Any]:
+    """Masks, and a key for the labels; without a key columns are taken from the middle of their strata."""
+    size = problem.rules.token_cap or 1
+    offsets, label_key = jnp.full(size, 0.5), key
+    if key is not None:
+        label_key, offset_key = jax.random.split(key)
+        # Of gathered columns all devices must keep the same; labels are each device's own.
+        offsets = jax.random.uniform(offset_key, (size,))
+        if problem.axis_name is not None:
+            label_key = jax.random.fold_in(label_key, jax.lax.axis_index(problem.axis_name))
+    rows = weights.shape[0] if weights.ndim else 1
+    return Masks(weights, batch.real, offsets, rows), label_key
+
+
+def _weights(lead: tuple[int, ...], dtype: Any, batch: Batch) -> Array:
+    weights = jnp.ones(lead, dtype) if batch.weights is None else jnp.asarray(batch.weights).astype(dtype)
+    if weights.shape != lead:
+        raise ValueError(
+            f"weights have one value per token, the leading shape of the outputs {list(lead)}, found "
+            f"{list(weights.shape)}"
+        )
+    return weights
+
+
+def token_weights(problem: Problem, out: Any, batch: Batch) -> tuple[Array, Array]:
+    """Weights of the tokens, and why the batch cannot be used."""
+    weights = _weights(out.shape[:-1], wide_dtype(out.dtype), batch)
+    bad = rejection.reason_mask(negative_weight=~jnp.all((weights >= 0) & jnp.isfinite(weights)))
+    if problem.rules.fisher == "empirical":
+        inside = problem.likelihood.in_range(out, batch.targets)
+        if inside.shape != weights.shape:
+            raise ValueError(
+                f"targets of shape {list(jnp.shape(batch.targets))} do not fit {problem.likelihood.name} outputs of "
+                f"shape {list(out.shape)}"
+            )
+        bad = bad | rejection.reason_mask(target_out_of_range=jnp.any((weights > 0) & ~inside))
+    return weights, bad
+
+
+def _probabilities(problem, blocks, outputs, weights, masks) -> tuple[Array, Array]:
+    """Softmax of the outputs, ``[V, T]``: of all tokens, or of as many as a low-rank head keeps."""
+    z, w = wide(outputs).reshape(-1, outputs.shape[-1]), weights.ravel()
+    (head,) = [b for b in blocks if b.head]
+    cap = problem.rules.token_cap
+    if head.low_rank and cap is not None and cap < len(w):
+        index, _ = chosen(w > 0, cap, masks.offsets)
+        z, w = z[index], w[index]
+    return jax.nn.softmax(z).T, w

@@ -1,0 +1,261 @@
+"""What is kept of each use, formed inside its backward pass: second moments of inputs and of output gradients."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from fisher_jax._support.dtypes import wide
+from fisher_jax._support.jax_internals import lookup
+from fisher_jax._support.placement import spec_of
+from fisher_jax._tracing.dense import matrices, operand_axes
+from fisher_jax._tracing.program import Tap
+from fisher_jax._tracing.provenance import Segment, Use
+from fisher_jax.kronecker.blocks.convolution import patches
+from fisher_jax.kronecker.blocks.layout import through
+from fisher_jax.kronecker.blocks.plan import Block, Rules
+from fisher_jax.kronecker.factors.forms import subsample
+
+__all__ = ["COLUMNS", "Masks", "combine", "diagonal_of", "lookups", "observations", "places", "statistic"]
+
+Tree = Any
+_HIGHEST = jax.lax.Precision.HIGHEST
+# Statistics with one column for each token; all others are sums.
+COLUMNS = ("U", "inputs")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weights", "real", "offsets"], meta_fields=["rows"])
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """What counts.
+
+    Attributes:
+        weights: of the tokens' losses, any shape.
+        real: of the positions ``[rows, ...]``; ``None`` where all are real.
+        offsets: uniform numbers that place subsampled columns, see `factors.subsample`.
+        rows: number of rows of the batch.
+    """
+
+    weights: Array
+    real: Array | None
+    offsets: Array
+    rows: int
+
+
+def statistic(tap: Tap, block: Block, masks: Masks, rules: Rules) -> Tree:
+    """Sums over the positions of one use; a dict of arrays."""
+    assert tap.inputs is not None
+    assert tap.cotangents is not None
+    if block.kind == "diagonal":
+        return _diagonal(tap)
+    if tap.leaf != block.leaf:  # a bias: its statistics are those of its kernel
+        return {}
+    if tap.kind == "embedding":
+        return _embedding(tap, block, masks, rules)
+    a, g, mask = observations(tap, block, masks, rules)
+    A = jnp.einsum("bti,btj->bij", a * mask[None, :, None], a, precision=_HIGHEST)
+    met = jnp.swapaxes(a * (mask > 0).astype(a.dtype)[None, :, None], 1, 2)
+    return {"A": A, "count": mask.sum(), **_outputs(g, met, block, masks, rules)}
+
+
+def observations(tap: Tap, block: Block, masks: Masks, rules: Rules) -> tuple[Array, Array, Array]:
+    """Of a product or convolution: inputs ``[batch, T, in]`` and the bias's 1, output gradients, weights in ``A``."""
+    assert tap.inputs is not None
+    assert tap.cotangents is not None
+    rows = patches if tap.kind == "conv" else matrices
+    a, g = rows(tap.use, tuple(map(wide, tap.inputs)), wide(tap.cotangents))
+    mask = _mask(tap, block, masks, a.shape[1]).astype(a.dtype)
+    if rules.shared == "reduce" and not block.head:
+        a, g, mask = _reduce(a, g, mask, masks.rows, tap.path)
+    if block.bias is not None:
+        a = jnp.concatenate([a, jnp.ones((*a.shape[:2], 1), a.dtype)], -1)
+    return a, g, mask
+
+
+def places(tap: Tap, block: Block, rules: Rules) -> Tree:
+    """Where the arrays of `statistic` lie: columns stay spread over the output units, all else is everywhere."""
+    everywhere = PartitionSpec()
+    if block.kind == "diagonal":
+        return {"squares" if tap.kind in ("scale", "bias") else "gradient": everywhere}
+    if tap.leaf != block.leaf:
+        return {}
+    table = tap.kind == "embedding"
+    if table and block.kind == "tied":
+        return {"frequency": everywhere, "positions": everywhere, "square": everywhere}
+    outputs = {"U": everywhere if table else _unit_places(tap)} if block.low_rank else {"G": everywhere}
+    if block.low_rank and block.is_corrected(rules):
+        outputs["inputs"] = everywhere
+    inputs = ("frequency", "positions") if table else ("A", "count")
+    return {**dict.fromkeys(inputs, everywhere), **outputs}
+
+
+def _unit_places(tap: Tap) -> PartitionSpec:
+    """Of ``[batch, out, T]``, where the output units are one axis of the cotangents."""
+    spec = spec_of(tap.cotangents)
+    if tap.kind == "conv":
+        return PartitionSpec()
+    _, _, outputs = operand_axes(tap.use)
+    if len(outputs) != 1 or tap.use.index != 1 or not len(spec):
+        return PartitionSpec()
+    return PartitionSpec(None, spec[-1], None)
+
+
+def _outputs(g: Array, met: Array, block: Block, masks: Masks, rules: Rules) -> dict[str, Array]:
+    """``U`` or ``G`` from output gradients ``[batch, tokens, out]``, not yet divided by the weight.
+
+    With columns whose eigenvalues are corrected the inputs ``met [batch, in, tokens]`` stay beside them.
+    """
+    if not block.low_rank:
+        return {"G": jnp.einsum("bti,btj->bij", g, g, precision=_HIGHEST)}
+    columns = {"U": jnp.swapaxes(g, 1, 2)}
+    return capped(columns | {"inputs": met} if block.is_corrected(rules) else columns, rules, masks)
+
+
+def capped(columns: dict[str, Array], rules: Rules, masks: Masks) -> dict[str, Array]:
+    """Of each matrix at most ``token_cap`` tokens, the same in all of its arrays."""
+    cap = rules.token_cap
+    if cap is None:
+        return columns
+    names = ["U", *(name for name in columns if name != "U")]
+    kept = jax.vmap(lambda U, *beside: subsample(U, cap, masks.offsets, *beside))(*(columns[n] for n in names))
+    return dict(zip(names, kept, strict=True))
+
+
+def _embedding(tap: Tap, block: Block, masks: Masks, rules: Rules) -> Tree:
+    """Frequencies of the rows looked up, and output gradients."""
+    rows, g, mask = lookups(tap, block, masks)
+    if block.kind == "tied":
+        found = {"square": jnp.sum(g**2)}
+        size = block.units
+    else:
+        size = block.width
+        # Of what is padding no row at all.
+        found = _outputs(g, jnp.where(mask > 0, rows, size)[None, None], block, masks, rules)
+    frequency = jnp.zeros(size, g.dtype).at[rows].add(mask, mode="drop")
+    return {"frequency": frequency, "positions": mask.sum(), **found}
+
+
+def lookups(tap: Tap, block: Block, masks: Masks) -> tuple[Array, Array, Array]:
+    """Of an embedding: the rows looked up ``[T]``, output gradients ``[1, T, width]``, and weights in ``A``."""
+    assert tap.cotangents is not None
+    (indices,) = tap.inputs or ()
+    offset = lookup(tap.use.options, tap.use.operand.shape).offset
+    g = wide(jnp.moveaxis(tap.cotangents, offset, range(-len(offset), 0)))
+    g = g.reshape(1, indices.size, -1)
+    mask = _mask(tap, dataclasses.replace(block, head=False), masks, indices.size).astype(g.dtype)
+    return indices.ravel(), g, mask
+
+
+def _mask(tap: Tap, block: Block, masks: Masks, tokens: int) -> Array:
+    """Weight of every position of a use in the moments of its inputs: the loss's at the head, else real or not."""
+    if block.head:
+        if masks.weights.size != tokens:
+            raise ValueError(
+                f"the head {tap.path} meets {tokens} positions where the outputs have {masks.weights.size} tokens"
+            )
+        return masks.weights.ravel()
+    real = masks.real
+    if real is None:
+        return jnp.ones(tokens)
+    real = jnp.asarray(real).astype(bool)
+    if "shared" not in tap.use.loops:
+        if real.size == tokens:
+            return real.ravel()
+        if real.ndim == 1 and tokens % real.size == 0:  # positions of rows that are real as a whole
+            return jnp.repeat(real, tokens // real.size)
+        if real.shape[0] == tokens:  # pooled over positions
+            return real.reshape(tokens, -1).any(1)
+        if real.size == tokens * real.shape[0]:  # the same for every row
+            return real.any(0).ravel()
+    raise ValueError(
+        f"{tap.path} meets {tokens} positions at {tap.use.where}, which the padding mask of shape {list(real.shape)} "
+        "does not describe: leave out Batch.real, or treat the parameter with diagonal="
+    )
+
+
+def _reduce(a: Array, g: Array, mask: Array, rows: int, path: str) -> tuple[Array, Array, Array]:
+    """One observation for each row: the mean of its inputs, the sum of its output gradients."""
+    if a.shape[1] % rows:
+        raise ValueError(f'shared="reduce" needs positions by row; {path} meets {a.shape[1]} in {rows} rows')
+    mask = mask.reshape(rows, -1)
+    count = mask.sum(1)
+    a, g = (x.reshape(x.shape[0], rows, -1, x.shape[-1]) for x in (a, g))
+    mean = jnp.einsum("brsi,rs->bri", a, mask) / jnp.where(count > 0, count, 1)[None, :, None]
+    return mean, g.sum(2), (count > 0).astype(mask.dtype)
+
+
+def combine(statistics: list[tuple[Use, Tree]], block: Block, masks: Masks, rules: Rules) -> dict[str, Array]:
+    """Sums over loops and uses of one leaf: ``A [N, in, in]``, ``G [N, out, out]`` or ``U [N, out, T]``."""
+    parts = [_over_loops(use, found) for use, found in statistics]
+    found = parts[0]
+    for part in parts[1:]:
+        found = {k: jnp.concatenate([v, part[k]], -1) if k in COLUMNS else v + part[k] for k, v in found.items()}
+    out = {}
+    for name, x in found.items():
+        last = {"A": 2, "G": 2, "U": 2, "inputs": 2, "frequency": 1}.get(name, 0)
+        out[name] = x.reshape(-1, *x.shape[x.ndim - last :])
+    columns = {name: x for name, x in out.items() if name in COLUMNS}
+    return out | capped(columns, rules, masks) if columns else out
+
+
+def _over_loops(use: Use, found: Tree) -> Tree:
+    """Sum over loops that share the parameter; their columns lie side by side."""
+    for axis in reversed(range(len(use.loops))):
+        if use.loops[axis] == "shared":
+            found = {name: _beside(x, axis) if name in COLUMNS else x.sum(axis) for name, x in found.items()}
+    return found
+
+
+def _beside(U: Array, axis: int) -> Array:
+    moved = jnp.moveaxis(U, axis, -2)
+    return moved.reshape(*moved.shape[:-2], -1)
+
+
+def _diagonal(tap: Tap) -> Tree:
+    """Squares of a scale or a bias, summed over positions; of any other use the gradient of the batch."""
+    assert tap.cotangents is not None
+    use, g = tap.use, wide(tap.cotangents)
+    if tap.kind in ("scale", "bias"):
+        per_position = g * wide(tap.inputs[0]) if tap.kind == "scale" and tap.inputs else g
+        return {"squares": _back(use.segments[-1], _unbroadcast(per_position**2, use.operand.shape))}
+    if use.apply is not None:
+        apply, inputs = use.apply, tap.inputs or ()
+        _, pullback = jax.vjp(lambda w: apply(w, *inputs), jnp.zeros(use.operand.shape, use.operand.dtype))
+        (g,) = pullback(tap.cotangents)
+    return {"gradient": _back(use.segments[-1], wide(g))}
+
+
+def _unbroadcast(x: Array, shape: tuple[int, ...]) -> Array:
+    axes = tuple(i for i, (m, n) in enumerate(zip(x.shape, shape, strict=True)) if m != n)
+    return x.sum(axes, keepdims=True)
+
+
+def _back(segment: Segment, x: Array) -> Array:
+    """The transpose of a chain of layout operations, in the dtype of ``x``."""
+    like = jax.ShapeDtypeStruct(segment.source.shape, x.dtype)
+    (found,) = jax.linear_transpose(lambda y: through(segment, y), like)(x)
+    return found
+
+
+def diagonal_of(statistics: list[tuple[Use, Tree]]) -> Array:
+    """Squares in the shape of the leaf, from those of its uses."""
+    squares = [_to_leaf(use, found["squares"]) for use, found in statistics if "squares" in found]
+    gradients = [_to_leaf(use, found["gradient"]) for use, found in statistics if "gradient" in found]
+    if gradients:
+        squares.append(functools.reduce(jnp.add, gradients) ** 2)
+    return functools.reduce(jnp.add, squares)
+
+
+def _to_leaf(use: Use, x: Array) -> Array:
+    """From one array for each iteration of the loops to the leaf."""
+    for depth in reversed(range(len(use.loops))):
+        x = x.sum(depth) if use.loops[depth] == "shared" else x
+        back = functools.partial(_back, use.segments[depth])
+        for _ in range(depth):
+            back = jax.vmap(back)
+        x = back(x)
+    return x

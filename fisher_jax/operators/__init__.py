@@ -1,0 +1,314 @@
+"""Curvature as a product with a vector: GGN, true and empirical Fisher, Hessian, K-FAC, on pytrees.
+
+Nothing is stored but parameters and batch. Every product is a mean over weighted tokens; with several rows at a time
+(``microbatch_size``) the sums are the same, and rows must not depend on each other.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array
+
+from fisher_jax._support.meshes import places
+from fisher_jax._support.selection import Chosen, select
+from fisher_jax.batch import Batch
+from fisher_jax.kronecker.curvature.factors import Factors
+from fisher_jax.kronecker.curvature.product import curvature_product
+from fisher_jax.likelihoods import Likelihood
+from fisher_jax.operators import products
+from fisher_jax.tokens import require_usable
+
+__all__ = ["empirical_fisher", "fisher", "ggn", "hessian", "kfac", "over_batches", "restrict", "total_weight"]
+
+Tree = Any
+Matvec = Callable[[Tree], Tree]
+
+
+def ggn(
+    apply_fn: Callable[[Tree, Any], Array],
+    likelihood: Likelihood,
+    params: Tree,
+    batch: Batch,
+    *,
+    parameters: Chosen = None,
+    microbatch_size: int | None = None,
+    remat: bool | Callable = False,
+    keep_linearization: bool = False,
+) -> Partial:
+    """Generalised Gauss-Newton products: ``v -> sum_t w_t J_t^T H_t J_t v / sum_t w_t``.
+
+    ``J_t = d outputs_t / d params`` and ``H_t`` is the Fisher matrix of the likelihood in the outputs, which is the
+    Hessian of ``-log p`` there (Schraudolph 2002; Martens 2020, section 8). Symmetric and positive semi-definite.
+
+    A product is one linearisation, its transpose and ``likelihood.fisher_product``: about 4/3 of
+    ``jax.value_and_grad`` of the mean loss. A model with a ``jax.custom_vjp`` of its own has no forward derivative,
+    and JAX says so.
+
+    Args:
+        apply_fn: ``apply_fn(params, inputs) -> outputs [..., K]``.
+        likelihood: ``fj.categorical``, ``fj.bernoulli`` or ``fj.gaussian``.
+        params: a tree of arrays. Leaves that are not floating are frozen.
+        batch: weights as everywhere: a token of weight 0 does not count, whatever its target and outputs are; what is
+            not finite in the inputs of padding (``real``) or of a row without weight is not read.
+        parameters: the leaves that move; the others are frozen, and ``None`` in every tangent. See `restrict`.
+        microbatch_size: this many rows at a time (``jax.lax.scan``); must divide the number of rows. Rows must not
+            depend on each other (no statistics over the batch). ``None``: all at once.
+        remat: ``True`` recomputes the model's activations in the backward pass (``jax.checkpoint``); a function is
+            its policy, as in ``jax.checkpoint_policies``.
+        keep_linearization: linearise now and keep what that takes (all that a backward pass over the whole batch
+            keeps, per operator, for as long as it lives); a product then costs about ``value_and_grad`` without its
+            forward pass. Not with ``microbatch_size``.
+
+    Returns:
+        A ``jax.tree_util.Partial``: ``matvec(v) -> C v``. ``v`` is a tree like ``restrict(params, parameters)``, of
+        floating leaves, rounded to the dtypes of the parameters; the result has at least float32, and lies on devices
+        as the parameters do. Parameters and batch are its leaves: pass it to a jitted function, and an operator with
+        new numbers does not recompile (as long as ``apply_fn`` is the same object). bf16 parameters give products of
+        the bf16 model, symmetric to bf16's rounding.
+
+    Raises:
+        ValueError: complex parameters, no floating one, shapes that do not fit (each named); a tangent of another
+            structure, shape or kind, when it is multiplied.
+        RejectedBatchError: an empty batch, a negative weight. Inside ``jit`` values cannot raise: every product is
+            then NaN.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> params = {"kernel": jnp.zeros((2, 3))}
+        >>> batch = fj.Batch(jnp.array([[1.0, 0.0]]), jnp.array([2]))
+        >>> matvec = fj.operators.ggn(lambda p, x: x @ p["kernel"], fj.categorical, params, batch)
+        >>> [round(float(x), 3) for x in matvec({"kernel": jnp.ones((2, 3)).at[0, 0].set(4.0)})["kernel"][0]]
+        [0.667, -0.333, -0.333]
+    """
+    return _operator(
+        "ggn", apply_fn, likelihood, params, batch, parameters, microbatch_size, remat, keep_linearization
+    )
+
+
+def fisher(
+    apply_fn: Callable[[Tree, Any], Array],
+    likelihood: Likelihood,
+    params: Tree,
+    batch: Batch,
+    *,
+    parameters: Chosen = None,
+    microbatch_size: int | None = None,
+    remat: bool | Callable = False,
+    keep_linearization: bool = False,
+) -> Partial:
+    """True Fisher products: ``v -> sum_t w_t E_y[s_t (s_t . v)] / sum_t w_t``, with ``y`` from the model.
+
+    Exact, without sampling: for likelihoods of natural-parameter outputs it equals `ggn` (Martens 2020, section 9.2),
+    and is computed so. Arguments, result and errors are those of `ggn`.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> batch = fj.Batch(jnp.array([[3.0], [1.0]]), jnp.zeros((2, 1)))
+        >>> matvec = fj.operators.fisher(lambda p, x: x * p, fj.gaussian, jnp.zeros(1), batch)
+        >>> matvec(jnp.ones(1)).tolist()
+        [5.0]
+    """
+    return _operator(
+        "ggn", apply_fn, likelihood, params, batch, parameters, microbatch_size, remat, keep_linearization
+    )
+
+
+def empirical_fisher(
+    apply_fn: Callable[[Tree, Any], Array],
+    likelihood: Likelihood,
+    params: Tree,
+    batch: Batch,
+    *,
+    parameters: Chosen = None,
+    microbatch_size: int | None = None,
+    remat: bool | Callable = False,
+    keep_linearization: bool = False,
+) -> Partial:
+    """Empirical Fisher products: ``v -> sum_t w_t s_t (s_t . v) / sum_t w_t``, ``s_t = d log p(y_t) / d params``.
+
+    The labels are those of the batch, and scores are per token: not the square of a mean gradient. Arguments, result
+    and errors are those of `ggn`; a label out of range where the weight is not 0 is an error too.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> batch = fj.Batch(jnp.array([[3.0], [1.0]]), jnp.array([[2.0], [1.0]]))
+        >>> matvec = fj.operators.empirical_fisher(lambda p, x: x * p, fj.gaussian, jnp.zeros(1), batch)
+        >>> matvec(jnp.ones(1)).tolist()  # (6**2 + 1**2) / 2
+        [18.5]
+    """
+    return _operator(
+        "empirical", apply_fn, likelihood, params, batch, parameters, microbatch_size, remat, keep_linearization
+    )
+
+
+def hessian(
+    apply_fn: Callable[[Tree, Any], Array],
+    likelihood: Likelihood,
+    params: Tree,
+    batch: Batch,
+    *,
+    parameters: Chosen = None,
+    microbatch_size: int | None = None,
+    remat: bool | Callable = False,
+    keep_linearization: bool = False,
+) -> Partial:
+    """Hessian products: ``v -> d^2 L v``, of the mean loss ``L = -sum_t w_t log p(y_t) / sum_t w_t``.
+
+    Forward over reverse (Pearlmutter 1994), about 2.5 times ``jax.value_and_grad``. Indefinite in general. Arguments,
+    result and errors are those of `ggn`; a label out of range where the weight is not 0 is an error too.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> batch = fj.Batch(jnp.array([[3.0], [1.0]]), jnp.array([[2.0], [1.0]]))
+        >>> matvec = fj.operators.hessian(lambda p, x: x * p, fj.gaussian, jnp.zeros(1), batch)
+        >>> matvec(jnp.ones(1)).tolist()
+        [5.0]
+    """
+    return _operator(
+        "hessian", apply_fn, likelihood, params, batch, parameters, microbatch_size, remat, keep_linearization
+    )
+
+
+def kfac(factors: Factors) -> Partial:
+    """K-FAC products: ``v -> F v`` with the block diagonal ``F`` of Kronecker factors, without damping.
+
+    For a kernel ``M -> G M A`` on its matrix ``[out, in]``, a bias joined to it as one more input; with corrected
+    eigenvalues (EK-FAC) ``V [(V^T M P) * E] P^T``; a tied embedding's rows and the diagonals of scales are added as
+    they are. ``U U^T`` is applied by its columns. Normalised as the factors are, per weighted token. What the inverse
+    of `fj.precondition` undoes, but for the damping: ``precondition(factors, F v + damping v) = v`` where its damping
+    is exact.
+
+    Args:
+        factors: of `fj.kfac_factors`; a training state's are `fj.kfac_factors_from_state`.
+
+    Returns:
+        ``matvec(v)``: ``v`` is a tree like ``restrict(params)``, the result has at least float32. A
+        ``jax.tree_util.Partial`` with the factors as its leaves, for `fj.lanczos`, `fj.trace` and
+        `fj.spectral_density`; `fj.kfac_spectrum` gives its eigenvalues without any product.
+
+    Raises:
+        TypeError: no `Factors`.
+        ValueError: a tangent with other leaves or shapes, when it is multiplied.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> batch = fj.Batch(jnp.diag(jnp.array([2.0, 1.0])), jnp.array([[1.0], [1.0]]))
+        >>> params = {"kernel": jnp.zeros((2, 1))}
+        >>> factors = fj.kfac_factors(lambda p, x: x @ p["kernel"], params, batch, fj.gaussian)
+        >>> fj.operators.kfac(factors)({"kernel": jnp.ones((2, 1))})["kernel"].round(4).tolist()
+        [[2.0], [0.5]]
+    """
+    if not isinstance(factors, Factors):
+        raise TypeError(
+            f"expected the result of fj.kfac_factors, found {type(factors).__name__}; for an optimizer's state use "
+            "fj.kfac_factors_from_state(state, apply_fn, params, example)"
+        )
+    return Partial(curvature_product, factors)
+
+
+def restrict(params: Tree, parameters: Chosen = None) -> Tree:
+    """The leaves that an operator with the same ``parameters`` moves, and ``None`` for the others.
+
+    This is the tree that its products take and return, and what ``fj.lanczos`` wants as ``like``.
+
+    Args:
+        params: a tree of arrays.
+        parameters: a regular expression, searched in the path that ``jax.tree_util.keystr`` writes; a predicate
+            ``(path, leaf) -> bool``; or a tree of booleans (a prefix of the parameters will do). ``None``: all.
+
+    Raises:
+        ValueError: nothing floating is chosen, a chosen leaf is complex, or is named and cannot be differentiated.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> params = {"embed": jnp.zeros((4, 2)), "head": jnp.zeros((2, 4)), "step": jnp.array(3)}
+        >>> tree = fj.operators.restrict(params, "head")
+        >>> tree["embed"] is None, tree["head"].shape, tree["step"] is None
+        (True, (2, 4), True)
+    """
+    return select(params, parameters).restrict(params)
+
+
+def total_weight(matvec: Partial) -> Array:
+    """``sum_t w_t`` that an operator of this module divides by, at least float32.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> batch = fj.Batch(jnp.ones((3, 1)), jnp.zeros((3, 1)), jnp.array([1.0, 0.5, 0.0]))
+        >>> float(fj.operators.total_weight(fj.operators.ggn(lambda p, x: x * p, fj.gaussian, jnp.zeros(1), batch)))
+        1.5
+    """
+    if not isinstance(matvec, Partial) or len(matvec.args) != 3 or not isinstance(matvec.args[0], products.Operator):
+        raise TypeError(f"expected a product of fj.operators, found {type(matvec).__name__}")
+    return products.weight(*matvec.args) if matvec.func is products.product else matvec.args[2][2]
+
+
+def over_batches(make_matvec: Callable[[Batch], Partial], batches: Iterable[Batch]) -> Matvec:
+    """One operator over many batches: ``v -> sum_b W_b C_b v / sum_b W_b``, per weighted token of all of them.
+
+    Every product runs over all batches again, on the host, one at a time: the memory is that of one. A batch without
+    any weight is passed over.
+
+    Args:
+        make_matvec: ``batch -> matvec``, an operator of this module:
+            ``lambda batch: fj.operators.ggn(apply_fn, likelihood, params, batch)``.
+        batches: something that can be gone through again and again and gives the same batches, such as a list.
+
+    Returns:
+        ``matvec(v)``, a plain function for use outside ``jit`` (inside, it would be unrolled over the batches).
+
+    Raises:
+        TypeError: an iterator, which would be empty at the second product.
+        RejectedBatchError: no batch has any weight.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> batches = [fj.Batch(jnp.full((n, 1), 1.0 * n), jnp.zeros((n, 1))) for n in (1, 2)]
+        >>> matvec = fj.operators.over_batches(
+        ...     lambda batch: fj.operators.ggn(lambda p, x: x * p, fj.gaussian, jnp.zeros(1), batch), batches
+        ... )
+        >>> matvec(jnp.ones(1)).tolist()  # (1 + 4 + 4) / 3
+        [3.0]
+    """
+    if iter(batches) is batches:
+        raise TypeError(
+            f"batches are gone through once per product, found the iterator {type(batches).__name__}: pass a list or "
+            "an object that starts anew each time"
+        )
+
+    def matvec(v: Tree) -> Tree:
+        total, sums = jnp.zeros(()), None
+        for batch in batches:
+            if batch.weights is not None and not bool(jnp.any(jnp.asarray(batch.weights) != 0)):
+                continue
+            product = make_matvec(batch)
+            weight = total_weight(product)
+            part = jax.tree.map(lambda x, w=weight: w.astype(x.dtype) * x, product(v))
+            total, sums = total + weight, part if sums is None else jax.tree.map(jnp.add, sums, part)
+        if sums is None:
+            require_usable(jnp.zeros((), jnp.int32), jnp.zeros(()))
+        return jax.tree.map(lambda x: x / total.astype(x.dtype), sums)
+
+    return matvec
+
+
+def _operator(kind, apply_fn, likelihood, params, batch, parameters, microbatch_size, remat, keep) -> Partial:
+    selection = select(params, parameters)
+    params = jax.tree.map(jnp.asarray, params)
+    where = places(jax.tree.leaves(selection.restrict(params)))
+    operator = products.Operator(kind, apply_fn, likelihood, selection, microbatch_size, remat, where)
+    if microbatch_size is not None and keep:
+        raise ValueError(
+            "keep_linearization holds what a backward pass over the whole batch holds: no microbatch_size"
+        )
+    part, bad = products.tokens(operator, params, batch)
+    products.chunks(part, microbatch_size)
+    require_usable(bad, part.weights.sum())
+    if not keep:
+        return Partial(products.product, operator, params, batch)
+    return Partial(
+        products.kept_product, operator, selection.restrict(params), products.linearize(operator, params, batch)
+    )

@@ -1,0 +1,1 @@
+"""Spectra: Krylov methods over operators, and the blocks of single parameters."""

@@ -1,0 +1,1 @@
+"""Documents to measure on: corpora, text files, packed rows, held-out text."""

@@ -1,0 +1,1 @@
+"""What people do with Fisher information: pruning, decisions, shifts, merging, continual learning."""

@@ -1,24 +1,28 @@
-"""Backward passes of many cotangents: together on an accelerator, one after the other on a CPU."""
+"""Backward passes of many cotangents: together, but for the CPU compiler that gets that wrong."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jaxlib
 from jaxtyping import Array
 
 __all__ = ["each"]
 
 Tree = Any
+_SEEN_RIGHT = tuple(map(int, re.findall(r"\d+", jaxlib.__version__)[:3])) >= (0, 11, 2)
 
 
 def each(function: Callable[..., Tree], *arguments: Array | Tree) -> Tree:
     """``function`` of every row of ``arguments``, stacked.
 
-    A CPU takes one row after the other. A pass through a batch fills its cores, so that passes together are no faster
-    from a few hundred tokens on, and a loop is compiled as the model's own backward pass is. Compilers get vmapped
-    pullbacks wrong: jaxlib 0.10.2 fuses ``g + sum(x * g)`` to wrong numbers beyond 128 KiB where ``g`` has an axis
-    that ``x`` lacks, which is what vmap makes of every norm.
+    On a CPU, jaxlib 0.10.2 fuses ``g + sum(x * g)`` to wrong numbers beyond 128 KiB where ``g`` has an axis that
+    ``x`` lacks, which is what vmap makes of every norm in a pullback; 0.11.2 and later were seen right. There a CPU
+    takes one row after the other, compiled as the model's own backward pass is, in 1.3 to 2.7 times the time.
     """
+    if _SEEN_RIGHT:
+        return jax.vmap(function)(*arguments)
     return jax.lax.platform_dependent(
         *arguments,
         cpu=lambda *rows: jax.lax.map(lambda row: function(*row), rows),

@@ -57,8 +57,8 @@ def group_fisher(
 
     - ``exact``: the squares of every token, in chunks. ``T`` backward passes; the true Fisher sums over the ``K``
       columns of the output Fisher's factor, ``T K`` backward passes. Guaranteed, of any model and for any size: what
-      a loop of ``jax.grad`` over the tokens gives, to rounding. On a CPU the passes follow one another, each compiled
-      like the model's own backward pass: jaxlib 0.10.2 gets batches of them wrong from about 512 tokens on.
+      a loop of ``jax.grad`` over the tokens gives, to rounding. With jaxlib 0.10.2 on a CPU, whose compiler gets
+      batches of passes wrong from about 512 tokens on, they follow one another.
     - ``signs``: an unbiased estimate from one backward pass: each log-likelihood times ``eps_t sqrt(w_t)`` with
       random signs, the sum differentiated and squared; cross terms vanish in expectation.
     - ``sampled``: an unbiased estimate of the true Fisher, labels drawn from the model. One backward pass per sample.

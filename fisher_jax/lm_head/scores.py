@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax.lm_head.softmax import SCALE_BITS, Head, partition, take
+from fisher_jax.lm_head.softmax import SCALE_BITS, Head, partition
 
 __all__ = ["VALUE_BITS", "SquaredScores", "squared_scores"]
 
@@ -84,8 +84,3 @@ def _tempered(z, top_logit, total, top, head: Head, temperature: float) -> Squar
     f = ((p - q) ** 2 + q * q_rest) * head.squared_slope(z) * _VALUE_SCALE
     one, none = jnp.ones_like(total), jnp.full(top.shape, -1)
     return SquaredScores((f,), (one,), (f * f, one), (none,), (jnp.zeros_like(total),))
-
-
-def row_logits(hidden: Array, head: Head, targets: Array) -> Array:
-    """Logit of each token's label, -inf where it is -1: ``[T]``."""
-    return take(head.logits(hidden), targets - head.offset, head)

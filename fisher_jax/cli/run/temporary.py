@@ -29,14 +29,14 @@ def temporary_beside(path: Path) -> Path:
 def remove_left_over(folder: Path) -> None:
     """Removes what killed runs were writing in a folder and three levels inside; what a living one writes stays."""
     for place, folders, files in os.walk(folder):  # not through links
-        if len(Path(place).relative_to(folder).parts) == _LEVELS:
-            folders.clear()
         for name in [name for name in (*folders, *files) if _is_left_over(Path(place, name))]:
             if name in folders and not os.path.islink(os.path.join(place, name)):
                 shutil.rmtree(os.path.join(place, name), ignore_errors=True)
                 folders.remove(name)
             else:
                 Path(place, name).unlink(missing_ok=True)
+        if len(Path(place).relative_to(folder).parts) == _LEVELS:
+            folders.clear()
 
 
 def _is_left_over(path: Path) -> bool:

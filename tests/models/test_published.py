@@ -100,6 +100,16 @@ def test_rotary_settings_for_each_kind_of_layer_are_refused(tmp_path):
         models.load(llama_folder(tmp_path / "model", rope_parameters=parts))
 
 
+@pytest.mark.parametrize(("inside", "refused"), [(500.0, True), (100.0, False)])
+def test_two_bases_of_rotations_must_be_one(tmp_path, inside, refused):
+    folder = llama_folder(tmp_path, rope_theta=100.0, rope_parameters={"rope_type": "default", "rope_theta": inside})
+    if refused:
+        with pytest.raises(InputError, match=r"rope_theta 100\.0, but it must be the 500 of its rope_parameters"):
+            models.load(folder)
+    else:
+        assert models.load(folder).config.rope_base == 100.0
+
+
 def test_a_lora_adapter_is_called_by_its_name(tmp_path):
     folder = llama_folder(tmp_path / "adapter")  # some come with the settings of their base
     (folder / "model.safetensors").unlink()

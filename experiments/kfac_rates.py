@@ -8,6 +8,7 @@ schedule made by hand and the rate that falls by itself. Losses of the decoder a
     uv run python experiments/kfac_rates.py    # minutes on 2 cores; writes results/
 """
 
+import argparse
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # see natural_gradient_autoencoder.py
@@ -78,6 +79,7 @@ def table(results):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     results = {"versions": versions(), "looks": {}, "rates": {"decoder": {}, "autoencoder": {}}}
 
     def save():

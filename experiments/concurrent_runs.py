@@ -61,9 +61,9 @@ def saving(task: str, out: Path, seed: int) -> int:
     """A run without its model: it holds the folder, reads the state and saves its task three times."""
     import copy
 
+    from fisher_jax._support.errors import InputError
     from fisher_jax.cli.report.run_state import StateStore
     from fisher_jax.cli.run.run_folder import run_folder
-    from fisher_jax.errors import InputError
 
     dice = random.Random(seed)
     try:

@@ -51,8 +51,8 @@ def of_model(name: str):
 def flags(folder: pathlib.Path, seed: int, number: int):
     from mutations_of_flags import flag_cases
 
+    from fisher_jax._support.errors import InputError
     from fisher_jax.cli.commands import settings_of
-    from fisher_jax.errors import InputError
 
     os.chdir(folder)
     for case in flag_cases(seed, number):
@@ -120,7 +120,7 @@ def tried(read: Callable[[], object], state: object, how: str) -> tuple[str, str
     import jax
     import numpy as np
 
-    from fisher_jax.errors import InputError
+    from fisher_jax._support.errors import InputError
 
     start = time.monotonic()
     try:

@@ -10,7 +10,7 @@ from . import operators as operators
 from . import welford as welford
 
 # Batches and likelihoods
-from .batch import Batch as Batch, next_token_batch as next_token_batch
+from .batch.batch import Batch as Batch, next_token_batch as next_token_batch
 from .likelihoods import (
     Likelihood as Likelihood,
     categorical as categorical,
@@ -20,7 +20,7 @@ from .likelihoods import (
 
 # Group Fisher
 from .estimators.group_fisher import group_fisher as group_fisher
-from .estimator import FisherEstimator as FisherEstimator
+from .welford.estimator import FisherEstimator as FisherEstimator
 from .moving_average import ema as ema
 from .estimators.track import track_fisher as track_fisher
 from .estimators.host import on_device as on_device, on_host as on_host
@@ -101,4 +101,4 @@ from .uses.continual import (
 )
 
 # Errors
-from .errors import InputError as InputError, RejectedBatchError as RejectedBatchError
+from ._support.errors import InputError as InputError, RejectedBatchError as RejectedBatchError

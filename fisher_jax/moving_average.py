@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from fisher_jax import welford
 from fisher_jax._support.dtypes import wide_dtype
-from fisher_jax.estimator import FisherEstimator
+from fisher_jax.welford.estimator import FisherEstimator
 from fisher_jax.welford.moments import Moments, select
 
 __all__ = ["MovingAverage", "add", "ema", "init", "mean"]

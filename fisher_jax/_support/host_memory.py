@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 
 __all__ = ["attention_bytes", "available_memory", "check_memory"]
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisher_jax.errors import RejectedBatchError
+from fisher_jax._support.errors import RejectedBatchError
 
 __all__ = ["NEGATIVE_WEIGHT", "NON_FINITE", "TARGET_OUT_OF_RANGE", "check", "reason_mask", "reasons"]
 
@@ -50,7 +50,7 @@ def check(state) -> None:
         >>> fj.check(state)
         Traceback (most recent call last):
         ...
-        fisher_jax.errors.RejectedBatchError: 1 batch was rejected (a NaN or infinite value in the loss, ...
+        fisher_jax._support.errors.RejectedBatchError: 1 batch was rejected (a NaN or infinite value in the loss, ...
     """
     found = [x for x in jax.tree.leaves(state, is_leaf=_counts_rejections) if _counts_rejections(x)]
     if not found:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.checkpoint import arrays as arrays_room
 from fisher_jax.checkpoint import facts as facts_room
 from fisher_jax.checkpoint import generations, processes, sums
@@ -21,7 +22,6 @@ from fisher_jax.checkpoint.describe import measured
 from fisher_jax.checkpoint.facts import DamagedError, check
 from fisher_jax.checkpoint.generations import revision
 from fisher_jax.checkpoint.nodes import Array, Node, arrays_of, parse
-from fisher_jax.errors import InputError
 
 __all__ = ["describe", "metadata", "restore", "revision", "save"]
 
@@ -152,7 +152,7 @@ def restore(path: str | os.PathLike, like: Any = None, *, metadata: dict | None 
         ...     fj.checkpoint.restore(folder + "/state", metadata={"model": "other"})
         Traceback (most recent call last):
         ...
-        fisher_jax.errors.InputError: the checkpoint ... has model 'mine', wanted 'other'
+        fisher_jax._support.errors.InputError: the checkpoint ... has model 'mine', wanted 'other'
     """
     path = pathlib.Path(path).absolute()
     return _reading(path, lambda folder, token: _restore(path, folder, token, like, metadata or {}))

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.checkpoint import processes, sums
 from fisher_jax.checkpoint.facts import DamagedError, check
 from fisher_jax.checkpoint.nodes import Array
-from fisher_jax.errors import InputError
 
 __all__ = ["check_files", "files_of", "read", "sums_of", "write"]
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisher_jax._support import compensated
+from fisher_jax._support.errors import InputError
 from fisher_jax.checkpoint import uses
 from fisher_jax.checkpoint.describe import Arrays
 from fisher_jax.checkpoint.nodes import Array, Dict, Key, Node, Other, Record, Sequence, Value, static_value
-from fisher_jax.errors import InputError
 
 __all__ = ["build", "match"]
 

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 
-from fisher_jax.errors import ConflictError, InputError
+from fisher_jax._support.errors import ConflictError, InputError
 
 __all__ = ["begin", "check_newest", "commit", "discard", "place_of", "remove_left_over", "revision", "sync"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint
 
-from fisher_jax.errors import ConflictError, InputError
+from fisher_jax._support.errors import ConflictError, InputError
 
 __all__ = ["TIMEOUT", "is_first", "several", "together"]
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.compare.settings import add_compare_options, compare_settings_from
 from fisher_jax.cli.doctor.settings import add_doctor_options, doctor_settings_from
 from fisher_jax.cli.merge.settings import add_merge_options, merge_settings_from
@@ -14,7 +15,6 @@ from fisher_jax.cli.report.settings import add_report_options, settings_from
 from fisher_jax.cli.spectrum.settings import add_spectrum_options, spectrum_settings_from
 from fisher_jax.cli.train.settings import add_train_options, train_settings_from
 from fisher_jax.cli.trim.settings import add_trim_options, trim_settings_from
-from fisher_jax.errors import InputError
 
 __all__ = ["parser", "run_command", "settings_of"]
 

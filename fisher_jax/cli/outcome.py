@@ -4,11 +4,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fisher_jax._support.errors import InputError, RejectedBatchError
 from fisher_jax._support.printable import printable, shortened
 from fisher_jax.cli.run.choice_error import TaskChoiceError
 from fisher_jax.cli.run.compiler import avoid_faulty_fusions
 from fisher_jax.cli.run.stopping import EXIT_CODE, InterruptedRunError, StopSignals
-from fisher_jax.errors import InputError, RejectedBatchError
 
 __all__ = ["run"]
 

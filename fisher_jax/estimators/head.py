@@ -17,11 +17,11 @@ from fisher_jax._tracing.dense import matrices, operand_axes
 from fisher_jax._tracing.program import Tap
 from fisher_jax._tracing.readout import Readout, readout
 from fisher_jax.batch import Batch
-from fisher_jax.estimator import FisherEstimator
 from fisher_jax.estimators.problem import unit_ids, weights_of
 from fisher_jax.groups import Group, Heads, resolve
 from fisher_jax.lm_head.scores import VALUE_BITS
 from fisher_jax.welford import moments as moments_room
+from fisher_jax.welford.estimator import FisherEstimator
 from fisher_jax.welford.moments import Moments, map_values, reject_if
 
 __all__ = ["HeadProblem", "head_estimator"]

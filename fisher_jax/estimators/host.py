@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from fisher_jax.estimator import FisherEstimator
+from fisher_jax.welford.estimator import FisherEstimator
 
 __all__ = ["on_device", "on_host"]
 

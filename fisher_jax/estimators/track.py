@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from fisher_jax.batch import Batch
-from fisher_jax.estimator import FisherEstimator
+from fisher_jax.welford.estimator import FisherEstimator
 from fisher_jax.welford.moments import Moments, map_values
 
 __all__ = ["TrackFisherState", "track_fisher"]

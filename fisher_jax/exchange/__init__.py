@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisher_jax import welford
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.exchange import facts as facts_room
 from fisher_jax.uses.align import check_alike, check_not_negative, values_of
 from fisher_jax.welford.moments import Fragment

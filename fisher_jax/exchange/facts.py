@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.checkpoint import sums
-from fisher_jax.errors import InputError
 from fisher_jax.welford.moments import UNITS
 
 __all__ = ["PAIRS", "SCALARS", "check", "damage", "header", "is_ours", "read", "read_header", "values"]

@@ -12,10 +12,10 @@ from fisher_jax import welford
 from fisher_jax._support import meshes, rejection
 from fisher_jax._support.dtypes import wide_dtype
 from fisher_jax.batch import Batch
-from fisher_jax.estimator import FisherEstimator
 from fisher_jax.lm_head import by_token, by_vocabulary, entries
 from fisher_jax.lm_head.scores import VALUE_BITS
 from fisher_jax.lm_head.softmax import Head
+from fisher_jax.welford.estimator import FisherEstimator
 from fisher_jax.welford.moments import check_unit, reject_if
 
 __all__ = ["estimator", "moments"]

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 
-from fisher_jax.errors import InputError, shown
+from fisher_jax._support.errors import InputError, shown
 
 __all__ = ["DecoderConfig", "linear_divisors", "llama3_divisors"]
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fisher_jax._support.errors import InputError
 from fisher_jax._support.jax_internals import is_traced
-from fisher_jax.errors import InputError
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.decoder import Decoder
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fisher_jax.errors import InputError, shown
+from fisher_jax._support.errors import InputError, shown
 from fisher_jax.models.config import DecoderConfig, linear_divisors
 from fisher_jax.models.domains import EPSILON, ROPE_BASE, ROPE_FACTOR
 from fisher_jax.models.gguf_header import read_header

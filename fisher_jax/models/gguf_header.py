@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fisher_jax.errors import InputError, shown
+from fisher_jax._support.errors import InputError, shown
 from fisher_jax.models.json_files import shown_path
 
 __all__ = ["GgufHeader", "GgufTensor", "read_header"]

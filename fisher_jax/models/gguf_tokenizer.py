@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fisher_jax.errors import InputError, shown
+from fisher_jax._support.errors import InputError, shown
 from fisher_jax.models.gguf_file import GgufFile
 from fisher_jax.models.optional import optional
 from fisher_jax.models.panics import refusing_panics, silence

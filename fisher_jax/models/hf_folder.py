@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fisher_jax.errors import InputError, shown
+from fisher_jax._support.errors import InputError, shown
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.hf_config import config_from_hf
 from fisher_jax.models.json_files import MOST_BYTES, is_there, read_json, read_text

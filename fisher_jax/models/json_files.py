@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fisher_jax.errors import InputError, shown
+from fisher_jax._support.errors import InputError, shown
 
 __all__ = ["MOST_BYTES", "is_there", "parse_json", "read_bytes", "read_json", "read_text"]
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from fisher_jax.errors import InputError, shown
+from fisher_jax._support.errors import InputError, shown
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.functions import abstract_params
 

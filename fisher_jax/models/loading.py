@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fisher_jax.errors import InputError, shown
+from fisher_jax._support.errors import InputError, shown
 from fisher_jax.models import cache
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.functions import DecoderFunctions, from_config, weight_dtype

@@ -2,7 +2,7 @@
 
 import importlib
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 
 __all__ = ["optional"]
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fisher_jax.errors import InputError, shown
+from fisher_jax._support.errors import InputError, shown
 from fisher_jax.models.gguf_file import GgufFile
 from fisher_jax.models.hf_folder import HfFolder
 from fisher_jax.models.json_files import is_there, read_text

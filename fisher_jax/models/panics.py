@@ -7,7 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.models.json_files import short
 
 __all__ = ["refusing_panics", "silence"]

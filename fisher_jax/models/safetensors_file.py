@@ -5,7 +5,7 @@ import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fisher_jax.errors import InputError, shown
+from fisher_jax._support.errors import InputError, shown
 from fisher_jax.models.json_files import MOST_BYTES, parse_json, short, shown_path
 from fisher_jax.models.optional import optional
 

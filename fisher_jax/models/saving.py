@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.hf_config import ARCHITECTURES
 from fisher_jax.models.layout import GPT2_NAMES, HF_NAMES, flatten

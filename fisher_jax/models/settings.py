@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fisher_jax.errors import InputError, shown
+from fisher_jax._support.errors import InputError, shown
 
 __all__ = ["MOST_HEAD", "MOST_INDEX", "MOST_LAYERS", "MOST_SIZE", "REQUIRED", "Settings"]
 
@@ -24,7 +24,7 @@ class Settings:
     >>> read.number("eps")
     Traceback (most recent call last):
         ...
-    fisher_jax.errors.InputError: the config.json of tiny has eps '1e-5', but it must be a finite number
+    fisher_jax._support.errors.InputError: the config.json of tiny has eps '1e-5', but it must be a finite number
     """
 
     def __init__(self, values: Any, label: str):

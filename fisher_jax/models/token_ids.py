@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fisher_jax.errors import InputError, shown
+from fisher_jax._support.errors import InputError, shown
 
 __all__ = ["check_ids", "renumbered"]
 

@@ -1,6 +1,6 @@
 """Text to token ids and back."""
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.models.json_files import parse_json
 from fisher_jax.models.optional import optional
 from fisher_jax.models.panics import refusing_panics, silence

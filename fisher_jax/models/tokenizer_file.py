@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from fisher_jax.errors import InputError, shown
+from fisher_jax._support.errors import InputError, shown
 
 __all__ = ["checked_content", "tried"]
 

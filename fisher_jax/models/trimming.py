@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.models.functions import from_config
 from fisher_jax.models.loading import LanguageModel
 from fisher_jax.models.tokenizer import Tokenizer, byte_alphabet, is_byte

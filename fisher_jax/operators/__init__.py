@@ -15,11 +15,11 @@ from jaxtyping import Array
 from fisher_jax._support.meshes import places
 from fisher_jax._support.selection import Chosen, select
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import require_usable
 from fisher_jax.kronecker.curvature.factors import Factors
 from fisher_jax.kronecker.curvature.product import curvature_product
 from fisher_jax.likelihoods import Likelihood
 from fisher_jax.operators import products
-from fisher_jax.tokens import require_usable
 
 __all__ = ["empirical_fisher", "fisher", "ggn", "hessian", "kfac", "over_batches", "restrict", "total_weight"]
 

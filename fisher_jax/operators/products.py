@@ -12,8 +12,8 @@ from fisher_jax._support.dtypes import wide, wide_dtype
 from fisher_jax._support.meshes import Place, laid_out
 from fisher_jax._support.selection import Selection
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import Part, log_probs, weigh
 from fisher_jax.likelihoods import Likelihood
-from fisher_jax.tokens import Part, log_probs, weigh
 
 __all__ = ["Operator", "chunks", "kept_product", "linearize", "product", "tokens", "weight"]
 

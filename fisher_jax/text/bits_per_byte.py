@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.models import LanguageModel
 
 __all__ = ["Loss", "bits_per_byte", "difference", "measure", "measure_in_pieces", "pieces"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.text.files import MOST_BYTES, first_characters, has_text, paragraphs, pieces
 from fisher_jax.text.wikitext import strip_markup
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 
 __all__ = ["MOST_BYTES", "check_text_file", "first_characters", "has_text", "paragraphs", "pieces"]
 

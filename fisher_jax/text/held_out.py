@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.models import LanguageModel
 from fisher_jax.text.corpora import Document, describe_sources, documents
 from fisher_jax.text.packing import HOLD_OUT_EVERY

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fisher_jax._support.errors import InputError
 from fisher_jax._support.host_memory import check_memory
-from fisher_jax.errors import InputError
 from fisher_jax.text.corpora import Document
 
 __all__ = ["Packed", "Rows", "longest_document", "pack"]

@@ -10,7 +10,7 @@ import orbax.checkpoint
 import pytest
 
 import fisher_jax as fj
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 
 
 def welford_state(unit="document"):

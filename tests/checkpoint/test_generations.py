@@ -6,8 +6,8 @@ import threading
 import pytest
 
 import fisher_jax as fj
+from fisher_jax._support.errors import ConflictError, InputError
 from fisher_jax.checkpoint import generations
-from fisher_jax.errors import ConflictError, InputError
 
 
 def incoming(path, content):

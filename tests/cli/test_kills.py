@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.main import main
-from fisher_jax.errors import InputError
 from fisher_jax.models import load
 
 OPTIONS = ["--task", "third", "--max-tokens", "600", "--held-out-tokens", "0", "--checkpoint-every", "0"]

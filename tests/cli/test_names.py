@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from tiny import prose
 
+from fisher_jax._support.errors import InputError
 from fisher_jax._support.printable import printable, quoted, readable, shortened
 from fisher_jax.cli.main import main
 from fisher_jax.cli.page import html, markdown
@@ -24,7 +25,6 @@ from fisher_jax.cli.page.csv_text import csv_text
 from fisher_jax.cli.run.folder import check_writable
 from fisher_jax.cli.run.progress import StreamProgress
 from fisher_jax.cli.run.terminal import Terminal, headed
-from fisher_jax.errors import InputError
 from fisher_jax.models import load
 
 NAMES = [

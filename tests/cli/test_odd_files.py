@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.main import main
 from fisher_jax.cli.run.folder_lock import FILE
 from fisher_jax.cli.run.model_folder import model_folder
 from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.temporary import temporary_beside
-from fisher_jax.errors import InputError
 from tests.mutations_of_states import rewritten
 
 KINDS = {

@@ -79,7 +79,7 @@ def measured(bits, sizes):
 
 
 def test_a_text_that_is_too_long_names_the_option(folders):
-    from fisher_jax.errors import InputError
+    from fisher_jax._support.errors import InputError
 
     with pytest.raises(InputError, match="--characters"):
         measure(models.load(folders[0]), ["zq" * 100])

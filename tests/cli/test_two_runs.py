@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from kept import keep
 
+from fisher_jax._support.errors import ConflictError, InputError
 from fisher_jax.cli.main import main
 from fisher_jax.cli.report.run_state import StateStore
 from fisher_jax.cli.run.folder_lock import FILE, FREE_AFTER, flock, hold
-from fisher_jax.errors import ConflictError, InputError
 from fisher_jax.models import load
 
 

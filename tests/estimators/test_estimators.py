@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fisher_jax as fj
-from fisher_jax.errors import RejectedBatchError
+from fisher_jax._support.errors import RejectedBatchError
 
 B, S, D, K = 3, 4, 3, 5
 

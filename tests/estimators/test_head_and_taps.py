@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import fisher_jax as fj
-from fisher_jax.errors import RejectedBatchError
+from fisher_jax._support.errors import RejectedBatchError
 
 B, S, V, D, L = 3, 4, 11, 5, 2
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fisher_jax as fj
-from fisher_jax.errors import RejectedBatchError
+from fisher_jax._support.errors import RejectedBatchError
 
 S, V, H = 6, 19, 5
 LENGTHS = [6, 3, 6, 6, 2, 1, 6, 4]  # tokens of each row; rows of one document are consecutive

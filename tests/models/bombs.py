@@ -17,7 +17,7 @@ import tiny_models as tiny
 from published_models import llama_folder, write_json
 
 from fisher_jax import models
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 
 MOST_MIB, MOST_SECONDS = 300, 10
 

@@ -15,7 +15,7 @@ from published_models import llama_folder, write_json
 from safetensors.numpy import load_file, save_file
 
 from fisher_jax import models
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from tests.mutations import Mutation, gguf_mutations, of_json, safetensors_mutations
 
 SCALING = {

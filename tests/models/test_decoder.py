@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.models import DecoderConfig, from_config, init_params
 from fisher_jax.models.decoder import causal_attention
 

@@ -6,7 +6,7 @@ import pytest
 import tiny_models as tiny
 
 from fisher_jax import models
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.models import loading
 
 

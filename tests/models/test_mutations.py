@@ -11,7 +11,7 @@ import tiny_models as tiny
 from published_models import llama_folder, write_json
 
 from fisher_jax import models
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 
 NUMBERS = {"tokenizer.json": 100, "header of a GGUF file": 200, "header of model.safetensors": 120}
 

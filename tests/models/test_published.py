@@ -10,7 +10,7 @@ from published_models import llama3_config, llama3_gguf, llama_folder, write_jso
 from safetensors.numpy import save_file
 
 from fisher_jax import models
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.models.origin import read_origin
 
 

@@ -10,7 +10,7 @@ import tiny_models as tiny
 from safetensors.numpy import load_file
 
 from fisher_jax import models
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 
 CONFIGS = {
     "llama": tiny.LLAMA,

@@ -6,7 +6,7 @@ from tokenizers import AddedToken, decoders, models, processors
 from tokenizers import Tokenizer as Backend
 
 from fisher_jax import models as fisher_models
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.models import Tokenizer
 
 

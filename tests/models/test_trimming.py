@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as kinds
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.models import Tokenizer
 from fisher_jax.models.origin import Origin
 from fisher_jax.models.trimming import cut_tokenizer, kept_tokens, read_vocabulary

@@ -9,7 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import fisher_jax as fj
-from fisher_jax.errors import RejectedBatchError
+from fisher_jax._support.errors import RejectedBatchError
 from tests import oracle_curvature
 
 B, S, D, K = 4, 3, 3, 4

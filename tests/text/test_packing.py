@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.text.corpora import Document
 from fisher_jax.text.packing import pack
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.commands import settings_of
 from fisher_jax.cli.run.texts import default_task
 from fisher_jax.cli.run.values import is_task_name
-from fisher_jax.errors import InputError
 from fisher_jax.text.corpora import documents
 from fisher_jax.text.files import first_characters, paragraphs, pieces
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fisher_jax as fj
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from tests.mutations_of_states import exchange_header, flip_a_bit, mutated_facts, rewrite_exchange
 
 

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fisher_jax._support.errors import InputError
 from fisher_jax._support.printable import printable
 from fisher_jax.cli.compare import sections
 from fisher_jax.cli.compare.settings import CompareSettings
@@ -20,7 +21,6 @@ from fisher_jax.cli.run.clock import Clock
 from fisher_jax.cli.run.progress import duration
 from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal, bold
-from fisher_jax.errors import InputError
 from fisher_jax.models import load
 
 __all__ = ["run"]

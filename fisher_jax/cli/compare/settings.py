@@ -4,9 +4,9 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.options import add_model_option, values_for
 from fisher_jax.cli.run.values import file_or_folder, folder, fraction
-from fisher_jax.errors import InputError
 
 __all__ = ["KINDS", "CompareSettings", "add_compare_options", "compare_settings_from"]
 

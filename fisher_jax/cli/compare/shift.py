@@ -6,10 +6,10 @@ import jax
 import numpy as np
 
 import fisher_jax as fj
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.report.importance import Importance, importance
 from fisher_jax.cli.report.layers import Layers, on_parts, part_sizes, read_layers, several
 from fisher_jax.cli.report.task_state import LEVEL, Task, layer_settings
-from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel
 from fisher_jax.uses.shift import MIN_EFFECTIVE
 from fisher_jax.welford.observed import effective, observed

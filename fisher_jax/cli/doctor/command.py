@@ -12,12 +12,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from fisher_jax._support.errors import InputError
 from fisher_jax._support.printable import printable, shortened
 from fisher_jax.cli.doctor import facts
 from fisher_jax.cli.doctor.settings import DoctorSettings
 from fisher_jax.cli.run.compiler import without_faulty_fusions
 from fisher_jax.cli.run.stopping import EXIT_CODE, stop_if_requested
-from fisher_jax.errors import InputError
 
 __all__ = ["report", "run"]
 

@@ -5,9 +5,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.options import values_for
 from fisher_jax.cli.run.values import place, seconds
-from fisher_jax.errors import InputError
 
 __all__ = ["DTYPES", "DoctorSettings", "add_doctor_options", "doctor_settings_from"]
 

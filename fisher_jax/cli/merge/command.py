@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fisher_jax as fj
+from fisher_jax._support.errors import InputError
 from fisher_jax._support.printable import printable
 from fisher_jax.cli.merge.settings import MergeSettings
 from fisher_jax.cli.merge.weights import read_weights, states_digest
@@ -25,7 +26,6 @@ from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal, headed
 from fisher_jax.cli.run.texts import default_task
 from fisher_jax.cli.run.unread import say_unread
-from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
 from fisher_jax.models.origin import Origin, read_origin
 from fisher_jax.text.bits_per_byte import Loss, bits_per_byte, difference, measure_in_pieces

@@ -4,10 +4,10 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.options import add_length_options, add_model_folder_options, refuse_model_there, values_for
 from fisher_jax.cli.run.texts import text_source
 from fisher_jax.cli.run.values import file_or_folder, finite, not_negative
-from fisher_jax.errors import InputError
 
 __all__ = ["MergeSettings", "add_merge_options", "merge_settings_from"]
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import fisher_jax as fj
+from fisher_jax._support.errors import InputError, RejectedBatchError
 from fisher_jax.cli.report.layers import layer_estimator
 from fisher_jax.cli.report.run_state import KINDS, Progress, StateStore
 from fisher_jax.cli.report.settings import Settings
 from fisher_jax.cli.run.progress import StreamProgress
 from fisher_jax.cli.run.stopping import stop_requests
-from fisher_jax.errors import InputError, RejectedBatchError
 from fisher_jax.models import LanguageModel
 from fisher_jax.text.packing import Rows
 

@@ -10,8 +10,8 @@ import numpy as np
 import fisher_jax as fj
 from fisher_jax.cli.page.csv_text import csv_text
 from fisher_jax.cli.report.settings import Settings
-from fisher_jax.estimator import FisherEstimator
 from fisher_jax.models import DecoderConfig, LanguageModel
+from fisher_jax.welford.estimator import FisherEstimator
 
 __all__ = [
     "MODEL", "Layers", "Measured", "columns", "layer_estimator", "layers_csv", "on_parts", "part_name", "part_sizes",

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import fisher_jax as fj
+from fisher_jax._support.errors import ConflictError, InputError
 from fisher_jax.cli.report.settings import Settings
 from fisher_jax.cli.run.earlier_run import nothing_saved, refuse_difference, refuse_misuse
 from fisher_jax.cli.run.records import UnreadableError, check, like, record, value
-from fisher_jax.errors import ConflictError, InputError
 from fisher_jax.welford import State
 
 __all__ = ["KINDS", "Progress", "StateStore", "tasks_of_facts"]

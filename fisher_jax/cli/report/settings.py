@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.options import (
     ROW_LENGTH,
     add_folder_options,
@@ -15,7 +16,6 @@ from fisher_jax.cli.run.options import (
     values_for,
 )
 from fisher_jax.cli.run.values import count, fraction, seconds, seed, task_name
-from fisher_jax.errors import InputError
 
 __all__ = ["Settings", "add_report_options", "settings_from"]
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.report.run_state import Progress
 from fisher_jax.cli.report.task_state import Task, find_task, split_place, tasks_of
 from fisher_jax.cli.run.choice_error import TaskChoiceError, Way, listed
-from fisher_jax.errors import InputError
 
 __all__ = ["candidates", "choose", "lacks_layers", "unfinished"]
 

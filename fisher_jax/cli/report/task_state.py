@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.report.run_state import Progress, StateStore
 from fisher_jax.cli.report.settings import Settings
-from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel
 
 __all__ = ["LEVEL", "Task", "check_model", "find_task", "layer_settings", "read_task", "split_place", "tasks_of"]

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 
 __all__ = ["TaskChoiceError", "Way", "listed"]
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 
 __all__ = ["nothing_saved", "refuse_difference", "refuse_misuse"]
 

@@ -6,8 +6,8 @@ import shutil
 import stat
 from pathlib import Path
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.temporary import temporary_beside
-from fisher_jax.errors import InputError
 
 __all__ = ["check_entries", "check_writable", "disk_error", "read_plain", "write_atomically"]
 

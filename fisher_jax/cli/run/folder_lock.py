@@ -21,8 +21,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.temporary import temporary_beside
-from fisher_jax.errors import InputError
 
 __all__ = ["FILE", "flock", "hold"]
 

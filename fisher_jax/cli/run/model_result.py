@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.earlier_run import refuse_difference
 from fisher_jax.cli.run.folder import read_plain
-from fisher_jax.errors import InputError
 
 __all__ = ["MADE_FROM", "read_result"]
 

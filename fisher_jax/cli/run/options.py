@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.texts import text_source
 from fisher_jax.cli.run.values import LONGEST_ROW, count, file_or_folder, folder
-from fisher_jax.errors import InputError
 
 __all__ = [
     "ROW_LENGTH",

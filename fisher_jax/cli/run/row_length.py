@@ -1,6 +1,6 @@
 """How many tokens a row has: what was typed, else as many as the model allows, at most the default."""
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 
 __all__ = ["row_length"]
 

@@ -5,8 +5,8 @@ from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.values import as_task_name, place
-from fisher_jax.errors import InputError
 from fisher_jax.text.corpora import CORPORA
 from fisher_jax.text.files import check_text_file
 

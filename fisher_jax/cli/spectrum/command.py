@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 import fisher_jax as fj
+from fisher_jax._support.errors import InputError
 from fisher_jax._support.host_memory import attention_bytes, check_memory
 from fisher_jax._support.printable import printable
 from fisher_jax.cli.page.files import digest, page_is_current, write_pages
@@ -39,7 +40,6 @@ from fisher_jax.cli.spectrum.measure import (
 from fisher_jax.cli.spectrum.sections import SpectrumFindings
 from fisher_jax.cli.spectrum.settings import SpectrumSettings
 from fisher_jax.cli.spectrum.store import read_facts, read_finished, write_finished
-from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
 from fisher_jax.models.layout import flatten, unflatten
 from fisher_jax.text.corpora import describe_sources, documents

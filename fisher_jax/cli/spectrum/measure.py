@@ -14,11 +14,11 @@ import numpy as np
 from rich.console import Console
 
 import fisher_jax as fj
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.stopping import stop_requests
 from fisher_jax.cli.spectrum.patterns import matching
 from fisher_jax.cli.spectrum.progress import ProductProgress
 from fisher_jax.cli.spectrum.settings import SpectrumSettings
-from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel
 from fisher_jax.models.layout import flatten, unflatten
 from fisher_jax.text.packing import Rows

@@ -8,8 +8,8 @@ import warnings
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 
+from fisher_jax._support.errors import InputError
 from fisher_jax._support.printable import printable, shortened
-from fisher_jax.errors import InputError
 
 __all__ = ["matching", "pattern"]
 

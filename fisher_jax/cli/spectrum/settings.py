@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.options import (
     ROW_LENGTH,
     add_folder_options,
@@ -16,7 +17,6 @@ from fisher_jax.cli.run.options import (
 )
 from fisher_jax.cli.run.values import count, fraction, seed
 from fisher_jax.cli.spectrum.patterns import pattern
-from fisher_jax.errors import InputError
 
 __all__ = ["SpectrumSettings", "add_spectrum_options", "spectrum_settings_from"]
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.page.files import digest
 from fisher_jax.cli.run.folder import read_plain, write_atomically
 from fisher_jax.cli.spectrum.measure import Measured, Passes
 from fisher_jax.cli.spectrum.sections import SpectrumFindings
 from fisher_jax.cli.spectrum.settings import SpectrumSettings
-from fisher_jax.errors import InputError
 from fisher_jax.spectra.blocks.capacity import BlockSpectrum, Capacity
 from fisher_jax.spectra.krylov.density import Density
 from fisher_jax.spectra.krylov.summary import Spectrum

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Styled
 
+from fisher_jax._support.errors import InputError
 from fisher_jax._support.host_memory import attention_bytes, check_memory
 from fisher_jax._support.printable import printable
 from fisher_jax.cli.page.files import digest, page_is_current, write_pages
@@ -25,7 +26,6 @@ from fisher_jax.cli.train.run import train
 from fisher_jax.cli.train.sections import Curve, TrainFindings
 from fisher_jax.cli.train.settings import TrainSettings
 from fisher_jax.cli.train.store import TrainProgress, TrainStore, read_earlier
-from fisher_jax.errors import InputError
 from fisher_jax.models import DecoderConfig
 from fisher_jax.models.functions import abstract_params
 from fisher_jax.text.corpora import describe_sources

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.train.settings import BYTES, TrainSettings
-from fisher_jax.errors import InputError
 from fisher_jax.models import Tokenizer
 from fisher_jax.models.tokenizer import byte_alphabet, is_byte
 from fisher_jax.text.corpora import documents

@@ -12,6 +12,7 @@ import optax
 from rich.console import Console
 
 import fisher_jax as fj
+from fisher_jax._support.errors import RejectedBatchError
 from fisher_jax.cli.run.progress import duration
 from fisher_jax.cli.run.stopping import stop_requests
 from fisher_jax.cli.train.data import Text
@@ -20,7 +21,6 @@ from fisher_jax.cli.train.optimizers import build
 from fisher_jax.cli.train.progress import TrainDisplay
 from fisher_jax.cli.train.settings import TrainSettings
 from fisher_jax.cli.train.store import Point, TrainProgress, TrainStore
-from fisher_jax.errors import RejectedBatchError
 from fisher_jax.models import from_config
 
 __all__ = ["train"]

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.options import (
     ROW_LENGTH,
     add_folder_options,
@@ -23,7 +24,6 @@ from fisher_jax.cli.run.values import (
     seconds,
     seed,
 )
-from fisher_jax.errors import InputError
 
 __all__ = ["OPTIMIZERS", "TrainSettings", "add_train_options", "train_settings_from"]
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fisher_jax as fj
+from fisher_jax._support.errors import ConflictError, InputError
 from fisher_jax.cli.run.earlier_run import nothing_saved, refuse_difference, refuse_misuse
 from fisher_jax.cli.run.records import UnreadableError, check, record
 from fisher_jax.cli.train.settings import OPTIMIZERS, TrainSettings
-from fisher_jax.errors import ConflictError, InputError
 
 __all__ = ["Point", "TrainProgress", "TrainStore", "progress_of_facts", "read_earlier"]
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 import fisher_jax as fj
+from fisher_jax._support.errors import InputError
 from fisher_jax._support.printable import readable
 from fisher_jax.cli.page.files import digest
 from fisher_jax.cli.report.orderings import orderings
@@ -22,7 +23,6 @@ from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal, headed
 from fisher_jax.cli.run.unread import say_unread
 from fisher_jax.cli.trim.settings import TrimSettings
-from fisher_jax.errors import InputError
 from fisher_jax.models import LanguageModel, load
 from fisher_jax.models.origin import Origin, read_origin
 from fisher_jax.models.trimming import cut_model, kept_tokens, read_vocabulary

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.options import (
     add_length_options,
     add_model_folder_options,
@@ -13,7 +14,6 @@ from fisher_jax.cli.run.options import (
     values_for,
 )
 from fisher_jax.cli.run.values import count, place, task_name
-from fisher_jax.errors import InputError
 
 __all__ = ["TrimSettings", "add_trim_options", "trim_settings_from"]
 

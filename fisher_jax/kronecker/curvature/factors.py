@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax._support.errors import RejectedBatchError
 from fisher_jax._support.jax_internals import is_traced
 from fisher_jax._support.placement import mesh_of
 from fisher_jax._support.rejection import reasons
 from fisher_jax.batch import Batch
-from fisher_jax.errors import RejectedBatchError
 from fisher_jax.kronecker.blocks.plan import Block, Rules, choice
 from fisher_jax.kronecker.blocks.problem import Problem, block_plan, check_options
 from fisher_jax.kronecker.curvature.damped import solve

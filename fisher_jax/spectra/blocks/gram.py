@@ -17,9 +17,9 @@ from fisher_jax._support.jax_internals import lookup
 from fisher_jax._support.meshes import automatic
 from fisher_jax._tracing.dense import matrices
 from fisher_jax._tracing.taps import Tap, capture
+from fisher_jax.batch.tokens import Part
 from fisher_jax.spectra.blocks.partition import Block
 from fisher_jax.spectra.blocks.scores import Problem, row_loss
-from fisher_jax.tokens import Part
 
 __all__ = ["grams", "smaller"]
 

@@ -8,13 +8,13 @@ from jaxtyping import Array
 
 from fisher_jax._support.selection import Chosen
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import require_usable
 from fisher_jax.likelihoods import Likelihood
 from fisher_jax.spectra.blocks import gram
 from fisher_jax.spectra.blocks import state as state_room
 from fisher_jax.spectra.blocks.capacity import BlockSpectrum
 from fisher_jax.spectra.blocks.partition import Block, Grouping, partition
 from fisher_jax.spectra.blocks.scores import Problem, check_layout, takes_whole_rows
-from fisher_jax.tokens import require_usable
 
 __all__ = ["block_spectrum"]
 

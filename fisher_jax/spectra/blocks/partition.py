@@ -13,8 +13,8 @@ from fisher_jax._support.dtypes import common_dtype, wide
 from fisher_jax._support.selection import Chosen, Selection, matches, select
 from fisher_jax._tracing.taps import coverage
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import log_probs
 from fisher_jax.likelihoods import Likelihood
-from fisher_jax.tokens import log_probs
 
 __all__ = ["Block", "Blocks", "partition"]
 

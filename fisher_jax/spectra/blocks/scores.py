@@ -11,8 +11,8 @@ from jaxtyping import Array
 from fisher_jax._support import passes
 from fisher_jax._support.meshes import automatic
 from fisher_jax._support.selection import Selection
+from fisher_jax.batch.tokens import Part, log_probs
 from fisher_jax.likelihoods import Likelihood
-from fisher_jax.tokens import Part, log_probs
 
 __all__ = ["Problem", "check_layout", "fold", "row_loss", "takes_whole_rows"]
 

@@ -11,14 +11,14 @@ from jaxtyping import Array
 
 from fisher_jax._support import compensated, rejection
 from fisher_jax._support.dtypes import common_dtype, wide_dtype
+from fisher_jax._support.errors import RejectedBatchError
 from fisher_jax._support.meshes import automatic
 from fisher_jax.batch import Batch
-from fisher_jax.errors import RejectedBatchError
+from fisher_jax.batch.tokens import Part, weigh
 from fisher_jax.spectra.blocks import kept
 from fisher_jax.spectra.blocks.capacity import BlockSpectrum, spectrum
 from fisher_jax.spectra.blocks.partition import Block
 from fisher_jax.spectra.blocks.scores import Problem, fold
-from fisher_jax.tokens import Part, weigh
 
 __all__ = ["Setting", "State", "check_options", "check_top_k", "count_scores", "finalize", "init", "key_for",
            "spectra_of", "tokens", "update"]  # fmt: skip

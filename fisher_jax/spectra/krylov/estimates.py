@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.spectra.krylov import process, sweeps
 from fisher_jax.spectra.krylov.density import standard_error
 from fisher_jax.spectra.krylov.layout import Layout, layout_of, product, random_vector

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.spectra.krylov import sweeps
 from fisher_jax.spectra.krylov.layout import Layout, Vector, random_vector
 from fisher_jax.spectra.krylov.sweeps import Basis

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisher_jax import checkpoint
-from fisher_jax.errors import InputError
+from fisher_jax._support.errors import InputError
 from fisher_jax.spectra.krylov import process, sweeps
 from fisher_jax.spectra.krylov.layout import Layout, layout_of, product, random_vector
 from fisher_jax.spectra.krylov.process import Process

@@ -8,8 +8,8 @@ from jaxtyping import Array
 
 from fisher_jax._support import rejection
 from fisher_jax._support.dtypes import wide_dtype
+from fisher_jax._support.errors import RejectedBatchError
 from fisher_jax.batch import Batch
-from fisher_jax.errors import RejectedBatchError
 from fisher_jax.likelihoods import Likelihood
 
 __all__ = ["Part", "log_probs", "require_usable", "weigh", "without_padding"]

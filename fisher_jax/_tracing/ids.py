@@ -20,7 +20,6 @@ from fisher_jax._support.jax_internals import (
     permutation,
     slice_bounds,
     unstacked_axis,
-    user_line,
 )
 
 __all__ = ["NOBODY", "Carried", "Ids", "Lost", "along", "carried_through", "is_elementwise", "is_layout", "joined"]
@@ -110,11 +109,15 @@ def _compressed(values: np.ndarray) -> np.ndarray:
             first = values.take([0], axis)
             if (values == first).all():
                 values = first
-    return np.ascontiguousarray(values)
+    return values.copy()
 
 
 def carried_through(
-    eqn: Any, given: Sequence[Carried], loops: int, constant: Callable[[int], np.ndarray | None]
+    eqn: Any,
+    given: Sequence[Carried],
+    loops: int,
+    constant: Callable[[int], np.ndarray | None],
+    line: Callable[[Any], str],
 ) -> list[Carried]:
     """Ids of the results of an equation, one for each.
 
@@ -123,47 +126,48 @@ def carried_through(
         given: ids of its operands.
         loops: number of loops around it, the first axes of all ids.
         constant: the value of operand ``i`` where it is a constant of the program; else ``None``.
+        line: where an equation stands.
     """
     if not any(given):
         return [() for _ in eqn.outvars]
     results: list[Carried] = []
     for output in range(len(eqn.outvars)):
-        moved = [tuple(_moved(eqn, i, one, output, loops, constant) for one in own) for i, own in enumerate(given)]
+        moved = [tuple(_moved(eqn, i, one, output, loops, constant, line) for one in own) for i, own in enumerate(given)]
         kept = [tuple(one for one in own if one is not None) for own in moved]
-        found = joined(kept, eqn)
-        if eqn.primitive.name == "concatenate":
-            axis = loops + eqn.params["dimension"]
-            found = tuple(x if isinstance(x, Lost) else Ids(x.kind, _extended(x.values, axis)) for x in found)
+        found = joined(kept, eqn, line)
+        for axis in _joining_axes(eqn):
+            found = tuple(x if isinstance(x, Lost) else Ids(x.kind, _extended(x.values, loops + axis)) for x in found)
         results.append(found)
     return results
 
 
-def _moved(eqn: Any, operand: int, one: Ids | Lost, output: int, loops: int, constant: Callable) -> Ids | Lost | None:
+def _moved(
+    eqn: Any, operand: int, one: Ids | Lost, output: int, loops: int, constant: Callable, line: Callable
+) -> Ids | Lost | None:
     """One id of one operand in the result; ``None`` where it is summed over."""
     if isinstance(one, Lost):
         return one
     try:
         values = _rule(eqn.primitive.name)(eqn, operand, one.values, output, loops, constant)
     except _LostError as error:
-        return Lost(one.kind, eqn.primitive.name, user_line(eqn), str(error))
-    return None if values is None else Ids(one.kind, _compressed(values))
+        return Lost(one.kind, eqn.primitive.name, line(eqn), str(error))
+    return None if values is None or (values == NOBODY).all() else Ids(one.kind, _compressed(values))
 
 
-def joined(parts: Sequence[Carried], eqn: Any = None) -> Carried:
+def joined(parts: Sequence[Carried], eqn: Any, line: Callable[[Any], str]) -> Carried:
     """Ids of what is made entry by entry from several operands, whose ids must agree where they meet."""
     kinds = dict.fromkeys(one.kind for part in parts for one in part)
-    return tuple(one for kind in kinds for one in _joined_of(kind, parts, eqn))
+    return tuple(one for kind in kinds for one in _joined_of(kind, parts, eqn, line))
 
 
-def _joined_of(kind: Any, parts: Sequence[Carried], eqn: Any) -> Carried:
+def _joined_of(kind: Any, parts: Sequence[Carried], eqn: Any, line: Callable) -> Carried:
     found: list[Ids] = []
     for one in (x for part in parts for x in part if x.kind == kind):
         if isinstance(one, Lost):
             return (one,)
         merged = _added(found, one)
         if merged is None:
-            name, where = ("result", "") if eqn is None else (eqn.primitive.name, user_line(eqn))
-            return (Lost(kind, name, where, f"its operands belong to different {kind}s"),)
+            return (Lost(kind, eqn.primitive.name, line(eqn), f"its operands belong to different {kind}s"),)
         found = merged
     return tuple(found)
 
@@ -173,13 +177,11 @@ def _added(found: list[Ids], one: Ids) -> list[Ids] | None:
     for i, other in enumerate(found):
         if other.same(one):
             return found
-        if set(one.axes) & set(other.axes):
-            a, b = np.broadcast_arrays(one.values, other.values)
-            if ((a != b) & (a != NOBODY) & (b != NOBODY)).any():
-                return None
+        a, b = np.broadcast_arrays(one.values, other.values)
+        if ((a == b) | (a == NOBODY) | (b == NOBODY)).all():
             both = Ids(one.kind, _compressed(np.where(a == NOBODY, b, a)))
             return _added([x for j, x in enumerate(found) if j != i], both)
-        if not one.axes and not other.axes:
+        if set(one.axes) & set(other.axes) or not (one.axes or other.axes):
             return None
     every = [*found, one]
     if one.kind == "row" and len({bool(x.axes) for x in every}) > 1:
@@ -320,6 +322,13 @@ def _placed(values: np.ndarray, axis: int, start: int, size: int, whole: int) ->
     return found
 
 
+def _joining_axes(eqn: Any) -> Sequence[int]:
+    """Axes along which an operation puts parts side by side."""
+    if eqn.primitive.name == "concatenate":
+        return (eqn.params["dimension"],)
+    return range(len(eqn.outvars[0].aval.shape)) if eqn.primitive.name == "dynamic_update_slice" else ()
+
+
 def _extended(values: np.ndarray, axis: int) -> np.ndarray:
     """One id along an axis where all parts that have one have the same."""
     if values.shape[axis] == 1:
@@ -441,11 +450,13 @@ def _dynamic_update_slice(eqn, operand, values, output, loops, constant):
         return None
     whole, part = (x.aval.shape for x in eqn.invars[:2])
     cut = [i for i, (m, n) in enumerate(zip(whole, part, strict=True)) if m != n]
-    varying = [i for i in cut if values.shape[loops + i] > 1]
-    starts = {i: constant(2 + i) for i in varying}
-    if any(start is None for start in starts.values()) or (operand == 0 and varying and len(cut) > 1):
+    varying = {i for i in cut if values.shape[loops + i] > 1}
+    starts = {i: constant(2 + i) for i in (varying if operand == 0 else cut)}
+    if any(starts[i] is None for i in varying) or (operand == 0 and varying and len(cut) > 1):
         raise _LostError("it replaces some of them")
     for i, start in starts.items():
+        if start is None:
+            continue
         first = int(np.clip(start, 0, whole[i] - part[i]))
         if operand == 1:
             values = _placed(values, loops + i, first, part[i], whole[i])

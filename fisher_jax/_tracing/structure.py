@@ -13,7 +13,7 @@ import numpy as np
 
 from fisher_jax._support.jax_internals import is_traced, opened, struct, walk
 from fisher_jax._tracing.dense import operand_axes, token_axes
-from fisher_jax._tracing.ids import Ids, Lost, along
+from fisher_jax._tracing.ids import Carried, Ids, Lost, along
 from fisher_jax._tracing.provenance import Data, Spec, Use, View
 from fisher_jax._tracing.survey import Made, Survey
 from fisher_jax._tracing.tracing import evaluate
@@ -53,6 +53,7 @@ class Structure:
     Attributes:
         survey: all uses, in program order, part by part.
         outputs: ``jax.ShapeDtypeStruct`` of each result.
+        ids: of each result, whose row and position its entries are.
         head: see `Head`; ``None`` where the outputs come from no product of a parameter.
         headless: what the outputs come from instead.
         biases: leaf of a bias, by the leaf of the kernel to whose output it is added.
@@ -60,6 +61,7 @@ class Structure:
 
     survey: Survey
     outputs: tuple[jax.ShapeDtypeStruct, ...]
+    ids: tuple[Carried, ...]
     head: Head | None
     headless: str
     biases: dict[int, int]
@@ -141,7 +143,8 @@ def _surveyed(traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...]) -> S
     if len(outs) == 1 and isinstance(outs[0], Data):
         maker = outs[0].maker
         head, other = _head(outs[0]), "an input" if maker is None else maker.primitive.name
-    return Structure(survey, outputs, head, other, survey.findings.biases)
+    ids = tuple(x.ids if isinstance(x, Data) else () for x in outs)
+    return Structure(survey, outputs, ids, head, other, survey.findings.biases)
 
 
 def _ids_of_input(shape: tuple[int, ...], lead: tuple[int, ...]) -> tuple[Ids, ...]:

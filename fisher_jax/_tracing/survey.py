@@ -80,15 +80,25 @@ class Survey:
     Attributes:
         loops: number of loops around this part of the program.
         findings: of the whole program.
+        around: the line of the call around this part.
         own: uses in this part, in program order; those of loops and rematerialised parts are in ``parts``.
         specs: all uses, those of parts among them.
     """
 
     loops: int = 0
     findings: Findings = dataclasses.field(default_factory=Findings)
+    around: str = ""
     own: list[Spec] = dataclasses.field(default_factory=list)
     parts: list["Survey"] = dataclasses.field(default_factory=list)
     specs: list[Spec] = dataclasses.field(default_factory=list)
+
+    def line(self, eqn: Any) -> str:
+        """Where an equation stands; functions of JAX stand where they are called."""
+        return user_line(eqn) or self.around
+
+    def inside(self, eqn: Any, loops: int = 0) -> "Survey":
+        """A survey of a part of the program."""
+        return Survey(self.loops + loops, self.findings, self.line(eqn))
 
     def constant(self, value: Any) -> Data:
         return Data(jax.typeof(value), constant=lambda: value)
@@ -102,11 +112,11 @@ class Survey:
         if (repeated := repetition(eqn)) is not None:
             return self._repeated(eqn, *repeated, values)
         if (inner := inside(eqn)) is not None:
-            return list(map(_plain_data, evaluate(inner, values, self)))
-        operands = [_plain_data(v) for v in values]
+            return list(map(plain, evaluate(inner, values, self.inside(eqn))))
+        operands = [plain(v) for v in values]
         carried = carried_through(
             eqn, [x.ids if isinstance(x, Data) else () for x in operands], self.loops,
-            lambda i: _constant(operands[i]),
+            lambda i: _constant(operands[i]), self.line,
         )  # fmt: skip
         fixed = not eqn.effects and all(not isinstance(x, Data) or x.constant is not None for x in operands)
         value = _once(functools.partial(_computed, eqn, operands)) if fixed else None
@@ -118,7 +128,7 @@ class Survey:
 
     def use(self, view: View, kind: str, eqn: Any, index: int, output: Data, apply: Any, inputs: tuple) -> Data:
         whose = _whose(kind, output, inputs)
-        use = _facts(view, kind, eqn, index, apply, self.findings.number, whose)
+        use = _facts(view, kind, eqn, index, apply, self.findings.number, whose, self.around)
         self.findings.number += 1
         spec = Spec(view.leaf, use, shape_of(output), tuple(map(shape_of, inputs)))
         self.own.append(spec)
@@ -141,7 +151,7 @@ class Survey:
         return self.use(x, "generic", eqn, 0, x.value, None, ()) if isinstance(x, View) else plain(x)
 
     def remat(self, eqn: Any, remat: Remat, values: list) -> list:
-        part = Survey(self.loops, self.findings)
+        part = self.inside(eqn)
         outs = [part.generic(v, eqn) for v in evaluate(remat.traced, values, part)]
         self.parts.append(part)
         self.specs += part.specs
@@ -163,13 +173,14 @@ class Survey:
         xs = [_entered(v, t, "stacked", self.loops) for v, t in zip(values[head:], types[head:], strict=True)]
         carried = [_beside_loop(x.ids, self.loops) if isinstance(x, Data) else () for x in start]
         for attempt in range(_PASSES):
-            part = Survey(self.loops + 1, copy.deepcopy(self.findings))
+            part = self.inside(eqn, 1)
+            part.findings = copy.deepcopy(self.findings)
             carry = [Data(t, ids) for t, ids in zip(types[first:head], carried, strict=True)]
             outs = [part.generic(v, eqn) for v in evaluate(scan.traced, [*consts, *carry, *xs], part)]
-            after = [_kept_between(_ids_of(x), self.loops, eqn) for x in outs[: scan.num_carry]]
-            new = [joined((a, b), eqn) for a, b in zip(carried, after, strict=True)]
+            after = [_kept_between(_ids_of(x), self.loops, eqn, self.line) for x in outs[: scan.num_carry]]
+            new = [joined((a, b), eqn, self.line) for a, b in zip(carried, after, strict=True)]
             if attempt == _PASSES - 2:
-                new = [_unstable(a, b, eqn) for a, b in zip(carried, new, strict=True)]
+                new = [_unstable(a, b, eqn, self.line) for a, b in zip(carried, new, strict=True)]
             if all(map(_same_ids, carried, new)):
                 break
             carried = new
@@ -178,20 +189,20 @@ class Survey:
         return [Data(var.aval, ids, maker=eqn) for var, ids in zip(eqn.outvars, found, strict=True)], part
 
     def _either(self, eqn: Any, parts: Sequence[Any], values: list) -> list[Data]:
-        outs = [list(map(_plain_data, evaluate(part, values, self))) for part in parts]
-        ids = [joined([_ids_of(x) for x in same], eqn) for same in zip(*outs, strict=True)]
+        outs = [list(map(plain, evaluate(part, values, self.inside(eqn)))) for part in parts]
+        ids = [joined([_ids_of(x) for x in same], eqn, self.line) for same in zip(*outs, strict=True)]
         return [Data(var.aval, one, maker=eqn) for var, one in zip(eqn.outvars, ids, strict=True)]
 
     def _repeated(self, eqn: Any, body: Any, skipped: int, num_consts: int, values: list) -> list[Data]:
         """A loop without end: what it carries must belong to the same rows and positions in every round."""
         consts, start = values[skipped : skipped + num_consts], values[skipped + num_consts :]
-        carried = [_ids_of(_plain_data(x)) for x in start]
+        carried = [_ids_of(plain(x)) for x in start]
         for attempt in range(_PASSES):
             given = [Data(var.aval, ids) for var, ids in zip(eqn.outvars, carried, strict=True)]
-            outs = [_ids_of(_plain_data(x)) for x in evaluate(body, [*consts, *given], self)]
-            new = [joined((a, b), eqn) for a, b in zip(carried, outs, strict=True)]
+            outs = [_ids_of(plain(x)) for x in evaluate(body, [*consts, *given], self.inside(eqn))]
+            new = [joined((a, b), eqn, self.line) for a, b in zip(carried, outs, strict=True)]
             if attempt == _PASSES - 2:
-                new = [_unstable(a, b, eqn) for a, b in zip(carried, new, strict=True)]
+                new = [_unstable(a, b, eqn, self.line) for a, b in zip(carried, new, strict=True)]
             if all(map(_same_ids, carried, new)):
                 break
             carried = new
@@ -217,7 +228,7 @@ class Survey:
             (i,) = owners
             made = operands[i].made
             given = [made.axes if j == i else () for j in range(len(operands))]
-            moved = carried_through(eqn, given, self.loops, lambda j: _constant(operands[j]))
+            moved = carried_through(eqn, given, self.loops, lambda j: _constant(operands[j]), self.line)
             return [
                 dataclasses.replace(made, axes=axes)
                 if len(axes) == len(made.axes) and not any(isinstance(x, Lost) for x in axes)
@@ -248,11 +259,6 @@ class Survey:
             values = one.values.transpose([*order, *rest]).reshape(*(1,) * self.loops, *shape)
             known = self.findings.learned.get(made.use.order, ())
             self.findings.learned[made.use.order] = (*known, Ids(one.kind, values))
-
-
-def _plain_data(x: Any) -> Any:
-    """`Data`, or a number of the program."""
-    return plain(x)
 
 
 def _ids_of(x: Any) -> Carried:
@@ -304,14 +310,14 @@ def _after_loop(carried: Carried, loops: int) -> Carried:
     return tuple(x if isinstance(x, Lost) else Ids(x.kind, x.values.squeeze(loops)) for x in carried)
 
 
-def _kept_between(carried: Carried, loops: int, eqn: Any) -> Carried:
+def _kept_between(carried: Carried, loops: int, eqn: Any, line: Callable) -> Carried:
     """Of what a loop hands on: its state belongs to no position of its own, but must belong to one row."""
     found: list[Ids | Lost] = []
     for x in carried:
         if isinstance(x, Lost) or x.values.shape[loops] == 1:
             found.append(x)
         elif x.kind == "row":
-            found.append(Lost(x.kind, eqn.primitive.name, user_line(eqn), "it goes from one row to the next"))
+            found.append(Lost(x.kind, eqn.primitive.name, line(eqn), "it goes from one row to the next"))
     return tuple(found)
 
 
@@ -325,11 +331,11 @@ def _same_ids(a: Carried, b: Carried) -> bool:
     )
 
 
-def _unstable(before: Carried, after: Carried, eqn: Any) -> Carried:
+def _unstable(before: Carried, after: Carried, eqn: Any, line: Callable) -> Carried:
     if _same_ids(before, after):
         return after
     kinds = dict.fromkeys(x.kind for x in after)
-    return tuple(Lost(kind, eqn.primitive.name, user_line(eqn), "they move from round to round") for kind in kinds)
+    return tuple(Lost(kind, eqn.primitive.name, line(eqn), "they move from round to round") for kind in kinds)
 
 
 def _followed(made: Made, name: str, others: list, index: int) -> Made:
@@ -353,9 +359,9 @@ def _whose(kind: str, output: Data, inputs: tuple) -> Carried:
     return () if kind == "generic" else output.ids
 
 
-def _facts(view: View, kind: str, eqn: Any, index: int, apply: Any, order: int, ids: Carried) -> Use:
+def _facts(view: View, kind: str, eqn: Any, index: int, apply: Any, order: int, ids: Carried, around: str) -> Use:
     """The static facts of a use of a view."""
-    name, where = ("output", "") if eqn is None else (eqn.primitive.name, user_line(eqn))
+    name, where = ("output", "") if eqn is None else (eqn.primitive.name, user_line(eqn) or around)
     operand, chain = shape_of(view.value), (view.segments, view.loops)
     if apply is None:
         return Use(kind, name, where, *chain, operand, None, order=order)

@@ -129,7 +129,7 @@ def test_what_cannot_be_corrected_is_named_and_the_table_says_what_is():
     batch = fj.Batch(jnp.zeros((2, 4), int), jnp.zeros((2, 4), int))
     with pytest.raises(ValueError, match=r"\['e'\] cannot be corrected: an embedding tied.*path != \"\['e'\]\""):
         fj.scale_by_kfac(tied, example=batch, eigenvalue_correction=True).init(params)
-    with pytest.raises(ValueError, match=r"\['h'\] cannot be corrected: fisher='exact_head'"):
+    with pytest.raises(ValueError, match=r"\['h'\] cannot be corrected: estimator='exact_head'"):
         fj.kfac_coverage(
             lambda p, x: p["e"][x] @ p["h"], {"e": params["e"], "h": params["w"]}, batch,
             eigenvalue_correction=True, fisher="exact_head",

@@ -90,7 +90,7 @@ def _told(block: Block, rules: Rules) -> str:
     width = block.width + (block.bias is not None)
     inputs = f"frequencies of {width} rows" if block.kind == "embedding" else f"A [{width}, {width}]"
     outputs = f"G [{block.units}, {block.units}]"
-    if block.head and rules.fisher == "exact_head":
+    if block.head and rules.estimator == "exact_head":
         outputs += " in closed form" + (f" from {block.columns} tokens" if block.low_rank else "")
     elif block.low_rank:
         outputs += f" by {block.columns} columns"

@@ -17,7 +17,7 @@ from fisher_jax.likelihoods import Likelihood
 __all__ = ["GGN_LIMIT", "Problem", "block_plan", "check_options"]
 
 Tree = Any
-# Outputs per token above which fisher="ggn" is refused: it costs one backward pass for each.
+# Outputs per token above which estimator="ggn" is refused: it costs one backward pass for each.
 GGN_LIMIT = 64
 
 
@@ -31,11 +31,11 @@ class Problem(NamedTuple):
     axis_name: Any = None
 
 
-def check_options(policy: str, fisher: str, shared: str, token_cap: int | None, temperature: float) -> None:
+def check_options(policy: str, estimator: str, shared: str, token_cap: int | None, temperature: float) -> None:
     """Raise where an option is none of those there are."""
     for name, value, known in (
         ("policy", policy, ("all", "auto", "hybrid", "never")),
-        ("fisher", fisher, ("empirical", "sampled", "exact_head", "ggn")),
+        ("estimator", estimator, ("empirical", "sampled", "exact_head", "ggn")),
         ("shared", shared, ("expand", "reduce")),
     ):
         if value not in known:
@@ -44,8 +44,8 @@ def check_options(policy: str, fisher: str, shared: str, token_cap: int | None, 
         raise ValueError(f"token_cap is at least 1, or None for no cap, found {token_cap}")
     if not temperature > 0:
         raise ValueError(f"temperature is positive, found {temperature}")
-    if temperature != 1 and fisher not in ("sampled", "exact_head"):
-        raise ValueError("a temperature changes the distribution of sampled labels: it needs fisher='sampled'")
+    if temperature != 1 and estimator not in ("sampled", "exact_head"):
+        raise ValueError("a temperature changes the distribution of sampled labels: it needs estimator='sampled'")
 
 
 def _devices(axis_name: Any) -> int:
@@ -78,16 +78,16 @@ def block_plan(problem: Problem, params: Tree, batch: Batch) -> tuple[Block, ...
     traced = program.trace(loss, params, (batch.inputs, root), {}, None, lambda i: rules.follow(paths[i]))
     found = structure(problem.apply_fn, params, batch.inputs)
     blocks = plan(traced.probe.specs, traced.leaves, paths, found, rules)
-    if rules.fisher == "exact_head" and not (
+    if rules.estimator == "exact_head" and not (
         found.head_is_last and any(b.head for b in blocks) and problem.likelihood.name == "categorical"
     ):
         raise ValueError(
-            "fisher='exact_head' needs a categorical likelihood whose outputs are those of one dense use and its "
-            "bias, with nothing after it; use fisher='sampled'"
+            "estimator='exact_head' needs a categorical likelihood whose outputs are those of one dense use and its "
+            "bias, with nothing after it; use estimator='sampled'"
         )
-    if rules.fisher == "ggn" and out.shape[-1] > GGN_LIMIT:
+    if rules.estimator == "ggn" and out.shape[-1] > GGN_LIMIT:
         raise ValueError(
-            f"fisher='ggn' costs a backward pass for each of the {out.shape[-1]} outputs, at most {GGN_LIMIT} are "
-            "taken; use fisher='sampled' or 'exact_head'"
+            f"estimator='ggn' costs a backward pass for each of the {out.shape[-1]} outputs, at most {GGN_LIMIT} are "
+            "taken; use estimator='sampled' or 'exact_head'"
         )
     return blocks

@@ -152,7 +152,7 @@ def check_form(form: str, eigenvalue_correction: Any = False, fisher: str = "emp
     if eigenvalue_correction and form == "factored":
         raise ValueError("corrected eigenvalues are no product that factored damping could split; use form='exact'")
     if eigenvalue_correction and fisher == "ggn":
-        raise ValueError("eigenvalue_correction needs the taps of one backward pass; use fisher='sampled'")
+        raise ValueError("eigenvalue_correction needs the taps of one backward pass; use estimator='sampled'")
 
 
 def precondition(factors: Factors, tree: Tree) -> Tree:

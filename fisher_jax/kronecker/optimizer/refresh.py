@@ -52,7 +52,7 @@ def check_periods(
     if decay is not None and fisher == "exact_head":
         raise ValueError(
             "the true Fisher of a head has a closed form for one batch, not for an average: leave out factor_decay, "
-            "or use fisher='sampled'"
+            "or use estimator='sampled'"
         )
     keeps = statistics_freq is not None or decay is not None
     if corrected and keeps:

@@ -15,6 +15,7 @@ from jaxtyping import Array
 from fisher_jax._support.meshes import places
 from fisher_jax._support.selection import Chosen, select
 from fisher_jax.batch import Batch
+from fisher_jax.batch.arguments import check_arguments
 from fisher_jax.batch.tokens import require_usable
 from fisher_jax.kronecker.curvature.factors import Factors
 from fisher_jax.kronecker.curvature.product import curvature_product
@@ -296,6 +297,7 @@ def over_batches(make_matvec: Callable[[Batch], Partial], batches: Iterable[Batc
 
 
 def _operator(kind, apply_fn, likelihood, params, batch, parameters, microbatch_size, remat, keep) -> Partial:
+    check_arguments(apply_fn, likelihood, batch=batch)
     selection = select(params, parameters)
     params = jax.tree.map(jnp.asarray, params)
     where = places(jax.tree.leaves(selection.restrict(params)))

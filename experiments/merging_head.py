@@ -251,4 +251,11 @@ def pair(setting, data, seed):
 
 @functools.partial(jax.jit, static_argnames=("fisher", "token_cap"))
 def factors_of(params, batch, fisher, token_cap, key):
-    return fj.kfac_factors(apply_fn, params, batch, fisher=fisher, token_cap=token_cap, key=key)
+    return fj.kfac_factors(
+        apply_fn,
+        fj.categorical,
+        params,
+        batch,
+        key=key,
+        curvature=fj.Curvature(estimator=fisher, token_cap=token_cap),
+    )

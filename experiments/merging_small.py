@@ -118,7 +118,14 @@ def small_model():
     @functools.partial(jax.jit, static_argnames="fisher")
     def factors(params, rows, key, fisher):
         batch = fj.next_token_batch(rows)
-        return fj.kfac_factors(functions.apply, params, batch, fisher=fisher, policy="never", key=key)
+        return fj.kfac_factors(
+            functions.apply,
+            fj.categorical,
+            params,
+            batch,
+            key=key,
+            curvature=fj.Curvature(estimator=fisher, policy="never"),
+        )
 
     return Small(
         lambda params: (params, tx.init(params)),

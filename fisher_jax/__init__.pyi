@@ -36,8 +36,14 @@ from ._tracing.taps import (
 )
 
 # K-FAC
+from .kronecker.options import (
+    Curvature as Curvature,
+    Refresh as Refresh,
+    Adaptive as Adaptive,
+    FixedRate as FixedRate,
+)
 from .kronecker.optimizer.kfac import kfac as kfac
-from .kronecker.optimizer.transformation import scale_by_kfac as scale_by_kfac, kfac_static_args as kfac_static_args
+from .kronecker.optimizer.transformation import scale_by_kfac as scale_by_kfac
 from .kronecker.curvature.factors import kfac_factors as kfac_factors, precondition as precondition
 from .kronecker.optimizer.from_state import kfac_factors_from_state as kfac_factors_from_state
 from .kronecker.blocks.coverage import kfac_coverage as kfac_coverage, KFACCoverage as KFACCoverage

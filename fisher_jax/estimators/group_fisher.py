@@ -12,6 +12,7 @@ from fisher_jax import welford
 from fisher_jax._support import meshes
 from fisher_jax._tracing import orientation, program
 from fisher_jax.batch import Batch
+from fisher_jax.batch.arguments import check_arguments, check_batch
 from fisher_jax.estimators.by_batch import by_batch
 from fisher_jax.estimators.by_row import by_row
 from fisher_jax.estimators.by_taps import by_taps
@@ -121,6 +122,9 @@ def group_fisher(
         >>> [round(float(x), 3) for x in fj.welford.mean(state)["kernel"]]
         [0.389, 0.389, 0.556]
     """
+    check_arguments(apply_fn, likelihood)
+    if example is not None:
+        check_batch(example, "example")
     kind = kind or ("true" if estimator == "sampled" else "empirical")
     _check(estimator, kind, unit, num_samples, temperature, chunk_size)
     unit = unit or _UNITS[estimator][0]
@@ -153,6 +157,7 @@ def group_fisher(
         return meshes.spread(welford.init(like, unit=unit), params)
 
     def observe(params: Tree, batch: Batch, key: Array | None = None, *, taps=None, taps_scale=1.0) -> Moments:
+        check_batch(batch)
         if taps is not None:
             if estimator != "sequence":
                 raise ValueError(
@@ -183,8 +188,6 @@ def _loss(apply_fn: Callable, likelihood: Likelihood) -> Callable:
     """A loss that uses every parameter as the estimators do; it is traced and never computed."""
 
     def loss(params, batch):
-        if not isinstance(batch, Batch):
-            raise ValueError(f"example is a Batch of arrays or jax.ShapeDtypeStructs, found {type(batch).__name__}")
         outputs = apply_fn(params, batch.inputs)
         return jnp.sum(log_probs(likelihood, outputs, batch.targets, jnp.ones(outputs.shape[:-1])))
 

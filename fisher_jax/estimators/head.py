@@ -17,6 +17,7 @@ from fisher_jax._tracing.dense import matrices, operand_axes
 from fisher_jax._tracing.program import Tap
 from fisher_jax._tracing.readout import Readout, readout
 from fisher_jax.batch import Batch
+from fisher_jax.batch.arguments import check_batch
 from fisher_jax.estimators.problem import unit_ids, weights_of
 from fisher_jax.groups import Group, Heads, resolve
 from fisher_jax.lm_head.scores import VALUE_BITS
@@ -66,6 +67,7 @@ def head_estimator(problem: HeadProblem, example: Batch | None) -> FisherEstimat
 
     def observe(params, batch: Batch, key=None, *, taps=None, taps_scale=1.0) -> Moments:
         del key
+        check_batch(batch)
         if taps is None:
             return _closed(problem, params, batch)
         return _from_taps(problem, params, batch, taps, taps_scale)

@@ -73,7 +73,7 @@ def merge_kfac(
         >>> models = [{"w": jnp.array([[1.0], [0.0]])}, {"w": jnp.array([[0.0], [1.0]])}]
         >>> inputs = [jnp.array([[1.0, 0.0]] * 2), jnp.array([[0.0, 1.0]] * 2)]  # each task sees one feature
         >>> batches = [fj.Batch(x, apply_fn(p, x) + jnp.array([[1.0], [-1.0]])) for x, p in zip(inputs, models)]
-        >>> factors = [fj.kfac_factors(apply_fn, p, b, fj.gaussian) for p, b in zip(models, batches)]
+        >>> factors = [fj.kfac_factors(apply_fn, fj.gaussian, p, b) for p, b in zip(models, batches)]
         >>> fj.merge_kfac(models, factors).params["w"].round(2).ravel().tolist()
         [1.0, 1.0]
     """

@@ -134,21 +134,31 @@ def spectra():
 
 
 def curvatures():
-    factors = fj.kfac_factors(apply_fn, PARAMS, BATCH)
+    factors = fj.kfac_factors(apply_fn, fj.categorical, PARAMS, BATCH)
     yield "factors", factors
-    yield "low rank", fj.kfac_factors(apply_fn, PARAMS, BATCH, policy="all")
+    yield "low rank", fj.kfac_factors(apply_fn, fj.categorical, PARAMS, BATCH, curvature=fj.Curvature(policy="all"))
     yield (
         "closed head",
-        fj.kfac_factors(apply_fn, PARAMS, BATCH, fisher="exact_head", policy="all", key=jax.random.key(0)),
+        fj.kfac_factors(
+            apply_fn,
+            fj.categorical,
+            PARAMS,
+            BATCH,
+            key=jax.random.key(0),
+            curvature=fj.Curvature(estimator="exact_head", policy="all"),
+        ),
     )
     tokens = fj.Batch(jnp.array([0, 2, 1]), jnp.array([1, 0, 1]))
     table = {"embedding": draw(3, 2), "head": draw(2, 2)}
-    yield "embedding", fj.kfac_factors(lambda p, x: p["embedding"][x] @ p["head"], table, tokens)
-    yield "transformation", fj.scale_by_kfac(apply_fn, example=BATCH, statistics_freq=1).init(PARAMS)
-    yield "optimizer", fj.kfac(None, apply_fn, example=BATCH).init(PARAMS)
+    yield "embedding", fj.kfac_factors(lambda p, x: p["embedding"][x] @ p["head"], fj.categorical, table, tokens)
+    yield (
+        "transformation",
+        fj.scale_by_kfac(apply_fn, example=BATCH, refresh=fj.Refresh(statistics_period=1)).init(PARAMS),
+    )
+    yield "optimizer", fj.kfac(apply_fn, example=BATCH).init(PARAMS)
     yield "merge", fj.merge_kfac([PARAMS, PARAMS], [factors, factors])
     yield "eigenvalues", fj.kfac_spectrum(factors)
-    yield "coverage", fj.kfac_coverage(apply_fn, PARAMS, BATCH)
+    yield "coverage", fj.kfac_coverage(apply_fn, fj.categorical, PARAMS, BATCH)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,9 @@ def model(seed):
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))  # noqa: E731
     params = {"a": {"kernel": draw(3, 4), "bias": draw(4)}, "b": draw(4, 3)}
     batch = fj.Batch(draw(12, 3) * jnp.geomspace(0.1, 3, 3), jnp.asarray(rng.integers(0, 3, 12)))
-    return params, fj.kfac_factors(apply_fn, params, batch, damping=0.01 * (seed + 1), policy="never")
+    return params, fj.kfac_factors(
+        apply_fn, fj.categorical, params, batch, damping=0.01 * (seed + 1), curvature=fj.Curvature(policy="never")
+    )
 
 
 def dense(params, seed):
@@ -88,7 +90,15 @@ def test_a_tied_embedding_and_the_true_fisher_of_a_head_solve_their_system_too(f
         params = {"e": jnp.asarray(rng.standard_normal((5, 3)))}
         batch = fj.Batch(*(jnp.asarray(rng.integers(0, 5, (2, 8)), jnp.int32) for _ in range(2)))
         key = jax.random.key(seed)
-        return params, fj.kfac_factors(tied, params, batch, fisher=fisher, damping=0.1 * (seed + 1), key=key)
+        return params, fj.kfac_factors(
+            tied,
+            fj.categorical,
+            params,
+            batch,
+            damping=0.1 * (seed + 1),
+            key=key,
+            curvature=fj.Curvature(estimator=fisher),
+        )
 
     with jax.enable_x64(True):
         models, factors = zip(*(made(i) for i in range(2)), strict=True)

@@ -27,7 +27,7 @@ class Rules:
 
     policy: str = "auto"
     token_cap: int | None = 1024
-    fisher: str = "empirical"
+    estimator: str = "empirical"
     shared: str = "expand"
     corrected: Callable[[str], bool] = lambda path: False
     diagonal: Callable[[str], bool] = lambda path: False
@@ -107,13 +107,13 @@ def plan(specs: list[Spec], leaves: list, paths: list[str], found: Structure, ru
 
 def _check_correction(block: Block, rules: Rules) -> None:
     """Nothing stays uncorrected silently."""
-    closed_form = block.head and rules.fisher == "exact_head"
+    closed_form = block.head and rules.estimator == "exact_head"
     if not block.is_corrected(rules) or (block.kind != "tied" and not closed_form):
         return
     reason = (
         "an embedding tied to its head is a sum of two products without common eigenvectors"
         if block.kind == "tied"
-        else "fisher='exact_head' has the head's output factor in closed form, without gradients of tokens"
+        else "estimator='exact_head' has the head's output factor in closed form, without gradients of tokens"
     )
     raise ValueError(
         f"the eigenvalues of {block.path} cannot be corrected: {reason}; leave it as it is with "

@@ -87,7 +87,7 @@ def kfac_spectrum(factors: Factors, num_eigenvalues: int | None = None, *, key: 
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> apply_fn = lambda params, x: x @ params["kernel"]
         >>> batch = fj.Batch(jnp.diag(jnp.array([2.0, 1.0])), jnp.array([[1.0], [1.0]]))
-        >>> factors = fj.kfac_factors(apply_fn, {"kernel": jnp.zeros((2, 1))}, batch, fj.gaussian)
+        >>> factors = fj.kfac_factors(apply_fn, fj.gaussian, {"kernel": jnp.zeros((2, 1))}, batch)
         >>> found = fj.kfac_spectrum(factors, 2)  # A = diag(2, 1/2), G = 1
         >>> [round(float(x), 4) for x in found.eigenvalues], found.paths[0], round(found.trace, 4)
         ([2.0, 0.5], "['kernel']", 2.5)

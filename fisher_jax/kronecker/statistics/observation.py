@@ -51,9 +51,9 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
     out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
     weights, bad = token_weights(problem, out, batch)
     masks, label_key = _masks(problem, weights, batch, key)
-    sampled = rules.fisher in ("sampled", "exact_head")
+    sampled = rules.estimator in ("sampled", "exact_head")
     if sampled and key is None:
-        raise ValueError(f"fisher={rules.fisher!r} draws labels from the model: pass key=")
+        raise ValueError(f"estimator={rules.estimator!r} draws labels from the model: pass key=")
     root = jnp.sqrt(jnp.maximum(weights, 0))
     whole = any(block.needs_taps(rules) for block in blocks)
 
@@ -61,7 +61,7 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
         def loss(params, inputs, targets, root):
             outputs = problem.apply_fn(params, inputs)
             fixed = jax.lax.stop_gradient(outputs)
-            if rules.fisher == "ggn":
+            if rules.estimator == "ggn":
                 direction = problem.likelihood.fisher_factor(fixed, column)
                 return jnp.sum(root[..., None] * jnp.where(root[..., None] > 0, direction * outputs, 0))
             if sampled:
@@ -86,7 +86,7 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
         found = [(leaf, use, over_devices(x, problem.axis_name)) for leaf, use, x in found]
         return sums_of_blocks(blocks, found, masks, rules), value, taps if whole else []
 
-    if rules.fisher == "ggn":
+    if rules.estimator == "ggn":
         sums, values, taps = jax.lax.map(one, jnp.arange(out.shape[-1]))
         sums = tuple(over_columns(found) for found in sums)
         finite = jnp.all(jnp.isfinite(values))
@@ -95,7 +95,7 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
         finite = jnp.isfinite(value)
     finite &= jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
     probabilities = None
-    if rules.fisher == "exact_head":
+    if rules.estimator == "exact_head":
         outputs = problem.apply_fn(params, batch.inputs)
         find = functools.partial(_probabilities, problem, blocks)
         vocabulary = spec_of(outputs)[-1:] or (None,)
@@ -115,9 +115,9 @@ def observe_taps(
 ) -> Observation:
     """The same from raw taps of the training step's own backward pass; ``scale`` times its loss is the summed one."""
     rules = problem.rules
-    if rules.fisher != "empirical":
+    if rules.estimator != "empirical":
         raise ValueError(
-            f"taps of the training loss hold its own labels; fisher={rules.fisher!r} needs batch= instead"
+            f"taps of the training loss hold its own labels; estimator={rules.estimator!r} needs batch= instead"
         )
     weights = _weights(lead, jnp.float32, batch)
     masks, _ = _masks(problem, weights, batch, key)
@@ -198,7 +198,7 @@ def token_weights(problem: Problem, out: Any, batch: Batch) -> tuple[Array, Arra
     """Weights of the tokens, and why the batch cannot be used."""
     weights = _weights(out.shape[:-1], wide_dtype(out.dtype), batch)
     bad = rejection.reason_mask(negative_weight=~jnp.all((weights >= 0) & jnp.isfinite(weights)))
-    if problem.rules.fisher == "empirical":
+    if problem.rules.estimator == "empirical":
         inside = problem.likelihood.in_range(out, batch.targets)
         if inside.shape != weights.shape:
             raise ValueError(

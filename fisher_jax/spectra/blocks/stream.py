@@ -7,6 +7,7 @@ from jaxtyping import Array
 
 from fisher_jax._support.selection import Chosen
 from fisher_jax.batch import Batch
+from fisher_jax.batch.arguments import check_arguments, check_batch
 from fisher_jax.likelihoods import Likelihood, categorical
 from fisher_jax.spectra.blocks import state as state_room
 from fisher_jax.spectra.blocks.capacity import BlockSpectrum
@@ -81,6 +82,9 @@ def block_spectra(
         >>> stream.finalize(state)["['kernel']"].eigenvalues.tolist()
         [8.0, 2.0]
     """
+    check_arguments(apply_fn, likelihood)
+    if example is not None:
+        check_batch(example, "example")
     state_room.check_options(unit, kind, num_samples, chunk_size, max_scores)
 
     def setting(params: Tree) -> Setting:
@@ -92,6 +96,7 @@ def block_spectra(
         return state_room.init(setting(params), params)
 
     def update(state: State, params: Tree, batch: Batch, key: Array | None = None) -> State:
+        check_batch(batch)
         check_layout(apply_fn, params, batch.inputs)
         return state_room.update(setting(params), state, params, batch, state_room.key_for(kind, key))
 

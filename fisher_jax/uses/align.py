@@ -91,7 +91,7 @@ def beside(value: Array, shape: tuple[int, ...], name: str, what: str) -> tuple[
     return value.reshape(full), size
 
 
-def per_parameter(fisher: Any, params: Tree, *, averaged: bool = False) -> Tree:
+def per_parameter(fisher: Any, params: Tree) -> Tree:
     """The mean Fisher of a parameter of each group: ``F_group / |group|``, ready to broadcast against ``params``.
 
     Group sums (rows, columns, tensors) know only the total of their group; this takes it as spread evenly. With
@@ -102,7 +102,6 @@ def per_parameter(fisher: Any, params: Tree, *, averaged: bool = False) -> Tree:
             average of such (its mean is taken). A leaf has the parameter's axes; axes that were summed are left out
             or have length 1.
         params: arrays or ``jax.ShapeDtypeStruct``s.
-        averaged: the values are already means over their groups (``fj.group_fisher(..., average=True)``).
 
     Returns:
         A tree like ``params`` of arrays with the parameter's number of axes, of length 1 where the Fisher was summed;
@@ -122,7 +121,7 @@ def per_parameter(fisher: Any, params: Tree, *, averaged: bool = False) -> Tree:
 
     def leaf(name, value, param):
         full, size = beside(wide(value), tuple(param.shape), name, "the Fisher")
-        return full if averaged or size == 1 else full / size
+        return full if size == 1 else full / size
 
     named = zip(named_leaves(fisher), jax.tree.leaves(params), strict=True)
     return jax.tree.unflatten(jax.tree.structure(params), [leaf(n, f, p) for (n, f), p in named])

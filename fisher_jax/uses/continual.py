@@ -19,7 +19,7 @@ __all__ = [
 Tree = Any
 
 
-def ewc_penalty(params: Tree, anchor: Tree, fisher: Any, *, strength: Any = 1.0, averaged: bool = False) -> Array:
+def ewc_penalty(params: Tree, anchor: Tree, fisher: Any, *, strength: Any = 1.0) -> Array:
     """``strength / 2 * sum_i F_i (p_i - a_i)**2``: elastic weight consolidation, to be added to the loss.
 
     To second order the growth of the former task's loss, in nats per weighted token, when its parameters ``a`` become
@@ -33,7 +33,6 @@ def ewc_penalty(params: Tree, anchor: Tree, fisher: Any, *, strength: Any = 1.0,
         fisher: a tree like ``params``, of their shapes or of sums over groups; or a Welford state, moments or moving
             average, whose mean is taken. Not differentiated.
         strength: a number or scalar array.
-        averaged: the Fisher already is a mean over each group (``fj.group_fisher(..., average=True)``).
 
     Returns:
         A scalar, at least float32.
@@ -54,7 +53,7 @@ def ewc_penalty(params: Tree, anchor: Tree, fisher: Any, *, strength: Any = 1.0,
     check_alike(params, anchor, "the parameters", "the anchor")
     fisher = values_of(fisher)
     check_not_negative(fisher, "the Fisher")
-    weights = jax.lax.stop_gradient(per_parameter(fisher, params, averaged=averaged))
+    weights = jax.lax.stop_gradient(per_parameter(fisher, params))
 
     def leaf(p, a, f):
         # The difference of half-precision numbers is taken in float32, where it is exact enough.
@@ -74,9 +73,7 @@ class ScaleByFisherState(NamedTuple):
     factor: Tree
 
 
-def scale_by_fisher(
-    fisher: Any, *, damping: float, power: float = 1.0, averaged: bool = False
-) -> optax.GradientTransformationExtraArgs:
+def scale_by_fisher(fisher: Any, *, damping: float, power: float = 1.0) -> optax.GradientTransformationExtraArgs:
     """Optax: ``u_i -> u_i (damping / (F_i + damping))**power``: small steps where the former task is sensitive.
 
     A coordinate without information moves freely, one with ``F_i = damping`` half as much (``power=1``). This is the
@@ -87,7 +84,6 @@ def scale_by_fisher(
         fisher: as in `ewc_penalty`; read when the optimizer's state is initialised, and kept there as factors.
         damping: positive, in units of the Fisher of a parameter.
         power: not negative.
-        averaged: as in `ewc_penalty`.
 
     Returns:
         An optax transformation with state `ScaleByFisherState`.
@@ -112,7 +108,7 @@ def scale_by_fisher(
     def init(params: Tree) -> ScaleByFisherState:
         values, like = _part_of(values_of(fisher), params)
         check_not_negative(values, "the Fisher")
-        spread = per_parameter(values, like, averaged=averaged)
+        spread = per_parameter(values, like)
         factor = jax.tree.map(lambda f: (damping / (f + damping)) ** power, spread)
         return ScaleByFisherState(_put_back(factor, params))
 

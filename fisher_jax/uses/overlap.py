@@ -119,7 +119,7 @@ def _chance(shared: int, one: int, two: int, number: int) -> float:
     return float(min(scipy.stats.hypergeom.sf(shared - 1, number, one, two), 1.0)) if shared else 1.0
 
 
-def conflict(x: Tree, y: Tree, fishers: Any = None, *, averaged: bool = False) -> Conflict:
+def conflict(x: Tree, y: Tree, fishers: Any = None) -> Conflict:
     """Whether two directions (gradients, task vectors) agree or pull against each other, weighted by importance.
 
     With weights ``w``: ``cosine = <x, y>_w / (|x|_w |y|_w)`` with ``<x, y>_w = sum_i w_i x_i y_i``, and ``opposed``
@@ -129,7 +129,6 @@ def conflict(x: Tree, y: Tree, fishers: Any = None, *, averaged: bool = False) -
         x, y: trees of the same shapes.
         fishers: ``None``: ``w = 1``. A tree like ``x`` (of its shapes or of sums over groups), a state or moments:
             ``w = F``. A pair of such, one for each task: ``w = sqrt(F_x F_y)``, which counts what matters to both.
-        averaged: the Fishers already are means over groups.
 
     Returns:
         `Conflict`; NaN where a direction has no weight. Works under ``jit``.
@@ -145,7 +144,7 @@ def conflict(x: Tree, y: Tree, fishers: Any = None, *, averaged: bool = False) -
         (-0.5, 0.75)
     """
     check_alike(x, y, "the first direction", "the second direction")
-    weights = _weights(x, fishers, averaged)
+    weights = _weights(x, fishers)
     xy, xx, yy, size, against = (jnp.zeros(()) for _ in range(5))
     for p, q, w in zip(*map(jax.tree.leaves, (x, y, weights)), strict=True):
         p, q = wide(p), wide(q)
@@ -156,7 +155,7 @@ def conflict(x: Tree, y: Tree, fishers: Any = None, *, averaged: bool = False) -
     return Conflict(xy / (jnp.sqrt(xx) * jnp.sqrt(yy)), against / size)
 
 
-def _weights(x: Tree, fishers: Any, averaged: bool) -> Tree:
+def _weights(x: Tree, fishers: Any) -> Tree:
     if fishers is None:
         return jax.tree.map(lambda _: jnp.ones(()), x)
     pair = isinstance(fishers, tuple | list) and not isinstance(x, tuple | list)
@@ -166,7 +165,7 @@ def _weights(x: Tree, fishers: Any, averaged: bool) -> Tree:
     for fisher in fishers if pair else (fishers,):
         values = values_of(fisher)
         check_not_negative(values, "the Fisher")
-        found.append(per_parameter(values, x, averaged=averaged))
+        found.append(per_parameter(values, x))
     if len(found) == 1:
         return found[0]
     return jax.tree.map(lambda f, g: jnp.sqrt(f) * jnp.sqrt(g), *found)

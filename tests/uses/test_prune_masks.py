@@ -97,9 +97,6 @@ def test_saliency_reads_states_and_keeps_the_shape_of_groups():
         assert (found.shape, found.dtype) == ((5,), jnp.float32)
         np.testing.assert_allclose(found, values.mean(0) / 2, rtol=1e-6)
     np.testing.assert_allclose(fj.per_parameter(state, params)["w"], values.mean(0)[:, None] / 3, rtol=1e-6)
-    np.testing.assert_allclose(
-        fj.per_parameter(state, params, averaged=True)["w"], values.mean(0)[:, None], rtol=1e-6
-    )
 
 
 def test_a_mask_applied_leaves_the_bits_of_what_stays():

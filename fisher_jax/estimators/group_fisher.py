@@ -116,7 +116,7 @@ def group_fisher(
         >>> batch = fj.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 2, 2]))
         >>> fisher = fj.group_fisher(apply_fn, example=batch, groups=fj.groups.row, estimator="exact")
         >>> state = fisher.update(fisher.init(params), params, batch)
-        >>> [round(float(x), 3) for x in fj.welford.mean(state)["kernel"]]
+        >>> [round(float(x), 3) for x in fj.mean(state)["kernel"]]
         [0.389, 0.389, 0.556]
     """
     kind = kind or ("true" if estimator == "sampled" else "empirical")

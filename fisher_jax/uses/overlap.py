@@ -8,7 +8,9 @@ import numpy as np
 from jaxtyping import Array
 
 from fisher_jax._support.dtypes import wide
-from fisher_jax.uses.align import check_alike, check_not_negative, per_parameter, values_of
+from fisher_jax.uses import reading
+from fisher_jax.uses.group_sums import per_parameter
+from fisher_jax.uses.trees import check_alike, check_not_negative
 
 __all__ = ["Conflict", "Overlap", "conflict", "overlap"]
 
@@ -83,7 +85,7 @@ def overlap(a: Any, b: Any, top_fraction: float = 0.1) -> Overlap:
     """
     if not 0 < top_fraction <= 1:
         raise ValueError(f"top_fraction is a share in (0, 1], found {top_fraction}")
-    a, b = values_of(a), values_of(b)
+    a, b = reading.mean(a), reading.mean(b)
     check_alike(a, b, "the first Fisher", "the second Fisher")
     check_not_negative(a, "the first Fisher")
     check_not_negative(b, "the second Fisher")
@@ -139,7 +141,7 @@ def conflict(x: Tree, y: Tree, fishers: Any = None) -> Conflict:
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> x, y = jnp.array([1.0, 1.0]), jnp.array([1.0, -1.0])
-        >>> found = fj.conflict(x, y, jnp.array([1.0, 3.0]))
+        >>> found = fj.shift.conflict(x, y, jnp.array([1.0, 3.0]))
         >>> float(found.cosine), float(found.opposed)
         (-0.5, 0.75)
     """
@@ -163,7 +165,7 @@ def _weights(x: Tree, fishers: Any) -> Tree:
         raise ValueError(f"fishers are one tree or a pair of them, found {len(fishers)}")
     found = []
     for fisher in fishers if pair else (fishers,):
-        values = values_of(fisher)
+        values = reading.mean(fisher)
         check_not_negative(values, "the Fisher")
         found.append(per_parameter(values, x))
     if len(found) == 1:

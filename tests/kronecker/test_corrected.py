@@ -130,11 +130,13 @@ def test_what_cannot_be_corrected_is_named_and_the_table_says_what_is():
     with pytest.raises(ValueError, match=r"\['e'\] cannot be corrected: an embedding tied.*path != \"\['e'\]\""):
         fj.scale_by_kfac(tied, example=batch, eigenvalue_correction=True).init(params)
     with pytest.raises(ValueError, match=r"\['h'\] cannot be corrected: fisher='exact_head'"):
-        fj.kfac_coverage(
+        fj.kfac_tools.kfac_coverage(
             lambda p, x: p["e"][x] @ p["h"], {"e": params["e"], "h": params["w"]}, batch,
             eigenvalue_correction=True, fisher="exact_head",
         )  # fmt: skip
-    found = fj.kfac_coverage(tied, params, batch, policy="all", eigenvalue_correction=lambda path: "w" in path)
+    found = fj.kfac_tools.kfac_coverage(
+        tied, params, batch, policy="all", eigenvalue_correction=lambda path: "w" in path
+    )
     assert str(found).splitlines() == [
         "['e']     [5, 3]  A [3, 3] (x) G [5, 5] by 8 columns, tied to its use as embedding",
         "['no']    [2]     no curvature: not used by the loss",

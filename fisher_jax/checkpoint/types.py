@@ -87,7 +87,7 @@ _REJECTED = "rejected reasons"
 
 _TABLE = {
     "batch": StateType(
-        "batch:Batch",
+        "batch.batch:Batch",
         trees="inputs targets",
         arrays="weights real units",
         optional="weights real units",

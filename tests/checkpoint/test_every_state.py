@@ -27,7 +27,7 @@ NOT_STATES = {
     "estimators.problem:Problem",
     "estimators.problem:Split",
     "estimators.problem:Tokens",
-    "estimator:FisherEstimator",
+    "welford.estimator:FisherEstimator",
     "groups:Group",
     "groups:Heads",
     "_support.jax_internals:Body",
@@ -66,7 +66,7 @@ NOT_STATES = {
     "_tracing.recorder:Recorder",
     "_support.selection:Selection",
     "_tracing.taps:Coverage",
-    "tokens:Part",
+    "batch.tokens:Part",
 }
 
 

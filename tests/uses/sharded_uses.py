@@ -38,7 +38,7 @@ def uses(params, fishers):
         "pruned": fj.stats.apply_mask(params[0], mask),
         "rows": fj.prune_mask(saliency, 0.4),
         "away": fj.continual.project_away(params[0], fishers[0], 0.3),
-        "conflict": fj.shift.conflict(params[0], params[1], tuple(fishers)),
+        "conflict": fj.shift.conflict(params[0], params[1], *fishers),
     }
 
 

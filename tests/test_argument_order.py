@@ -17,8 +17,8 @@ STATE = jax.eval_shape(fj.scale_by_kfac(apply_fn, example=BATCH).init, PARAMS)
 
 WHOLE = {
     "kfac_factors": fj.kfac_factors,
-    "kfac_coverage": fj.kfac_coverage,
-    "kfac_factors_from_state": lambda *given: fj.kfac_factors_from_state(STATE, *given),
+    "kfac_coverage": fj.kfac_tools.kfac_coverage,
+    "kfac_factors_from_state": lambda *given: fj.kfac_tools.kfac_factors_from_state(STATE, *given),
     "block_spectrum": fj.block_spectrum,
     "ggn": fj.operators.ggn,
     "fisher": fj.operators.fisher,

@@ -132,7 +132,9 @@ def carried_through(
         return [() for _ in eqn.outvars]
     results: list[Carried] = []
     for output in range(len(eqn.outvars)):
-        moved = [tuple(_moved(eqn, i, one, output, loops, constant, line) for one in own) for i, own in enumerate(given)]
+        moved = [
+            tuple(_moved(eqn, i, one, output, loops, constant, line) for one in own) for i, own in enumerate(given)
+        ]
         kept = [tuple(one for one in own if one is not None) for own in moved]
         found = joined(kept, eqn, line)
         for axis in _joining_axes(eqn):

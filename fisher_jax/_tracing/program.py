@@ -11,13 +11,23 @@ import numpy as np
 from jaxtyping import Array
 
 from fisher_jax._support.jax_internals import zeros
+from fisher_jax._tracing.ids import Carried, Lost
 from fisher_jax._tracing.provenance import Spec, Use, View
 from fisher_jax._tracing.replay import Replay, zero
 from fisher_jax._tracing.structure import Structure, Structures
-from fisher_jax._tracing.survey import Survey
 from fisher_jax._tracing.tracing import evaluate
 
-__all__ = ["Program", "Tap", "differentiate", "frozen", "gradient_of_use", "is_free", "real_scalar", "trace"]
+__all__ = [
+    "Program",
+    "Tap",
+    "differentiate",
+    "frozen",
+    "gradient_of_use",
+    "is_free",
+    "real_scalar",
+    "trace",
+    "with_ids",
+]
 
 Tree = Any
 
@@ -57,6 +67,7 @@ class Program:
     Attributes:
         structure: of the program.
         traced: the function of all leaves and arguments.
+        followed: for every parameter whether it is followed, or data.
         leaves, treedef, paths: the parameters.
         arguments: those that are traced.
         shape: of the function's result, a tree of ``jax.ShapeDtypeStruct``s.
@@ -64,6 +75,7 @@ class Program:
 
     structure: Structure
     traced: Any
+    followed: tuple[bool, ...]
     leaves: list
     treedef: Any
     paths: list[str]
@@ -74,19 +86,20 @@ class Program:
     def specs(self) -> list[Spec]:
         return self.structure.specs
 
-    def __call__(self, leaves: list, arguments: list) -> Tree:
-        """The function itself."""
-        return self.replayed(leaves, arguments, _unperturbed(self.structure.survey))
+    def on(self, *args: Any) -> "Program":
+        """The same program on other arguments of the same types, all of them arrays."""
+        return dataclasses.replace(self, arguments=list(map(_array, jax.tree.leaves(args))))
+
+    def __call__(self) -> Tree:
+        """What the function returns."""
+        way = Replay(self.structure.survey, iter(()), lambda leaf: False, None)
+        return self.replayed(self.leaves, self.arguments, way)
 
     def replayed(self, leaves: list, arguments: list, way: Any) -> Tree:
         """The function, in which ``way`` meets every use of a parameter."""
-        views = [View.of(x, i) if is_free(x) else x for i, x in enumerate(leaves)]
+        views = [View.of(x, i) if self.followed[i] else x for i, x in enumerate(leaves)]
         values = [jnp.asarray(way.generic(x, None)) for x in evaluate(self.traced, [*views, *arguments], way)]
         return jax.tree.unflatten(jax.tree.structure(self.shape), values)
-
-
-def _unperturbed(survey: Survey) -> Replay:
-    return Replay(survey, iter(()), lambda leaf: False, None)
 
 
 _SCALARS = (bool, int, float, complex)
@@ -114,15 +127,17 @@ def trace(
     args: tuple,
     kwargs: dict | None = None,
     structures: Structures | None = None,
-    lead: tuple[int, ...] = (),
+    lead: tuple[int, ...] | None = (),
     check: Callable[[Any], Any] = lambda result: result,
+    follow: Callable[[str], bool] = lambda path: True,
 ) -> Program:
     """Trace a function of parameters, and find its structure, or know it from before.
 
     Args:
         structures: of this function, held by who calls it again.
-        lead: rows, and positions of a row, along the leading axes of the arguments.
+        lead: rows, and positions of a row, along the leading axes of the arguments; ``None``: those of the outputs.
         check: what the function returns is passed through it while it is traced.
+        follow: says of a path whether it is followed; other leaves are data.
     """
     kwargs = {} if kwargs is None else kwargs
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -149,8 +164,9 @@ def trace(
 
     made, shape = jax.make_jaxpr(of_arrays, return_shape=True)(leaves, arguments)
     structures = Structures() if structures is None else structures
-    structure = structures.of(made, tuple(map(is_free, leaves)), lead)
-    return Program(structure, made, leaves, treedef, paths, arguments, shape)
+    followed = tuple(is_free(x) and follow(path) for path, x in zip(paths, leaves, strict=True))
+    structure = structures.of(made, followed, lead)
+    return Program(structure, made, followed, leaves, treedef, paths, arguments, shape)
 
 
 def _parameter(path: str, x: Any) -> Any:
@@ -229,6 +245,24 @@ def differentiate(
     following = iter(moved_grads)
     grads = [next(following) if moved else frozen(x) for x, moved in zip(program.leaves, moves, strict=True)]
     return value, grads, taps
+
+
+def with_ids(taps: list[Tap], structure: Structure) -> list[Tap]:
+    """Taps of a training loss, with the rows and positions that the model alone says of their uses."""
+    found = []
+    for tap in taps:
+        own = [spec.use for spec in structure.uses(tap.leaf) if spec.use.kind != "generic"]
+        same = [other for other in taps if other.leaf == tap.leaf and other.kind != "generic"]
+        alike = [(a.kind, a.operand.shape) for a in own] == [(b.kind, b.use.operand.shape) for b in same]
+        if tap.kind == "generic":
+            ids: Carried = ()
+        elif alike:
+            ids = own[[other is tap for other in same].index(True)].ids
+        else:
+            reason = "the training loss uses it otherwise than the model"
+            ids = tuple(Lost(kind, tap.use.primitive, tap.use.where, reason) for kind in ("row", "position", "token"))
+        found.append(dataclasses.replace(tap, use=dataclasses.replace(tap.use, ids=ids)))
+    return found
 
 
 def frozen(x: Any) -> np.ndarray:

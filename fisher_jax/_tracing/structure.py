@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +12,8 @@ import numpy as np
 
 from fisher_jax._support.jax_internals import is_traced, opened, struct, walk
 from fisher_jax._tracing.dense import operand_axes, token_axes
-from fisher_jax._tracing.ids import Carried, Ids, Lost, along
+from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, along
+from fisher_jax._tracing.places import input_token_axes
 from fisher_jax._tracing.provenance import Data, Spec, Use, View
 from fisher_jax._tracing.survey import Made, Survey
 from fisher_jax._tracing.tracing import evaluate
@@ -86,12 +86,13 @@ class Structures:
         self._held: OrderedDict[bytes, Structure] = OrderedDict()
         self.walks = 0
 
-    def of(self, traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] = ()) -> Structure:
+    def of(self, traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | None = ()) -> Structure:
         """
         Args:
             traced: a closed jaxpr whose first arguments are the parameters.
             follow: for every parameter whether it is one to follow.
-            lead: rows, and positions of a row, along the leading axes of the other arguments.
+            lead: rows, and positions of a row, along the leading axes of the other arguments; ``None``: those of the
+                result.
         """
         key = _fingerprint(traced, follow, lead)
         if key not in self._held:
@@ -103,7 +104,7 @@ class Structures:
         return self._held[key]
 
 
-def _fingerprint(traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...]) -> bytes:
+def _fingerprint(traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | None) -> bytes:
     """The same for programs that do the same; values count where they may be indices."""
     found = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(traced)).encode())
     found.update(repr((follow, lead, [str(var.aval) for var in opened(traced)[0].inputs])).encode())
@@ -129,25 +130,29 @@ def _constants(traced: Any) -> list:
     return [x for x in found if hasattr(x, "dtype") and not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
 
 
-def _surveyed(traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...]) -> Structure:
+def _surveyed(traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | None) -> Structure:
     body, _ = opened(traced)
     params, inputs = body.arguments[: len(follow)], body.arguments[len(follow) :]
+    if lead is None:
+        lead = body.results[0].aval.shape[:-1] if len(body.results) == 1 else ()
     views = [View.of(Data(var.aval), i) if follow[i] else Data(var.aval) for i, var in enumerate(params)]
     given = [Data(var.aval, _ids_of_input(var.aval.shape, lead)) for var in inputs]
     survey = Survey()
     outs = [survey.generic(x, None) for x in evaluate(traced, [*views, *given], survey)]
-    learned = survey.findings.learned
-    survey = _with_ids(survey, learned)
     outputs = tuple(struct(var.aval) for var in body.results)
     head, other = (None, "several arrays")
     if len(outs) == 1 and isinstance(outs[0], Data):
         maker = outs[0].maker
         head, other = _head(outs[0]), "an input" if maker is None else maker.primitive.name
+    learned = survey.findings.learned
+    if head is not None:
+        learned[head.use.order] = (*learned.get(head.use.order, ()), _token_ids(head, survey))
+    survey = _with_ids(survey, learned)
     ids = tuple(x.ids if isinstance(x, Data) else () for x in outs)
     return Structure(survey, outputs, ids, head, other, survey.findings.biases)
 
 
-def _ids_of_input(shape: tuple[int, ...], lead: tuple[int, ...]) -> tuple[Ids, ...]:
+def _ids_of_input(shape: tuple[int, ...], lead: tuple[int, ...] | None) -> tuple[Ids, ...]:
     """Row and position of what leads with rows, and with positions after them."""
     if not lead or shape[:1] != lead[:1]:
         return ()
@@ -156,6 +161,20 @@ def _ids_of_input(shape: tuple[int, ...], lead: tuple[int, ...]) -> tuple[Ids, .
         return (row,)
     places = np.arange(int(np.prod(lead[1:]))).reshape(lead[1:])
     return row, along("position", places, range(1, len(lead)), len(shape))
+
+
+def _token_ids(head: Head, survey: Survey) -> Ids:
+    """The token of the outputs that comes from each token of the head, over what it meets."""
+    (spec,) = [spec for spec in survey.specs if spec.use.order == head.use.order]
+    shape = spec.output.shape if head.use.kind == "conv" else spec.inputs[0].shape
+    axes = input_token_axes(head.use, len(shape))
+    values = np.full([shape[i] for i in axes], NOBODY, np.int32)
+    flat = values.reshape(-1)
+    if head.tokens is None:
+        flat[:] = np.arange(flat.size)
+    else:
+        flat[head.tokens] = np.arange(head.tokens.size)
+    return along("token", values, axes, len(shape))
 
 
 def _with_ids(survey: Survey, learned: dict) -> Survey:
@@ -216,4 +235,3 @@ def _ravelled(places: list[np.ndarray], sizes: list[int], shape: tuple[int, ...]
 
 def _product(sizes) -> int:
     return int(np.prod(list(sizes), dtype=np.int64))
-

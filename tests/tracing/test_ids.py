@@ -206,7 +206,7 @@ def test_what_cannot_be_followed_is_lost_and_says_where(name, function, lost):
         ("a cumulative sum", lambda x: jnp.cumsum(x, 1), {"row", "position"}),
         ("the first position", lambda x: x + x[:, :1], {"row", "position"}),
         ("one branch of two", lambda x: jax.lax.cond(x[0, 0, 0] > 0, jnp.sin, jnp.cos, x), {"row", "position"}),
-        ("the first row of a batch of one", lambda x: (x[:1] + x[:1][0]), {"row", "position"}),
+        ("the first row of a batch of one", lambda x: x[:1] + x[:1][0], {"row", "position"}),
         ("a batch of matrices", lambda x: jax.vmap(lambda y: y @ y.T @ y)(x), {"row", "position"}),
     ],
 )

@@ -70,7 +70,7 @@ def kfac_coverage(
     problem = problem_of(apply_fn, likelihood, curvature)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     told = {}
-    for block in block_plan(problem, params, batch):
+    for block in block_plan(problem, params, batch)[1]:
         told[block.leaf] = _told(block, problem.rules)
         if block.bias is not None:
             told[block.bias] = f"an input of {block.path}"

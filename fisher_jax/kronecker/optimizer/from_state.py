@@ -72,7 +72,7 @@ def kfac_factors_from_state(
     # Which way the Fisher was taken leaves no trace in a plan, but for the options that go with it.
     problem = problem_of(apply_fn, likelihood, curvature.settled("sampled"))
     rules = dataclasses.replace(problem.rules, follow=lambda path: chosen[path])
-    plan = block_plan(problem._replace(rules=rules), params, batch)
+    _, plan = block_plan(problem._replace(rules=rules), params, batch)
     if len(plan) != len(inner.blocks):
         raise ValueError(
             f"the K-FAC state has {len(inner.blocks)} blocks and the parameters {len(plan)}; pass the curvature= "

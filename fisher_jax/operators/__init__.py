@@ -283,7 +283,7 @@ def over_batches(make_matvec: Callable[[Batch], Partial], batches: Iterable[Batc
     def matvec(v: Tree) -> Tree:
         total, sums = jnp.zeros(()), None
         for batch in batches:
-            if batch.weights is not None and not bool(jnp.any(jnp.asarray(batch.weights) != 0)):
+            if not has_weight(batch):
                 continue
             product = make_matvec(batch)
             weight = total_weight(product)
@@ -308,7 +308,7 @@ def _operator(kind, apply_fn, likelihood, params, batch, parameters, microbatch_
         )
     part, bad = products.tokens(operator, params, batch)
     products.chunks(part, microbatch_size)
-    require_usable(bad, part.weights.sum())
+    require_usable(bad, part.total_weight)
     if not keep:
         return Partial(products.product, operator, params, batch)
     return Partial(

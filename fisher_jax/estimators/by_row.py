@@ -11,17 +11,9 @@ from fisher_jax._support import meshes, rejection
 from fisher_jax._support.jax_internals import unstacked
 from fisher_jax._tracing import program
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import Tokens, unit_ids
 from fisher_jax.estimators import gram
-from fisher_jax.estimators.problem import (
-    Problem,
-    Tokens,
-    signed_total,
-    split,
-    square,
-    tokens_of,
-    unit_ids,
-    zeros_like,
-)
+from fisher_jax.estimators.problem import Problem, read, signed_total, split, square, zeros_like
 from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.moments import Moments
 
@@ -33,19 +25,17 @@ Tree = Any
 def by_row(problem: Problem, params: Tree, batch: Batch, key: Array | None) -> tuple[Moments, Array]:
     """Moments over rows or documents, and the reasons to reject the batch."""
     free, model = split(problem.apply_fn, params)
-    out = jax.eval_shape(model, free, batch.inputs)
-    tokens = tokens_of(problem, out, batch)
+    tokens, bad, out = read(problem, model, free, batch)
     if len(out.shape) < 2:
         raise ValueError(f"unit={problem.unit!r} needs outputs [rows, ..., K], found shape {list(out.shape)}")
     num_rows = out.shape[0]
-    rows = (batch.inputs, tokens.targets, jnp.maximum(tokens.weights, 0))
-    _check_rows(rows, num_rows)
-    rows = jax.tree.map(meshes.with_all_rows, jax.tree.map(jnp.asarray, rows))
+    _check_rows(tokens, num_rows)
+    rows = jax.tree.map(meshes.with_all_rows, jax.tree.map(jnp.asarray, tokens))
     keys = jax.random.split(jax.random.key(0) if key is None else key, num_rows)
 
     def loss(free, row, key):
-        inputs, targets, weights = jax.tree.map(lambda x: x[None], row)
-        return signed_total(problem, model(free, inputs), Tokens(targets, weights, tokens.bad), key)
+        alone = jax.tree.map(lambda x: x[None], row)
+        return signed_total(problem, model(free, alone.inputs), alone, key)
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (rows, keys))
     squares, plan = _squares(problem, free, loss, *shapes)
@@ -58,12 +48,12 @@ def by_row(problem: Problem, params: Tree, batch: Batch, key: Array | None) -> t
         return jax.tree.map(lambda x: x.mean(0), draws), jnp.all(finite)
 
     chunk = _divisor(num_rows, problem.chunk_size or plan.rows_at_once)
-    found, finite = _fold(problem, value, rows, keys, unit_ids(problem.unit, batch, num_rows), chunk)
-    return found, tokens.bad | rejection.reason_mask(non_finite=~finite)
+    found, finite = _fold(problem, value, rows, keys, unit_ids(problem.unit, batch.units, num_rows), chunk)
+    return found, bad | rejection.reason_mask(non_finite=~finite)
 
 
-def _check_rows(rows: tuple, num_rows: int) -> None:
-    for path, x in jax.tree_util.tree_leaves_with_path(rows[0]):
+def _check_rows(tokens: Tokens, num_rows: int) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(tokens.inputs):
         if jnp.shape(x)[:1] != (num_rows,):
             raise ValueError(
                 f"observations of rows need inputs whose leading axis has {num_rows} rows, as the outputs; inputs"
@@ -119,11 +109,11 @@ def _divisor(number: int, at_most: int) -> int:
 
 
 def _fold(
-    problem: Problem, value: Callable, rows: Tree, keys: Array, ids: Array, chunk: int
+    problem: Problem, value: Callable, rows: Tokens, keys: Array, ids: Array, chunk: int
 ) -> tuple[Moments, Array]:
     """Rows to observations, ``chunk`` of them at a time."""
     num_rows = keys.shape[0]
-    weights = rows[2].reshape(num_rows, -1).sum(1)
+    weights = rows.weights.reshape(num_rows, -1).sum(1)
 
     def step(carry, part):
         folded, finite = carry

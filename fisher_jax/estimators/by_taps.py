@@ -15,8 +15,9 @@ from fisher_jax._tracing.orientation import Grouping
 from fisher_jax._tracing.program import Tap
 from fisher_jax._tracing.provenance import Spec, Use
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import tokens_of, unit_ids
 from fisher_jax.estimators import gram
-from fisher_jax.estimators.problem import Problem, is_free, square, unit_ids, weights_of, zeros_like
+from fisher_jax.estimators.problem import Problem, is_free, square, zeros_like
 from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.moments import Moments
 
@@ -36,8 +37,8 @@ def by_taps(
     if problem.kind != "empirical":
         raise ValueError("taps of a training step give the empirical Fisher, not the true one")
     out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
-    lead, num_rows = out.shape[:-1], out.shape[0]
-    weights, bad = weights_of(batch, lead, wide_dtype(out.dtype))
+    tokens, bad = tokens_of(problem.likelihood, out, batch)
+    num_rows = out.shape[0]
     _check_rows_lead(loss, params, batch, num_rows)
     for tap in taps:
         _check_tap(tap, num_rows)
@@ -61,7 +62,7 @@ def by_taps(
         parts = (jnp.arange(num_rows, dtype=jnp.int32), weights.reshape(num_rows, -1).sum(1), ids)
         return moments_room.finish(jax.lax.scan(step, first, parts)[0])
 
-    moments = meshes.automatic(run, taps, weights, unit_ids(problem.unit, batch, num_rows))
+    moments = meshes.automatic(run, taps, tokens.weights, unit_ids(problem.unit, batch.units, num_rows))
     finite = functools.reduce(
         jnp.logical_and, [jnp.all(jnp.isfinite(jnp.asarray(t.cotangents))) for t in taps], jnp.bool_(True)
     )

@@ -12,12 +12,13 @@ from fisher_jax import welford
 from fisher_jax._support import meshes
 from fisher_jax._tracing import orientation, program
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import log_probs
 from fisher_jax.estimators.by_batch import by_batch
 from fisher_jax.estimators.by_row import by_row
 from fisher_jax.estimators.by_taps import by_taps
 from fisher_jax.estimators.by_token import by_token
 from fisher_jax.estimators.head import HeadProblem, head_estimator, head_group
-from fisher_jax.estimators.problem import Problem, log_probs
+from fisher_jax.estimators.problem import Problem
 from fisher_jax.likelihoods import Likelihood, categorical
 from fisher_jax.welford.estimator import FisherEstimator
 from fisher_jax.welford.moments import Moments, reject_if

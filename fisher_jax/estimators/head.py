@@ -17,8 +17,9 @@ from fisher_jax._tracing.dense import matrices, operand_axes
 from fisher_jax._tracing.program import Tap
 from fisher_jax._tracing.readout import Readout, readout
 from fisher_jax.batch import Batch
-from fisher_jax.estimators.problem import unit_ids, weights_of
+from fisher_jax.batch.tokens import tokens_of, unit_ids, without_padding
 from fisher_jax.groups import Group, Heads, resolve
+from fisher_jax.likelihoods import categorical
 from fisher_jax.lm_head.scores import VALUE_BITS
 from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.estimator import FisherEstimator
@@ -89,7 +90,7 @@ def _group_size(problem: HeadProblem, found: Readout) -> int:
 
 def _closed(problem: HeadProblem, params: Tree, batch: Batch) -> Moments:
     found = readout(problem.apply_fn, params, batch.inputs)
-    hidden, head, bias = found.parts(params, batch.inputs)
+    hidden, head, bias = found.parts(params, without_padding(batch.inputs, batch.real, batch.weights))
     moments = lm_head.moments(
         hidden, head, batch.targets if problem.kind == "empirical" else None, batch.weights, groups=problem.group,
         kind=problem.kind, unit=problem.unit, units=batch.units if problem.unit == "document" else None, bias=bias,
@@ -117,14 +118,14 @@ def _from_taps(problem: HeadProblem, params: Tree, batch: Batch, taps: list[Tap]
     tap = _head_tap(found, params, taps)
     hidden, cotangents = (x[0] for x in matrices(tap.use, tap.inputs or (), jnp.asarray(tap.cotangents)))
     dtype = wide_dtype(cotangents.dtype)
-    lead = jax.eval_shape(problem.apply_fn, params, batch.inputs).shape[:-1]
-    weights, bad = weights_of(batch, lead, dtype)
+    tokens, bad = tokens_of(categorical, jax.eval_shape(problem.apply_fn, params, batch.inputs), batch)
+    weights = tokens.weights
     if hidden.shape[0] != weights.size:
         raise ValueError(
             f"the taps are of {hidden.shape[0]} tokens and the batch has {weights.size}: give its own taps"
         )
-    num_rows = lead[0]
-    ids = unit_ids(problem.unit, batch, num_rows)
+    num_rows = weights.shape[0]
+    ids = unit_ids(problem.unit, batch.units, num_rows)
 
     def run(hidden, cotangents, weights, ids):
         rows = (

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from fisher_jax._support.meshes import places
 from fisher_jax._support.selection import Chosen, select
 from fisher_jax.batch import Batch
-from fisher_jax.batch.tokens import require_usable
+from fisher_jax.batch.tokens import has_weight, require_usable
 from fisher_jax.kronecker.curvature.factors import Factors
 from fisher_jax.kronecker.curvature.product import curvature_product
 from fisher_jax.likelihoods import Likelihood
@@ -282,7 +282,7 @@ def over_batches(make_matvec: Callable[[Batch], Partial], batches: Iterable[Batc
     def matvec(v: Tree) -> Tree:
         total, sums = jnp.zeros(()), None
         for batch in batches:
-            if batch.weights is not None and not bool(jnp.any(jnp.asarray(batch.weights) != 0)):
+            if not has_weight(batch):
                 continue
             product = make_matvec(batch)
             weight = total_weight(product)
@@ -306,7 +306,7 @@ def _operator(kind, apply_fn, likelihood, params, batch, parameters, microbatch_
         )
     part, bad = products.tokens(operator, params, batch)
     products.chunks(part, microbatch_size)
-    require_usable(bad, part.weights.sum())
+    require_usable(bad, part.total_weight)
     if not keep:
         return Partial(products.product, operator, params, batch)
     return Partial(

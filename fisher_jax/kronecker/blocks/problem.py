@@ -11,6 +11,7 @@ from fisher_jax._support.dtypes import wide_dtype
 from fisher_jax._tracing import program
 from fisher_jax._tracing.structure import structure
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import check_outputs
 from fisher_jax.kronecker.blocks.plan import Block, Rules, plan
 from fisher_jax.likelihoods import Likelihood
 
@@ -68,6 +69,7 @@ def block_plan(problem: Problem, params: Tree, batch: Batch) -> tuple[Block, ...
     """The block of every parameter; arrays or ``ShapeDtypeStruct``s."""
     rules = dataclasses.replace(problem.rules, devices=_devices(problem.axis_name))
     out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
+    check_outputs(out)
     root = jax.ShapeDtypeStruct(out.shape[:-1], wide_dtype(out.dtype))
 
     def loss(params, inputs, root):

@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax._support.errors import RejectedBatchError
-from fisher_jax._support.jax_internals import is_traced
 from fisher_jax._support.placement import mesh_of
-from fisher_jax._support.rejection import reasons
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import require_usable
 from fisher_jax.kronecker.blocks.plan import Block, Rules, choice
 from fisher_jax.kronecker.blocks.problem import Problem, block_plan, check_options
 from fisher_jax.kronecker.curvature.damped import solve
@@ -119,6 +117,7 @@ def kfac_factors(
     Raises:
         ValueError: an unknown option; a parameter without a block, named with its line and the way out; masks of
             another shape; a missing key.
+        RejectedBatchError: outside of ``jit`` a batch that is empty or has values that cannot be used.
 
     See Martens and Grosse (2015); Eschenhagen et al. (2023) for shared weights; George et al. (2018) for EK-FAC.
 
@@ -139,8 +138,7 @@ def kfac_factors(
     problem = Problem(apply_fn, likelihood, rules, temperature, axis_name)
     blocks = block_plan(problem, params, batch)
     seen = observe(problem, blocks, params, batch, key)
-    if not is_traced(seen.bad) and int(seen.bad):
-        raise RejectedBatchError(f"the batch has {'; '.join(reasons(int(seen.bad)))}")
+    require_usable(seen.bad, seen.weight)
     found = decompose(blocks, seen, storage, rules, axis_name, mesh_of(params, batch))
     return Factors(found, jnp.asarray(damping), blocks, form, power)
 

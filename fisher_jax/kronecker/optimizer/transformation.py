@@ -156,8 +156,8 @@ def scale_by_kfac(
             if taps is None:
                 assert batch is not None
                 return observe(part, plan, whole, batch, key)
-            lead = jax.eval_shape(apply_fn, whole, example.inputs).shape[:-1]
-            return observe_taps(part, plan, taps, taps_scale, lead, batch or Batch(None, None), key)
+            outputs = jax.eval_shape(apply_fn, whole, example.inputs)
+            return observe_taps(part, plan, taps, taps_scale, outputs, batch or Batch(None, None), key)
 
         decompose_all = functools.partial(build, plan, mesh=mesh_of(whole, batch, taps))
         if keeps:

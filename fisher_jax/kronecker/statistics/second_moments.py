@@ -69,6 +69,8 @@ def observations(tap: Tap, block: Block, masks: Masks, rules: Rules) -> tuple[Ar
     rows = patches if tap.kind == "conv" else matrices
     a, g = rows(tap.use, tuple(map(wide, tap.inputs)), wide(tap.cotangents))
     mask = _mask(tap, block, masks, a.shape[1]).astype(a.dtype)
+    # What does not count may be NaN, as an attention over nothing is.
+    a = jnp.where((mask > 0)[None, :, None], a, jnp.zeros_like(a))
     if rules.shared == "reduce" and not block.head:
         a, g, mask = _reduce(a, g, mask, masks.rows, tap.path)
     if block.bias is not None:

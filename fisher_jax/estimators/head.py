@@ -17,6 +17,7 @@ from fisher_jax._tracing.dense import matrices, operand_axes
 from fisher_jax._tracing.program import Tap
 from fisher_jax._tracing.readout import Readout, readout
 from fisher_jax.batch import Batch
+from fisher_jax.batch.arguments import check_batch
 from fisher_jax.batch.tokens import tokens_of, unit_ids, without_padding
 from fisher_jax.groups import Group, Heads, resolve
 from fisher_jax.likelihoods import categorical
@@ -36,7 +37,6 @@ class HeadProblem:
 
     apply_fn: Callable
     group: str
-    average: bool
     kind: str
     unit: str
     temperature: float
@@ -67,6 +67,7 @@ def head_estimator(problem: HeadProblem, example: Batch | None) -> FisherEstimat
 
     def observe(params, batch: Batch, key=None, *, taps=None, taps_scale=1.0) -> Moments:
         del key
+        check_batch(batch)
         if taps is None:
             return _closed(problem, params, batch)
         return _from_taps(problem, params, batch, taps, taps_scale)
@@ -104,8 +105,6 @@ def _placed(problem: HeadProblem, params: Tree, found: Readout, values: Array) -
     _, contracted, outputs = operand_axes(found.use)
     axes = {"param": (*outputs, *contracted), "row": outputs, "column": contracted, "tensor": ()}[problem.group]
     shaped = in_leaf_order(found.use, values, axes)
-    if problem.average:
-        shaped = shaped / _group_size(problem, found)
     leaves, treedef = jax.tree.flatten(params)
     return jax.tree.unflatten(treedef, [shaped if i == found.leaf else None for i in range(len(leaves))])
 

@@ -15,6 +15,7 @@ from jaxtyping import Array
 from fisher_jax._support.meshes import places
 from fisher_jax._support.selection import Chosen, select
 from fisher_jax.batch import Batch
+from fisher_jax.batch.arguments import check_arguments
 from fisher_jax.batch.tokens import has_weight, require_usable
 from fisher_jax.kronecker.curvature.factors import Factors
 from fisher_jax.kronecker.curvature.product import curvature_product
@@ -182,12 +183,12 @@ def kfac(factors: Factors) -> Partial:
     is exact.
 
     Args:
-        factors: of `fj.kfac_factors`; a training state's are `fj.kfac_factors_from_state`.
+        factors: of `fj.kfac_factors`; a training state's are `fj.kfac_tools.kfac_factors_from_state`.
 
     Returns:
         ``matvec(v)``: ``v`` is a tree like ``restrict(params)``, the result has at least float32. A
-        ``jax.tree_util.Partial`` with the factors as its leaves, for `fj.lanczos`, `fj.trace` and
-        `fj.spectral_density`; `fj.kfac_spectrum` gives its eigenvalues without any product.
+        ``jax.tree_util.Partial`` with the factors as its leaves, for `fj.lanczos`, `fj.spectra.trace` and
+        `fj.spectral_density`; `fj.kfac_tools.kfac_spectrum` gives its eigenvalues without any product.
 
     Raises:
         TypeError: no `Factors`.
@@ -197,14 +198,14 @@ def kfac(factors: Factors) -> Partial:
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> batch = fj.Batch(jnp.diag(jnp.array([2.0, 1.0])), jnp.array([[1.0], [1.0]]))
         >>> params = {"kernel": jnp.zeros((2, 1))}
-        >>> factors = fj.kfac_factors(lambda p, x: x @ p["kernel"], params, batch, fj.gaussian)
+        >>> factors = fj.kfac_factors(lambda p, x: x @ p["kernel"], fj.gaussian, params, batch)
         >>> fj.operators.kfac(factors)({"kernel": jnp.ones((2, 1))})["kernel"].round(4).tolist()
         [[2.0], [0.5]]
     """
     if not isinstance(factors, Factors):
         raise TypeError(
             f"expected the result of fj.kfac_factors, found {type(factors).__name__}; for an optimizer's state use "
-            "fj.kfac_factors_from_state(state, apply_fn, params, example)"
+            "fj.kfac_tools.kfac_factors_from_state(state, apply_fn, likelihood, params, batch)"
         )
     return Partial(curvature_product, factors)
 
@@ -296,6 +297,7 @@ def over_batches(make_matvec: Callable[[Batch], Partial], batches: Iterable[Batc
 
 
 def _operator(kind, apply_fn, likelihood, params, batch, parameters, microbatch_size, remat, keep) -> Partial:
+    check_arguments(apply_fn, likelihood, batch=batch)
     selection = select(params, parameters)
     params = jax.tree.map(jnp.asarray, params)
     where = places(jax.tree.leaves(selection.restrict(params)))

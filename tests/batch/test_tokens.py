@@ -72,9 +72,10 @@ def lm_head(likelihood, params, batch):
     return found.mean, found.m2, found.weight
 
 
-def kfac_factors(fisher):
+def kfac_factors(estimator):
     def consume(likelihood, params, batch):
-        factors = fj.kfac_factors(headed, params, batch, likelihood, key=KEY, fisher=fisher)
+        curvature = fj.Curvature(estimator=estimator)
+        factors = fj.kfac_factors(headed, likelihood, params, batch, key=KEY, curvature=curvature)
         return fj.precondition(factors, params)
 
     return consume
@@ -104,7 +105,7 @@ def operator(name, **options):
 
 def block_spectrum(unit, kind):
     def consume(likelihood, params, batch):
-        found = fj.block_spectrum(model, likelihood, params, batch, unit=unit, kind=kind, key=KEY)
+        found = fj.spectra.block_spectrum(model, likelihood, params, batch, unit=unit, kind=kind, key=KEY)
         return {name: one.eigenvalues for name, one in found.items()}
 
     return consume
@@ -116,7 +117,7 @@ LABELLED = {
     "sequence": estimator("sequence"),
     "kfac_factors": kfac_factors("empirical"),
     "scale_by_kfac": optimizer(fj.scale_by_kfac),
-    "kfac, adaptive": optimizer(functools.partial(fj.kfac, None, fisher="ggn", max_momentum=0.9)),
+    "kfac, adaptive": optimizer(functools.partial(fj.kfac, curvature=fj.Curvature(estimator="ggn"))),
     "block_spectrum by token": block_spectrum("token", "empirical"),
     "block_spectrum by sequence": block_spectrum("sequence", "empirical"),
     "empirical_fisher": operator("empirical_fisher"),
@@ -261,9 +262,9 @@ def test_outputs_are_one_floating_array():
     for outputs in (lambda p, x: (x["x"], p), lambda p, x: x["x"] > 0, lambda p, x: 1.0):
         for run in (
             lambda f: fj.group_fisher(f, estimator="exact").observe(params, batch),
-            lambda f: fj.kfac_factors(f, params, batch),
+            lambda f: fj.kfac_factors(f, fj.categorical, params, batch),
             lambda f: fj.operators.ggn(f, fj.categorical, params, batch),
-            lambda f: fj.block_spectrum(f, fj.categorical, params, batch),
+            lambda f: fj.spectra.block_spectrum(f, fj.categorical, params, batch),
         ):
             with pytest.raises(ValueError, match=r"apply_fn returns one floating array \[..., K\]"):
                 run(outputs)

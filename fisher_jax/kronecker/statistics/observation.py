@@ -13,7 +13,7 @@ from jaxtyping import Array
 from fisher_jax._support import rejection
 from fisher_jax._support.dtypes import wide
 from fisher_jax._support.placement import automatic, spec_of
-from fisher_jax._tracing import program
+from fisher_jax._tracing.program import Program, differentiate, with_ids
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import log_probs, readable, tokens_of, without_padding
 from fisher_jax.kronecker.blocks.plan import Block, Rules
@@ -46,27 +46,28 @@ class Observation(NamedTuple):
     taps: tuple[list, Masks] | None = None
 
 
-def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Batch, key: Any) -> Observation:
+def observe(problem: Problem, program: Program, blocks: tuple[Block, ...], batch: Batch, key: Any) -> Observation:
     """Statistics of every block from one backward pass (``ggn``: one for each output)."""
     rules = problem.rules
-    out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
-    tokens, bad = tokens_of(problem.likelihood, out, batch, rules.fisher == "empirical")
+    (out,) = program.structure.outputs
+    tokens, bad = tokens_of(problem.likelihood, out, batch, rules.estimator == "empirical")
+    weights = tokens.weights
     # A real position counts among the inputs of a layer, whether or not its row has a loss.
-    inputs, weights = without_padding(batch.inputs, batch.real), tokens.weights
+    program = program.on(without_padding(batch.inputs, batch.real))
     masks, label_key = _masks(problem, weights, batch, key)
-    sampled = rules.fisher in ("sampled", "exact_head")
+    sampled = rules.estimator in ("sampled", "exact_head")
     if sampled and key is None:
-        raise ValueError(f"fisher={rules.fisher!r} draws labels from the model: pass key=")
+        raise ValueError(f"estimator={rules.estimator!r} draws labels from the model: pass key=")
     root = jnp.sqrt(weights)
     whole = any(block.needs_taps(rules) for block in blocks)
 
     def one(column):
-        def loss(params, inputs, targets, root):
-            outputs = problem.apply_fn(params, inputs)
+        def loss(outputs):
             fixed = jax.lax.stop_gradient(outputs)
-            if rules.fisher == "ggn":
+            if rules.estimator == "ggn":
                 direction = problem.likelihood.fisher_factor(readable(fixed, root), column)
                 return jnp.sum(root[..., None] * (direction * readable(outputs, root)))
+            targets = tokens.targets
             if sampled:
                 draw = functools.partial(problem.likelihood.sample, temperature=problem.temperature)
                 targets = automatic(draw, PartitionSpec(), label_key, fixed)
@@ -83,13 +84,12 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
             return automatic(sums, places(tap, owner[tap.leaf], rules), tap.inputs, tap.cotangents, masks)
 
         reduce = None if whole else kept
-        traced = program.trace(loss, params, (inputs, tokens.targets, root), {}, reduce, lambda i: i in followed)
-        value, _, taps = program.differentiate(traced)
+        value, _, taps = differentiate(program, loss, reduce=reduce, follow=followed.__contains__)
         found = [(t.leaf, t.use, t.reduced if reduce else _raw(t, owner, masks, rules)) for t in taps]
         found = [(leaf, use, over_devices(x, problem.axis_name)) for leaf, use, x in found]
         return sums_of_blocks(blocks, found, masks, rules), value, taps if whole else []
 
-    if rules.fisher == "ggn":
+    if rules.estimator == "ggn":
         sums, values, taps = jax.lax.map(one, jnp.arange(out.shape[-1]))
         sums = tuple(over_columns(found) for found in sums)
         finite = jnp.all(jnp.isfinite(values))
@@ -98,8 +98,8 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
         finite = jnp.isfinite(value)
     finite &= jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
     probabilities = None
-    if rules.fisher == "exact_head":
-        outputs = problem.apply_fn(params, inputs)
+    if rules.estimator == "exact_head":
+        outputs = program()
         find = functools.partial(_probabilities, problem, blocks)
         vocabulary = spec_of(outputs)[-1:] or (None,)
         out_places = (PartitionSpec(*vocabulary, None), PartitionSpec())
@@ -114,21 +114,22 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
 
 
 def observe_taps(
-    problem: Problem, blocks: tuple[Block, ...], taps: list, scale: Any, outputs: Any, batch: Batch, key: Any
+    problem: Problem, program: Program, blocks: tuple[Block, ...], taps: list, scale: Any, batch: Batch, key: Any
 ) -> Observation:
     """The same from raw taps of the training step's own backward pass; ``scale`` times its loss is the summed one.
 
-    ``outputs`` is what ``jax.eval_shape`` says of the model's; a batch without targets has none to look at.
+    A batch without targets has none to look at.
     """
     rules = problem.rules
-    if rules.fisher != "empirical":
+    if rules.estimator != "empirical":
         raise ValueError(
-            f"taps of the training loss hold its own labels; fisher={rules.fisher!r} needs batch= instead"
+            f"taps of the training loss hold its own labels; estimator={rules.estimator!r} needs batch= instead"
         )
-    tokens, bad = tokens_of(problem.likelihood, outputs, batch, batch.targets is not None)
+    (out,) = program.structure.outputs
+    tokens, bad = tokens_of(problem.likelihood, out, batch, batch.targets is not None)
     masks, _ = _masks(problem, tokens.weights, batch, key)
     owner = {i: b for b in blocks for i in (b.leaf, b.bias) if i is not None}
-    taps = [tap for tap in taps if tap.leaf in owner]
+    taps = with_ids([tap for tap in taps if tap.leaf in owner], program.structure)
     for tap in taps:
         if tap.cotangents is None:
             raise ValueError(f"the tap of {tap.path} was reduced; pass the taps of fj.value_grad_and_taps(loss)")

@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from fisher_jax._support.selection import Chosen
 from fisher_jax.batch import Batch
+from fisher_jax.batch.arguments import check_arguments
 from fisher_jax.batch.tokens import require_usable
 from fisher_jax.likelihoods import Likelihood
 from fisher_jax.spectra.blocks import gram
@@ -87,6 +88,7 @@ def block_spectrum(
         >>> [round(float(x), 3) for x in found["['kernel']"].eigenvalues]
         [1.333, 0.333]
     """
+    check_arguments(apply_fn, likelihood, batch=batch)
     state_room.check_options(unit, kind, num_samples, chunk_size, 1)
     check_layout(apply_fn, params, batch.inputs)
     found = partition(params, blocks, stacked, parameters, apply_fn, likelihood, batch)

@@ -15,6 +15,7 @@ from fisher_jax._tracing.program import trace
 from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_arguments, check_batch
+from fisher_jax.batch.tokens import log_probs
 from fisher_jax.estimators.by_batch import by_batch
 from fisher_jax.estimators.by_row import by_row
 from fisher_jax.estimators.by_taps import by_taps

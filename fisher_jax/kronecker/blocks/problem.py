@@ -68,6 +68,7 @@ def block_plan(problem: Problem, params: Tree, batch: Batch) -> tuple[Program, t
     rules = dataclasses.replace(problem.rules, devices=_devices(problem.axis_name))
     lead = None if batch.real is None else jnp.shape(batch.real)
     program = trace(problem.apply_fn, params, (batch.inputs,), None, problem.structures, lead, follow=rules.follow)
+    check_outputs(program.shape)
     found = program.structure
     blocks = plan(found, program.leaves, program.paths, rules)
     (out,) = found.outputs

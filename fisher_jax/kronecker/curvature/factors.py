@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from fisher_jax._support.errors import RejectedBatchError
 from fisher_jax._support.jax_internals import is_traced
+from fisher_jax._support.outline import outline
 from fisher_jax._support.placement import mesh_of
 from fisher_jax._support.rejection import reasons
 from fisher_jax.batch import Batch
@@ -31,7 +32,7 @@ Tree = Any
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["blocks", "damping"], meta_fields=["plan", "form", "power"]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Factors:
     """Curvature of a model, see `kfac_factors`.
 
@@ -47,6 +48,9 @@ class Factors:
     plan: tuple[Block, ...]
     form: str = "auto"
     power: float = -1.0
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def kfac_factors(

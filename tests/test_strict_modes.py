@@ -150,7 +150,7 @@ for operator in (fj.operators.ggn, fj.operators.fisher, fj.operators.empirical_f
 @case
 def blocks(dtype):
     apply_fn, params, batch = decoder(dtype)
-    stream = fj.block_spectra(apply_fn, fj.categorical, example=batch)
+    stream = fj.spectra.block_spectra(apply_fn, fj.categorical, example=batch)
     return stream.update, (stream.init(params), params, batch)
 
 
@@ -246,7 +246,7 @@ def layers_in_a_scan(dtype):
 def steps_that_spare_what_matters(dtype):
     _, params, _ = decoder(dtype)
     fisher = jax.tree.map(lambda x: jnp.square(x.astype(jnp.float32)), params)
-    tx = optax.chain(fj.scale_by_fisher(fisher, damping=1e-2), fj.protect_important(fisher, 0.1))
+    tx = optax.chain(fj.continual.scale_by_fisher(fisher, damping=1e-2), fj.continual.protect_important(fisher, 0.1))
 
     def step(grads, state, params):
         updates, state = tx.update(grads, state, params)
@@ -267,7 +267,7 @@ def reading_a_state(dtype):
         both = fj.welford.merge(one, two)
         both = fj.welford.add(both, fj.welford.observe(rows))
         by_row = fj.welford.observe(rows, unit="sequence")
-        weights = fj.shrunk_mean(by_row), fj.merge_params([params, params], [fj.welford.mean(one)] * 2)
+        weights = fj.stats.shrunk_mean(by_row), fj.merge_params([params, params], [fj.welford.mean(one)] * 2)
         plain = fj.welford.merge(fj.welford.plain(one), fj.welford.plain(two))
         return (
             weights,

@@ -31,8 +31,10 @@ def outline(found: Any) -> str:
 def _short(x: Any) -> str:
     if x is None or isinstance(x, bool | int | float | str):
         return repr(x)
-    if isinstance(x, np.ndarray | np.generic | jax.Array | jax.ShapeDtypeStruct):
-        return f"{x.item():.6g}" if _is_number(x) else f"{x.dtype}{list(x.shape)}"
+    if isinstance(x, np.ndarray | np.generic | jax.Array) and _is_number(x):
+        return f"{x.item():.6g}"
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype}{list(x.shape)}"
     if isinstance(x, tuple | list) and x and not hasattr(x, "_fields"):
         return f"<{len(x)} {type(x[0]).__name__}>"
     return f"<tree of {len(jax.tree.leaves(x))}>"
@@ -40,6 +42,6 @@ def _short(x: Any) -> str:
 
 def _is_number(x: Any) -> bool:
     """One number that can be read here and now."""
-    if x.ndim or isinstance(x, jax.ShapeDtypeStruct) or is_traced(x) or not jnp.issubdtype(x.dtype, np.number):
+    if x.ndim or is_traced(x) or not jnp.issubdtype(x.dtype, np.number):
         return False
     return not isinstance(x, jax.Array) or (x.is_fully_addressable and not x.is_deleted())

@@ -44,7 +44,6 @@ def group_fisher(
     example: Batch | None = None,
     groups: Any = groups_room.param,
     combine: Callable[[Any], Any] | None = None,
-    average: bool = False,
     estimator: str = "signs",
     kind: str | None = None,
     unit: str | None = None,
@@ -82,7 +81,6 @@ def group_fisher(
             sums, to an array or a tree. A dict of such gives every leaf a dict of statistics.
         combine: a linear function of one observation's tree of sums, applied before it is accumulated: for statistics
             over several parameters, such as totals of layers, with intervals of their own.
-        average: divide each sum by the size of its group, which ``estimator.group_sizes(params)`` tells.
         estimator: see above.
         kind: ``"empirical"`` (labels of the batch) or ``"true"`` (labels from the model). ``None``: empirical, and
             true for ``sampled``.
@@ -119,7 +117,7 @@ def group_fisher(
         >>> batch = fj.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 2, 2]))
         >>> fisher = fj.group_fisher(apply_fn, example=batch, groups=fj.groups.row, estimator="exact")
         >>> state = fisher.update(fisher.init(params), params, batch)
-        >>> [round(float(x), 3) for x in fj.welford.mean(state)["kernel"]]
+        >>> [round(float(x), 3) for x in fj.mean(state)["kernel"]]
         [0.389, 0.389, 0.556]
     """
     check_arguments(apply_fn, likelihood)
@@ -134,26 +132,26 @@ def group_fisher(
             raise ValueError("estimator='head' has neither combine= nor num_samples=: it is exact, and one leaf")
         if likelihood is not categorical:
             raise ValueError(f"estimator='head' is for fj.categorical outputs, found {likelihood.name}")
-        chosen = HeadProblem(apply_fn, head_group(groups), average, kind, unit, temperature, chunk_size)
+        chosen = HeadProblem(apply_fn, head_group(groups), kind, unit, temperature, chunk_size)
         return head_estimator(chosen, example)
     observe_with: Callable = by_token if estimator == "exact" else by_batch if _whole(estimator, unit) else by_row
 
-    def grouped(params: Tree, average: bool) -> list:
+    def grouped(params: Tree) -> list:
         def specs():
             return program.trace(_loss(apply_fn, likelihood), params, (example,), {}).probe.specs
 
-        return orientation.groupings(groups, params, None if example is None else specs, average)
+        return orientation.groupings(groups, params, None if example is None else specs)
 
     def problem(params: Tree) -> Problem:
-        found = grouped(params, average)
         return Problem(
-            apply_fn, likelihood, found, combine, estimator, kind, unit, num_samples, temperature, chunk_size
+            apply_fn, likelihood, grouped(params), combine, estimator, kind, unit, num_samples, temperature,
+            chunk_size,
         )  # fmt: skip
 
     def init(params: Tree):
         like = jax.eval_shape(lambda p: problem(p).reduce(_floating(p)), params)
         if combine is None:
-            like = orientation.as_sharded(grouped(params, average), params, like)
+            like = orientation.as_sharded(grouped(params), params, like)
         return meshes.spread(welford.init(like, unit=unit), params)
 
     def observe(params: Tree, batch: Batch, key: Array | None = None, *, taps=None, taps_scale=1.0) -> Moments:
@@ -174,7 +172,7 @@ def group_fisher(
         return welford.add(state, observe(params, batch, key, **given))
 
     def group_sizes(params: Tree) -> Tree:
-        return orientation.sizes(grouped(params, False), params)
+        return orientation.sizes(grouped(params), params)
 
     return FisherEstimator(init, observe, update, welford.add, group_sizes)
 

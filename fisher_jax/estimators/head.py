@@ -36,7 +36,6 @@ class HeadProblem:
 
     apply_fn: Callable
     group: str
-    average: bool
     kind: str
     unit: str
     temperature: float
@@ -105,8 +104,6 @@ def _placed(problem: HeadProblem, params: Tree, found: Readout, values: Array) -
     _, contracted, outputs = operand_axes(found.use)
     axes = {"param": (*outputs, *contracted), "row": outputs, "column": contracted, "tensor": ()}[problem.group]
     shaped = in_leaf_order(found.use, values, axes)
-    if problem.average:
-        shaped = shaped / _group_size(problem, found)
     leaves, treedef = jax.tree.flatten(params)
     return jax.tree.unflatten(treedef, [shaped if i == found.leaf else None for i in range(len(leaves))])
 

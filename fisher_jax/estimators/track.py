@@ -17,7 +17,7 @@ class TrackFisherState(NamedTuple):
     """State of `track_fisher`.
 
     Attributes:
-        fisher: the estimator's own state, to be read with ``fj.welford.mean`` and the like.
+        fisher: the estimator's own state, to be read with ``fj.mean`` and the like.
         step: int32, updates seen.
     """
 
@@ -56,7 +56,7 @@ def track_fisher(estimator: FisherEstimator, period: int = 1) -> optax.GradientT
         >>> batch = fj.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 2, 2]))
         >>> grads = {"kernel": jnp.ones((2, 3))}
         >>> updates, state = tx.update(grads, state, params, batch=batch, key=jax.random.key(0))
-        >>> fj.welford.mean(state[0])["kernel"].shape
+        >>> fj.mean(state[0])["kernel"].shape
         (2, 3)
     """
     if period < 1:

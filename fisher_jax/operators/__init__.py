@@ -183,12 +183,12 @@ def kfac(factors: Factors) -> Partial:
     is exact.
 
     Args:
-        factors: of `fj.kfac_factors`; a training state's are `fj.kfac_factors_from_state`.
+        factors: of `fj.kfac_factors`; a training state's are `fj.kfac_tools.kfac_factors_from_state`.
 
     Returns:
         ``matvec(v)``: ``v`` is a tree like ``restrict(params)``, the result has at least float32. A
-        ``jax.tree_util.Partial`` with the factors as its leaves, for `fj.lanczos`, `fj.trace` and
-        `fj.spectral_density`; `fj.kfac_spectrum` gives its eigenvalues without any product.
+        ``jax.tree_util.Partial`` with the factors as its leaves, for `fj.lanczos`, `fj.spectra.trace` and
+        `fj.spectral_density`; `fj.kfac_tools.kfac_spectrum` gives its eigenvalues without any product.
 
     Raises:
         TypeError: no `Factors`.
@@ -205,7 +205,7 @@ def kfac(factors: Factors) -> Partial:
     if not isinstance(factors, Factors):
         raise TypeError(
             f"expected the result of fj.kfac_factors, found {type(factors).__name__}; for an optimizer's state use "
-            "fj.kfac_factors_from_state(state, apply_fn, likelihood, params, batch)"
+            "fj.kfac_tools.kfac_factors_from_state(state, apply_fn, likelihood, params, batch)"
         )
     return Partial(curvature_product, factors)
 

@@ -13,8 +13,8 @@ from fisher_jax._support.outline import outline
 from fisher_jax.kronecker.curvature.factors import Factors, precondition
 from fisher_jax.kronecker.curvature.product import curvature_product
 from fisher_jax.kronecker.optimizer.quadratic import tree_dot
-from fisher_jax.uses.align import check_alike
 from fisher_jax.uses.merging import scales_of, weighted_mean
+from fisher_jax.uses.trees import check_alike
 
 __all__ = ["KFACMerge", "merge_kfac"]
 
@@ -78,7 +78,7 @@ def merge_kfac(
         >>> inputs = [jnp.array([[1.0, 0.0]] * 2), jnp.array([[0.0, 1.0]] * 2)]  # each task sees one feature
         >>> batches = [fj.Batch(x, apply_fn(p, x) + jnp.array([[1.0], [-1.0]])) for x, p in zip(inputs, models)]
         >>> factors = [fj.kfac_factors(apply_fn, fj.gaussian, p, b) for p, b in zip(models, batches)]
-        >>> fj.merge_kfac(models, factors).params["w"].round(2).ravel().tolist()
+        >>> fj.kfac_tools.merge_kfac(models, factors).params["w"].round(2).ravel().tolist()
         [1.0, 1.0]
     """
     counts = scales_of(params_list, scales)

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from fisher_jax import welford
-from fisher_jax.uses.align import check_alike
 from fisher_jax.uses.multiplicity import q_values
+from fisher_jax.uses.trees import check_alike
 from fisher_jax.welford.observed import Observed, as_state, effective, observed, on_tree
 
 __all__ = ["Drift", "Shift", "importance_drift", "importance_shift"]
@@ -31,7 +31,7 @@ class Shift(NamedTuple):
         z: their ratio.
         degrees_of_freedom: Welch's and Satterthwaite's.
         p: two-sided; NaN where not testable.
-        q: adjusted over all testable groups of the tree (`fj.q_values`).
+        q: adjusted over all testable groups of the tree (`fj.stats.q_values`).
         testable: false where too little was seen of the group to ever tell.
     """
 
@@ -84,10 +84,11 @@ def importance_shift(
     of Wikipedia and PubMed by document, 15 to 85 in a hundred) Welch's test had false discoveries at ``q = 0.05`` in
     all of 12 splits, the guarded one in none. With texts of equal size it is Welch's, up to degrees of freedom.
 
-    Groups with fewer than ``min_effective`` effective observations in both texts together (`fj.effective_count`) are
-    not tested, and not counted in the q values: with ``k`` of them ``|z|`` cannot exceed about ``sqrt(k)``. That
-    count is the same however documents are dealt to the two texts, so leaving out by it does not bias the p values
-    of the others. What it cannot mend: observations that are not independent. For text the unit is the document.
+    Groups with fewer than ``min_effective`` effective observations in both texts together
+    (`fj.stats.effective_count`) are not tested, and not counted in the q values: with ``k`` of them ``|z|`` cannot
+    exceed about ``sqrt(k)``. That count is the same however documents are dealt to the two texts, so leaving out by
+    it does not bias the p values of the others. What it cannot mend: observations that are not independent. For text
+    the unit is the document.
 
     Args:
         state_a, state_b: Welford states or moments of the same model, groups and unit.
@@ -158,7 +159,7 @@ def importance_drift(
         >>> rng = np.random.default_rng(0)
         >>> scales = np.array([[1, 1], [1, 1], [1, 4], [1, 4]])
         >>> windows = [fj.welford.observe(jnp.float32(rng.gamma(2.0, s, (30, 2))), unit="sequence") for s in scales]
-        >>> drift = fj.importance_drift(windows)
+        >>> drift = fj.shift.importance_drift(windows)
         >>> (drift.q < 0.05).tolist(), int(drift.change[1])
         ([False, True], 2)
     """

@@ -13,7 +13,14 @@ from fisher_jax.welford.moments import Moments
 from fisher_jax.welford.state import State
 
 __all__ = [
-    "confidence_interval", "count", "mean", "spread", "standard_error", "total_weight", "variance", "weight",
+    "count",
+    "interval",
+    "mean",
+    "spread",
+    "standard_error",
+    "total_weight",
+    "variance",
+    "weight",
 ]  # fmt: skip
 
 Tree = Any  # a pytree of arrays
@@ -106,7 +113,7 @@ def standard_error(x: State | Moments) -> Tree:
     return _unscaled(jax.tree.map(leaf, state.mean, state.m2, *squares), state.scale)
 
 
-def confidence_interval(x: State | Moments, level: float = 0.95) -> tuple[Tree, Tree]:
+def interval(x: State | Moments, level: float = 0.95) -> tuple[Tree, Tree]:
     """``mean -+ t * standard_error`` with Student's t quantile at ``n - 1`` degrees of freedom, on the host.
 
     Meant for a corpus, the unit is the document: tokens of a sequence, and sequences of a document, are correlated,
@@ -120,7 +127,7 @@ def confidence_interval(x: State | Moments, level: float = 0.95) -> tuple[Tree, 
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
-        >>> lower, upper = fj.welford.confidence_interval(fj.welford.observe(jnp.array([1.0, 2.0, 6.0])))
+        >>> lower, upper = fj.welford.interval(fj.welford.observe(jnp.array([1.0, 2.0, 6.0])))
         >>> round(float(lower), 3), round(float(upper), 3)
         (-3.572, 9.572)
     """

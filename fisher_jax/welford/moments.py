@@ -69,7 +69,7 @@ class Moments:
         unit: what one observation is.
         scale: exact power of two that keeps fourth powers of small probabilities above float32's underflow.
 
-    Read it with ``fj.welford.mean``, ``.variance``, ``.standard_error`` or ``.confidence_interval``.
+    Read it with ``fj.welford.mean``, ``.variance``, ``.standard_error`` or ``.interval``.
     """
 
     mean: Tree

@@ -234,7 +234,7 @@ def problem():
 
 def test_block_spectra_restore_with_a_template(tmp_path):
     apply_fn, params, batch = problem()
-    spectra = fj.block_spectra(apply_fn)
+    spectra = fj.spectra.block_spectra(apply_fn)
     state = spectra.update(spectra.init(params), params, batch)
     fj.checkpoint.save(tmp_path / "state", state)
     for like in (None, state, spectra.init(params)):

@@ -190,11 +190,11 @@ def test_nnx_optimizer_recipe():
 
 def test_a_state_in_host_memory_stays_there_and_has_the_same_numbers():
     _, wanted = along(period=3)
-    _, state = train(optax.chain(fj.track_fisher(fj.on_host(FISHER), 3), optax.sgd(0.1)))
+    _, state = train(optax.chain(fj.track_fisher(fj.estimators.on_host(FISHER), 3), optax.sgd(0.1)))
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state[0].fisher)}
     assert kinds == {"pinned_host"}
     assert_same(fj.welford.mean(state[0]), fj.welford.mean(wanted))
-    assert {x.sharding.memory_kind for x in jax.tree.leaves(fj.on_device(state[0].fisher))} == {"device"}
-    average = fj.on_host(fj.ema(FISHER, 0.5))
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(fj.estimators.on_device(state[0].fisher))} == {"device"}
+    average = fj.estimators.on_host(fj.ema(FISHER, 0.5))
     found = average.add(average.init(PARAMS), FISHER.observe(PARAMS, batches(1)[0]))
     assert {x.sharding.memory_kind for x in jax.tree.leaves(found)} == {"pinned_host"}

@@ -128,7 +128,7 @@ def test_flax_convolutions_have_blocks_and_the_plan_says_which():
     inputs = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     params = jax.eval_shape(Network().init, jax.random.key(0), inputs)
     targets = jax.ShapeDtypeStruct((2, 4, 4), jnp.int32)
-    found = fj.kfac_coverage(
+    found = fj.kfac_tools.kfac_coverage(
         Network().apply,
         fj.categorical,
         params,
@@ -152,4 +152,4 @@ def test_a_convolution_that_groups_examples_is_an_error():
 
     batch = fj.Batch(jnp.ones((4, 5, 3)), jnp.zeros(2, int))
     with pytest.raises(ValueError, match=r"\['k'\].*batch_group_count=2.*test_convolutions.py.*diagonal="):
-        fj.kfac_coverage(grouped, fj.categorical, {"k": jnp.ones((3, 3, 4))}, batch)
+        fj.kfac_tools.kfac_coverage(grouped, fj.categorical, {"k": jnp.ones((3, 3, 4))}, batch)

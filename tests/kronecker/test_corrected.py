@@ -135,14 +135,14 @@ def test_what_cannot_be_corrected_is_named_and_the_table_says_what_is():
     with pytest.raises(ValueError, match=r"\['e'\] cannot be corrected: an embedding tied.*path != \"\['e'\]\""):
         fj.scale_by_kfac(tied, example=batch, curvature=fj.Curvature(eigenvalue_correction=True)).init(params)
     with pytest.raises(ValueError, match=r"\['h'\] cannot be corrected: estimator='exact_head'"):
-        fj.kfac_coverage(
+        fj.kfac_tools.kfac_coverage(
             lambda p, x: p["e"][x] @ p["h"],
             fj.categorical,
             {"e": params["e"], "h": params["w"]},
             batch,
             curvature=fj.Curvature(eigenvalue_correction=True, estimator="exact_head"),
         )
-    found = fj.kfac_coverage(
+    found = fj.kfac_tools.kfac_coverage(
         tied,
         fj.categorical,
         params,

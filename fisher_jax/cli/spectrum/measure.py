@@ -211,7 +211,7 @@ def block_spectra_of(
     some = fj.Batch(batch.inputs[rows], batch.targets[rows], jnp.asarray(weights[rows]))
     kind = "empirical" if settings.operator == "empirical-fisher" else "true"
     leaves = flatten(model.params)
-    spectra: dict[str, fj.BlockSpectrum] = {}
+    spectra: dict[str, fj.spectra.BlockSpectrum] = {}
     for names in _passes({name: leaves[name].size for name in chosen if chosen[name]}, number):
         spectra |= fj.block_spectrum(
             model.apply, fj.categorical, model.params, some, kind=kind, blocks=_slashed,

@@ -60,7 +60,7 @@ def kfac_coverage(
         >>> apply_fn = lambda params, x: (x * params["scale"]) @ params["kernel"] + params["bias"]
         >>> params = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3), "scale": jnp.ones(2)}
         >>> batch = fj.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 2, 2]))
-        >>> print(fj.kfac_coverage(apply_fn, fj.categorical, params, batch))
+        >>> print(fj.kfac_tools.kfac_coverage(apply_fn, fj.categorical, params, batch))
         ['bias']    [3]     an input of ['kernel']
         ['kernel']  [2, 3]  A [3, 3] (x) G [3, 3], the head
         ['scale']   [2]     diagonal
@@ -70,7 +70,7 @@ def kfac_coverage(
     problem = problem_of(apply_fn, likelihood, curvature)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     told = {}
-    for block in block_plan(problem, params, batch):
+    for block in block_plan(problem, params, batch)[1]:
         told[block.leaf] = _told(block, problem.rules)
         if block.bias is not None:
             told[block.bias] = f"an input of {block.path}"

@@ -82,13 +82,13 @@ class Block:
         return self.is_corrected(rules) and not (self.kind == "dense" and self.low_rank)
 
 
-def plan(specs: list[Spec], leaves: list, paths: list[str], found: Structure, rules: Rules) -> tuple[Block, ...]:
+def plan(found: Structure, leaves: list, paths: list[str], rules: Rules) -> tuple[Block, ...]:
     """A block for every leaf that is to be followed.
 
     Raises:
         ValueError: a leaf without a block, named with the operation, its line and the way out.
     """
-    uses: list[list[Spec]] = [[s for s in specs if s.leaf == i] for i in range(len(leaves))]
+    uses = [found.uses(i) for i in range(len(leaves))]
     blocks = {}
     for i, (leaf, path) in enumerate(zip(leaves, paths, strict=True)):
         if rules.follow(path):
@@ -186,7 +186,7 @@ def _dense(block: Block, x: Any, uses: list[Spec], found: Structure, rules: Rule
             raise ValueError(f"{block.path} is used both as it is and transposed; {_way_out(block.path)}")
     apart, units, width = _sizes(first)
     tokens = sum(_tokens(spec, apart, units) for spec in uses)
-    head = found.head == block.leaf and len(uses) == 1 and not first.loops
+    head = found.head is not None and found.head.leaf == block.leaf and len(uses) == 1
     number = math.prod(x.shape) // (width * units)
     block = dataclasses.replace(block, number=number, units=units, width=width, head=head)
     return _with_policy(block, tokens, rules)

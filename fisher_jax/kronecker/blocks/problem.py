@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fisher_jax._support.dtypes import wide_dtype
-from fisher_jax._tracing import program
-from fisher_jax._tracing.structure import structure
+from fisher_jax._tracing.program import Program, trace
+from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
 from fisher_jax.kronecker.blocks.plan import Block, Rules, choice, plan
 from fisher_jax.kronecker.options import Curvature
@@ -23,11 +22,12 @@ GGN_LIMIT = 64
 
 
 class Problem(NamedTuple):
-    """A model and how its curvature is taken."""
+    """A model, how its curvature is taken, and what is known of the model's programs."""
 
     apply_fn: Callable
     likelihood: Likelihood
     rules: Rules
+    structures: Structures
     temperature: float = 1.0
     axis_name: Any = None
 
@@ -43,7 +43,7 @@ def problem_of(apply_fn: Callable, likelihood: Likelihood, curvature: Curvature,
         choice(chosen.eigenvalue_correction),
         chosen.diagonal or (lambda path: False),
     )
-    return Problem(apply_fn, likelihood, rules, chosen.temperature, axis_name)
+    return Problem(apply_fn, likelihood, rules, Structures(), chosen.temperature, axis_name)
 
 
 def _devices(axis_name: Any) -> int:
@@ -62,22 +62,16 @@ def _devices(axis_name: Any) -> int:
     return size
 
 
-def block_plan(problem: Problem, params: Tree, batch: Batch) -> tuple[Block, ...]:
-    """The block of every parameter; arrays or ``ShapeDtypeStruct``s."""
+def block_plan(problem: Problem, params: Tree, batch: Batch) -> tuple[Program, tuple[Block, ...]]:
+    """The model's program, and the block of every parameter; arrays or ``ShapeDtypeStruct``s."""
     rules = dataclasses.replace(problem.rules, devices=_devices(problem.axis_name))
-    out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
-    root = jax.ShapeDtypeStruct(out.shape[:-1], wide_dtype(out.dtype))
-
-    def loss(params, inputs, root):
-        outputs = problem.apply_fn(params, inputs)
-        return jnp.sum(outputs.astype(root.dtype) * root[..., None])
-
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    traced = program.trace(loss, params, (batch.inputs, root), {}, None, lambda i: rules.follow(paths[i]))
-    found = structure(problem.apply_fn, params, batch.inputs)
-    blocks = plan(traced.probe.specs, traced.leaves, paths, found, rules)
+    lead = None if batch.real is None else jnp.shape(batch.real)
+    program = trace(problem.apply_fn, params, (batch.inputs,), None, problem.structures, lead, follow=rules.follow)
+    found = program.structure
+    blocks = plan(found, program.leaves, program.paths, rules)
+    (out,) = found.outputs
     if rules.estimator == "exact_head" and not (
-        found.head_is_last and any(b.head for b in blocks) and problem.likelihood.name == "categorical"
+        found.head is not None and found.head.is_last and any(b.head for b in blocks) and problem.likelihood.name == "categorical"
     ):
         raise ValueError(
             "estimator='exact_head' needs a categorical likelihood whose outputs are those of one dense use and its "
@@ -88,4 +82,4 @@ def block_plan(problem: Problem, params: Tree, batch: Batch) -> tuple[Block, ...
             f"estimator='ggn' costs a backward pass for each of the {out.shape[-1]} outputs, at most {GGN_LIMIT} are "
             "taken; use estimator='sampled' or 'exact_head'"
         )
-    return blocks
+    return program, blocks

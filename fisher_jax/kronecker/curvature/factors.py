@@ -108,8 +108,8 @@ def kfac_factors(
     check_arguments(apply_fn, likelihood, batch=batch)
     check_option("curvature", curvature, Curvature)
     problem = problem_of(apply_fn, likelihood, curvature, axis_name)
-    blocks = block_plan(problem, params, batch)
-    seen = observe(problem, blocks, params, batch, key)
+    program, blocks = block_plan(problem, params, batch)
+    seen = observe(problem, program, blocks, batch, key)
     if not is_traced(seen.bad) and int(seen.bad):
         raise RejectedBatchError(f"the batch has {'; '.join(reasons(int(seen.bad)))}")
     found = decompose(blocks, seen, problem, curvature.factor_dtype, mesh_of(params, batch))

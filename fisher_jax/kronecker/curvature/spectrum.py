@@ -15,7 +15,7 @@ from fisher_jax.kronecker.curvature.factors import BlockFactors, Factors
 from fisher_jax.kronecker.curvature.product import block_product
 from fisher_jax.kronecker.factors.forms import Eigen, LowRank
 from fisher_jax.kronecker.factors.woodbury import SoftmaxHead
-from fisher_jax.spectra.krylov import lanczos
+from fisher_jax.spectra import lanczos
 
 __all__ = ["DENSE_LIMIT", "BlockEigenvalues", "KFACSpectrum", "kfac_spectrum"]
 
@@ -81,7 +81,7 @@ def kfac_spectrum(factors: Factors, num_eigenvalues: int | None = None, *, key: 
     ``A``), and by `fj.lanczos` beyond, with residual bounds.
 
     Args:
-        factors: of `fj.kfac_factors`, or of a training state by `fj.kfac_factors_from_state`.
+        factors: of `fj.kfac_factors`, or of a training state by `fj.kfac_tools.kfac_factors_from_state`.
         num_eigenvalues: of all blocks together, and of each block at most; ``None``: all of them.
         key: of Lanczos's start vectors, where it is needed.
 
@@ -95,7 +95,7 @@ def kfac_spectrum(factors: Factors, num_eigenvalues: int | None = None, *, key: 
         >>> apply_fn = lambda params, x: x @ params["kernel"]
         >>> batch = fj.Batch(jnp.diag(jnp.array([2.0, 1.0])), jnp.array([[1.0], [1.0]]))
         >>> factors = fj.kfac_factors(apply_fn, fj.gaussian, {"kernel": jnp.zeros((2, 1))}, batch)
-        >>> found = fj.kfac_spectrum(factors, 2)  # A = diag(2, 1/2), G = 1
+        >>> found = fj.kfac_tools.kfac_spectrum(factors, 2)  # A = diag(2, 1/2), G = 1
         >>> [round(float(x), 4) for x in found.eigenvalues], found.paths[0], round(found.trace, 4)
         ([2.0, 0.5], "['kernel']", 2.5)
     """

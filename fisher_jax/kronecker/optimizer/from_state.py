@@ -59,8 +59,8 @@ def kfac_factors_from_state(
         >>> batch = fj.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 2, 2]))
         >>> params, tx = {"kernel": jnp.zeros((2, 3))}, fj.scale_by_kfac(apply_fn, example=batch)
         >>> _, state = tx.update(params, tx.init(params), params, batch=batch)
-        >>> factors = fj.kfac_factors_from_state(state, apply_fn, fj.categorical, params, batch)
-        >>> round(fj.kfac_spectrum(factors, 1).trace, 4)  # a.a = 2, times the mean of g.g = 2/3
+        >>> factors = fj.kfac_tools.kfac_factors_from_state(state, apply_fn, fj.categorical, params, batch)
+        >>> round(fj.kfac_tools.kfac_spectrum(factors, 1).trace, 4)  # a.a = 2, times the mean of g.g = 2/3
         1.3333
     """
     check_arguments(apply_fn, likelihood, batch=batch)
@@ -72,7 +72,7 @@ def kfac_factors_from_state(
     # Which way the Fisher was taken leaves no trace in a plan, but for the options that go with it.
     problem = problem_of(apply_fn, likelihood, curvature.settled("sampled"))
     rules = dataclasses.replace(problem.rules, follow=lambda path: chosen[path])
-    plan = block_plan(problem._replace(rules=rules), params, batch)
+    _, plan = block_plan(problem._replace(rules=rules), params, batch)
     if len(plan) != len(inner.blocks):
         raise ValueError(
             f"the K-FAC state has {len(inner.blocks)} blocks and the parameters {len(plan)}; pass the curvature= "

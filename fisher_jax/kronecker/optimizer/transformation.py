@@ -105,9 +105,9 @@ def scale_by_kfac(
     def init(params: Tree) -> KFACState:
         whole = partial_trees.whole(params, shapes, "init: give its shapes as scale_by_kfac(..., model_params=)")
         part = partial_trees.restricted(problem, params)
-        plan = block_plan(part, whole, example)
+        _, plan = block_plan(part, whole, example)
         key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-        seen = jax.eval_shape(lambda p, b, k: observe(part, plan, p, b, k), whole, example, key)
+        seen = jax.eval_shape(lambda p, b, k: observe(part, *block_plan(part, p, b), b, k), whole, example, key)
         raw = widened(plan, seen, refresh.factor_rank) if keeps else None
         blocks = jax.tree.map(zeros, jax.eval_shape(functools.partial(build, plan), raw or seen))
         # Each counter its own buffer, so that the state can be donated.
@@ -136,14 +136,13 @@ def scale_by_kfac(
             _check_shapes(batch, example)
         whole = partial_trees.whole(given, None, "update: give it as update(..., model_params=)")
         part = partial_trees.restricted(problem, updates)
-        plan = block_plan(part, whole, example)
+        program, plan = block_plan(part, whole, example if batch is None else batch)
 
         def seen():
             if taps is None:
                 assert batch is not None
-                return observe(part, plan, whole, batch, key)
-            lead = jax.eval_shape(apply_fn, whole, example.inputs).shape[:-1]
-            return observe_taps(part, plan, taps, taps_scale, lead, batch or Batch(None, None), key)
+                return observe(part, program, plan, batch, key)
+            return observe_taps(part, program, plan, taps, taps_scale, batch or Batch(None, None), key)
 
         decompose_all = functools.partial(build, plan, mesh=mesh_of(whole, batch, taps))
         step = state.step

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from fisher_jax._support import rejection
 from fisher_jax._support.dtypes import wide, wide_dtype
 from fisher_jax._support.placement import automatic, spec_of
-from fisher_jax._tracing import program
+from fisher_jax._tracing.program import Program, differentiate, with_ids
 from fisher_jax.batch import Batch
 from fisher_jax.kronecker.blocks.plan import Block, Rules
 from fisher_jax.kronecker.blocks.problem import Problem
@@ -45,10 +45,10 @@ class Observation(NamedTuple):
     taps: tuple[list, Masks] | None = None
 
 
-def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Batch, key: Any) -> Observation:
+def observe(problem: Problem, program: Program, blocks: tuple[Block, ...], batch: Batch, key: Any) -> Observation:
     """Statistics of every block from one backward pass (``ggn``: one for each output)."""
     rules = problem.rules
-    out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
+    (out,) = program.structure.outputs
     weights, bad = token_weights(problem, out, batch)
     masks, label_key = _masks(problem, weights, batch, key)
     sampled = rules.estimator in ("sampled", "exact_head")
@@ -58,12 +58,12 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
     whole = any(block.needs_taps(rules) for block in blocks)
 
     def one(column):
-        def loss(params, inputs, targets, root):
-            outputs = problem.apply_fn(params, inputs)
+        def loss(outputs):
             fixed = jax.lax.stop_gradient(outputs)
             if rules.estimator == "ggn":
                 direction = problem.likelihood.fisher_factor(fixed, column)
                 return jnp.sum(root[..., None] * jnp.where(root[..., None] > 0, direction * outputs, 0))
+            targets = batch.targets
             if sampled:
                 draw = functools.partial(problem.likelihood.sample, temperature=problem.temperature)
                 targets = automatic(draw, PartitionSpec(), label_key, fixed)
@@ -80,8 +80,7 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
             return automatic(sums, places(tap, owner[tap.leaf], rules), tap.inputs, tap.cotangents, masks)
 
         reduce = None if whole else kept
-        traced = program.trace(loss, params, (batch.inputs, batch.targets, root), {}, reduce, lambda i: i in followed)
-        value, _, taps = program.differentiate(traced)
+        value, _, taps = differentiate(program, loss, reduce=reduce, follow=followed.__contains__)
         found = [(t.leaf, t.use, t.reduced if reduce else _raw(t, owner, masks, rules)) for t in taps]
         found = [(leaf, use, over_devices(x, problem.axis_name)) for leaf, use, x in found]
         return sums_of_blocks(blocks, found, masks, rules), value, taps if whole else []
@@ -96,7 +95,7 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
     finite &= jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
     probabilities = None
     if rules.estimator == "exact_head":
-        outputs = problem.apply_fn(params, batch.inputs)
+        outputs = program()
         find = functools.partial(_probabilities, problem, blocks)
         vocabulary = spec_of(outputs)[-1:] or (None,)
         out_places = (PartitionSpec(*vocabulary, None), PartitionSpec())
@@ -111,7 +110,7 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
 
 
 def observe_taps(
-    problem: Problem, blocks: tuple[Block, ...], taps: list, scale: Any, lead: tuple[int, ...], batch: Batch, key: Any
+    problem: Problem, program: Program, blocks: tuple[Block, ...], taps: list, scale: Any, batch: Batch, key: Any
 ) -> Observation:
     """The same from raw taps of the training step's own backward pass; ``scale`` times its loss is the summed one."""
     rules = problem.rules
@@ -119,10 +118,11 @@ def observe_taps(
         raise ValueError(
             f"taps of the training loss hold its own labels; estimator={rules.estimator!r} needs batch= instead"
         )
-    weights = _weights(lead, jnp.float32, batch)
+    (out,) = program.structure.outputs
+    weights = _weights(out.shape[:-1], jnp.float32, batch)
     masks, _ = _masks(problem, weights, batch, key)
     owner = {i: b for b in blocks for i in (b.leaf, b.bias) if i is not None}
-    taps = [tap for tap in taps if tap.leaf in owner]
+    taps = with_ids([tap for tap in taps if tap.leaf in owner], program.structure)
     for tap in taps:
         if tap.cotangents is None:
             raise ValueError(f"the tap of {tap.path} was reduced; pass the taps of fj.value_grad_and_taps(loss)")

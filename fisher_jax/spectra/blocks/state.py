@@ -20,8 +20,19 @@ from fisher_jax.spectra.blocks.capacity import BlockSpectrum, spectrum
 from fisher_jax.spectra.blocks.partition import Block
 from fisher_jax.spectra.blocks.scores import Problem, fold
 
-__all__ = ["Setting", "State", "check_options", "check_top_k", "count_scores", "finalize", "init", "key_for",
-           "spectra_of", "tokens", "update"]  # fmt: skip
+__all__ = [
+    "BlockSpectraState",
+    "Setting",
+    "check_options",
+    "check_top_k",
+    "count_scores",
+    "finalize",
+    "init",
+    "key_for",
+    "spectra_of",
+    "tokens",
+    "update",
+]  # fmt: skip
 
 Tree = Any
 
@@ -32,7 +43,7 @@ Tree = Any
     meta_fields=["names"],
 )
 @dataclasses.dataclass(frozen=True)
-class State:
+class BlockSpectraState:
     """What a stream of batches has shown.
 
     Attributes:
@@ -114,7 +125,7 @@ def count_scores(problem: Problem, weights: Array) -> Array:
     return jnp.sum(active) * problem.num_samples
 
 
-def init(setting: Setting, params: Tree) -> State:
+def init(setting: Setting, params: Tree) -> BlockSpectraState:
     leaves = jax.tree.leaves(setting.problem.selection.restrict(params))
     held, traces = [], []
     for block in setting.blocks:
@@ -123,7 +134,7 @@ def init(setting: Setting, params: Tree) -> State:
         held.append(kept.keep(layers, block.size, setting.max_scores, setting.chunk, dtype))
         traces.append(jnp.zeros((2, layers), dtype))
     dtype = common_dtype(*(x.dtype for x in traces))
-    return State(
+    return BlockSpectraState(
         kept=tuple(held), traces=tuple(traces), weight=jnp.zeros(2, dtype), count=jnp.zeros(2, dtype),
         rejected=jnp.zeros((), jnp.int32), reasons=jnp.zeros((), jnp.int32),
         names=tuple(block.names() for block in setting.blocks),
@@ -131,11 +142,11 @@ def init(setting: Setting, params: Tree) -> State:
 
 
 @jax.jit
-def update(setting: Setting, state: State, params: Tree, batch: Batch, key: Array) -> State:
+def update(setting: Setting, state: BlockSpectraState, params: Tree, batch: Batch, key: Array) -> BlockSpectraState:
     return automatic(lambda *arguments: _add(setting, *arguments), state, params, batch, key)
 
 
-def _add(setting: Setting, state: State, params: Tree, batch: Batch, key: Array) -> State:
+def _add(setting: Setting, state: BlockSpectraState, params: Tree, batch: Batch, key: Array) -> BlockSpectraState:
     problem = setting.problem._replace(chunk_size=setting.chunk)
     part, bad = tokens(problem, params, batch)
 
@@ -166,7 +177,9 @@ def _add(setting: Setting, state: State, params: Tree, batch: Batch, key: Array)
     return dataclasses.replace(new, rejected=rejected, reasons=state.reasons | bad)
 
 
-def finalize(state: State, top_k: int | None, damping: float, largest: int | None = None) -> dict[str, BlockSpectrum]:
+def finalize(
+    state: BlockSpectraState, top_k: int | None, damping: float, largest: int | None = None
+) -> dict[str, BlockSpectrum]:
     rejection.check(state)
     weight, num_scores = (float(np.sum(np.asarray(x, np.float64))) for x in (state.weight, state.count))
     if not num_scores:

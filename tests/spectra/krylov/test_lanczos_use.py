@@ -54,7 +54,7 @@ def test_what_is_no_space_is_an_error(like, sentence):
     with pytest.raises(ValueError, match=sentence):
         fj.spectral_density(lambda v: v, like, num_steps=1, num_probes=1, key=KEY)
     with pytest.raises(ValueError, match=sentence):
-        fj.trace(lambda v: v, like, num_products=4, key=KEY)
+        fj.spectra.trace(lambda v: v, like, num_products=4, key=KEY)
 
 
 @pytest.mark.parametrize("jit", [True, False])

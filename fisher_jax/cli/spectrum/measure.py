@@ -136,8 +136,8 @@ def eigenvalues_of(
         found = fj.lanczos(
             apply, like, num_steps=settings.max_products, num_eigenvalues=settings.k,
             which=settings.which, key=jax.random.key(settings.seed), max_basis=basis_size(settings, dimension),
-            tol=settings.tol, check_every=settings.check_every or None, jit=False, resume=settings.resume,
-            save=folder if save_every else None, save_every=due,
+            tol=settings.tol, check_period=settings.check_every or None, jit=False, resume=settings.resume,
+            save=folder if save_every else None, save_period=due,
         )  # fmt: skip
         if len(display.seconds) < 2:  # resumed at the end: the one product has compiled, and another is timed
             apply(jax.tree.map(jnp.zeros_like, like))
@@ -209,7 +209,7 @@ def block_spectra_of(
     number = int(np.sum(weights > 0))
     rows = np.flatnonzero(np.any(weights > 0, axis=1))
     some = fj.Batch(batch.inputs[rows], batch.targets[rows], jnp.asarray(weights[rows]))
-    kind = "empirical" if settings.operator == "empirical-fisher" else "sampled"
+    kind = "empirical" if settings.operator == "empirical-fisher" else "true"
     leaves = flatten(model.params)
     spectra: dict[str, fj.spectra.BlockSpectrum] = {}
     for names in _passes({name: leaves[name].size for name in chosen if chosen[name]}, number):

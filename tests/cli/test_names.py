@@ -190,7 +190,7 @@ def test_a_report_of_odd_names_from_end_to_end(tmp_path, tiny_model, capsys):
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_text(f"{prose(number)} [/x] =1+1 \x1b[31m | <script> `x` @a -1 +2 \t\r\n")
     out = tmp_path / "=\x1b2J\nout"
-    sizes = ["--seq-len", "32", "--batch-size", "4"]
+    sizes = ["--row-length", "32", "--batch-size", "4"]
     assert main(["report", "--model", str(model), "--text", *texts, "--out", str(out), *sizes]) == 0
     captured = capsys.readouterr()
     assert harmless(captured.out + captured.err)

@@ -26,7 +26,7 @@ from fisher_jax.models import load
 __all__ = ["run"]
 
 # Importance means another thing where one of these differs.
-_SHARED = ("--unit", "--seq-len", "--dtype")
+_SHARED = ("--unit", "--row-length", "--dtype")
 
 
 def run(settings: CompareSettings) -> int:
@@ -157,7 +157,7 @@ def write(found: Compared) -> None:
 def summary(console: Console, found: Compared, seconds: float) -> None:
     """The last thing on the terminal."""
     kind, shift = next(iter(found.rows.items()))
-    rate = found.settings.rate
+    rate = found.settings.q
     table = Table(box=None, padding=(0, 2), header_style="bold")
     for i, name in enumerate(("token", *found.names, "z", "q")):
         table.add_column(name, justify="right" if i else "left")

@@ -12,7 +12,7 @@ import fisher_jax as fj
 from fisher_jax._support.errors import InputError, RejectedBatchError
 from fisher_jax.cli.report.layers import layer_estimator
 from fisher_jax.cli.report.run_state import KINDS, Progress, StateStore
-from fisher_jax.cli.report.settings import Settings
+from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.cli.run.progress import StreamProgress
 from fisher_jax.cli.run.stopping import stop_requests
 from fisher_jax.models import LanguageModel
@@ -24,7 +24,7 @@ __all__ = ["accumulate", "hidden_and_targets"]
 def accumulate(
     model: LanguageModel,
     rows: Rows,
-    settings: Settings,
+    settings: ReportSettings,
     store: StateStore,
     progress: Progress,
     state: dict[str, Any] | None,
@@ -68,7 +68,7 @@ def accumulate(
     return state
 
 
-def _observe(model: LanguageModel, settings: Settings, params, tokens, mask, units):
+def _observe(model: LanguageModel, settings: ReportSettings, params, tokens, mask, units):
     """(moments by name, log-likelihood, batch) of one batch: one forward pass and one logits product for rows."""
     batch = fj.next_token_batch(tokens, mask, units=units)
     hidden, head = model.hidden(params, batch.inputs), model.head(params)
@@ -97,7 +97,7 @@ def _observe(model: LanguageModel, settings: Settings, params, tokens, mask, uni
     return observed, log_likelihood, batch
 
 
-def _observe_all(model: LanguageModel, settings: Settings) -> Callable:
+def _observe_all(model: LanguageModel, settings: ReportSettings) -> Callable:
     """`_observe` of the batch with this index and, where wanted, one backward pass for the layers."""
     layers = layer_estimator(model, settings) if settings.parameters == "all" else None
 
@@ -111,7 +111,7 @@ def _observe_all(model: LanguageModel, settings: Settings) -> Callable:
     return observe
 
 
-def _make_step(model: LanguageModel, settings: Settings) -> Callable:
+def _make_step(model: LanguageModel, settings: ReportSettings) -> Callable:
     """(params, state, tokens, mask, units, index) -> (state, summed loss, scored tokens); the state is donated."""
     observe = _observe_all(model, settings)
 
@@ -125,7 +125,7 @@ def _make_step(model: LanguageModel, settings: Settings) -> Callable:
     return jax.jit(step, donate_argnums=1)
 
 
-def _initial_state(model: LanguageModel, rows: Rows, settings: Settings) -> dict[str, Any]:
+def _initial_state(model: LanguageModel, rows: Rows, settings: ReportSettings) -> dict[str, Any]:
     first = next(rows.batches(settings.batch_size))
     observed, _, _ = jax.eval_shape(lambda params: _observe_all(model, settings)(params, *first, 0), model.params)
     state = {name: fj.welford.init(moments) for name, moments in observed.items()}

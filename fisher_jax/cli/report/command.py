@@ -17,7 +17,7 @@ from fisher_jax.cli.report.orderings import orderings
 from fisher_jax.cli.report.parts import Part
 from fisher_jax.cli.report.pruning import PruningResult, prune
 from fisher_jax.cli.report.run_state import Progress, StateStore
-from fisher_jax.cli.report.settings import Settings
+from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.cli.report.summary import summary, told_again
 from fisher_jax.cli.report.writing import ReportFolder
 from fisher_jax.cli.run.clock import Clock
@@ -39,7 +39,7 @@ _STATE_BYTES = 2 * 40
 _REPORT_BYTES = 20 * 2**20
 
 
-def run(settings: Settings) -> int:
+def run(settings: ReportSettings) -> int:
     """Measures, writes the report and prints a summary; the exit code."""
     console = Terminal()
     clock = Clock(console)
@@ -55,7 +55,9 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def _measure_and_write(settings: Settings, console: Console, clock: Clock, store: StateStore) -> Findings | Part:
+def _measure_and_write(
+    settings: ReportSettings, console: Console, clock: Clock, store: StateStore
+) -> Findings | Part:
     """What was found, or the part of the page of a task that was finished before."""
     with clock.stage("model", settings.model):
         model = load(settings.model, dtype=settings.dtype)
@@ -68,9 +70,9 @@ def _measure_and_write(settings: Settings, console: Console, clock: Clock, store
         _warn_about_intervals(console, settings, packed)
         rows = packed.stream.rows_in_batch(settings.batch_size)
         check_memory(
-            attention_bytes(model.config.num_heads, rows, settings.seq_len),
-            f"attention over rows of {settings.seq_len:,} tokens, {rows:,} at a time",
-            "give a smaller --batch-size or --seq-len",
+            attention_bytes(model.config.num_heads, rows, settings.row_length),
+            f"attention over rows of {settings.row_length:,} tokens, {rows:,} at a time",
+            "give a smaller --batch-size or --row-length",
         )
     fresh = Progress(
         settings=settings.fixed(),
@@ -92,7 +94,7 @@ def _measure_and_write(settings: Settings, console: Console, clock: Clock, store
     return found
 
 
-def _after_interrupt(store: StateStore | None, settings: Settings) -> str:
+def _after_interrupt(store: StateStore | None, settings: ReportSettings) -> str:
     saved = None if store is None else store.tasks.get(settings.task)
     if store is None or saved is None:
         return "interrupted before the first checkpoint; nothing was saved."
@@ -104,30 +106,26 @@ def _after_interrupt(store: StateStore | None, settings: Settings) -> str:
     )
 
 
-def _fitted(settings: Settings, model: LanguageModel) -> Settings:
+def _fitted(settings: ReportSettings, model: LanguageModel) -> ReportSettings:
     """With rows that fit the model, once the disk was found to hold its states."""
     entries = model.config.vocab_size * (2 + (model.config.width if settings.groups == "param" else 0))
     check_writable(settings.out, bytes_needed=_REPORT_BYTES + _STATE_BYTES * entries)
-    return replace(settings, seq_len=_length(settings, model))
+    return replace(settings, row_length=row_length(settings.row_length, model.config.max_positions, model.name))
 
 
-def _length(settings: Settings, model: LanguageModel) -> int:
-    return row_length(settings.seq_len, settings.seq_len_typed, model.config.max_positions, model.name)
-
-
-def _pack(settings: Settings, model: LanguageModel) -> Packed:
-    longest = longest_document(settings.max_tokens, settings.held_out_tokens, settings.seq_len)
+def _pack(settings: ReportSettings, model: LanguageModel) -> Packed:
+    longest = longest_document(settings.max_tokens, settings.held_out_tokens, settings.row_length)
     return pack(
         documents(settings.text, split=settings.split_documents, longest=longest),
         model.tokenizer.encode,
-        seq_len=settings.seq_len,
+        seq_len=settings.row_length,
         max_targets=settings.max_tokens,
         held_out_targets=settings.held_out_tokens,
         vocab_size=model.config.vocab_size,
     )
 
 
-def _warn_about_intervals(console: Console, settings: Settings, packed: Packed) -> None:
+def _warn_about_intervals(console: Console, settings: ReportSettings, packed: Packed) -> None:
     if settings.unit == "document" and len(packed.stream.names) < 2:
         console.print(
             Text.assemble(
@@ -142,7 +140,7 @@ def _warn_about_intervals(console: Console, settings: Settings, packed: Packed) 
 def _stream(
     console: Console,
     clock: Clock,
-    settings: Settings,
+    settings: ReportSettings,
     model: LanguageModel,
     rows: Rows,
     store: StateStore,
@@ -167,7 +165,7 @@ def _stream(
 
 def _findings(
     clock: Clock,
-    settings: Settings,
+    settings: ReportSettings,
     model: LanguageModel,
     packed: Packed,
     progress: Progress,
@@ -199,7 +197,7 @@ def _findings(
 
 
 def _prune(
-    settings: Settings,
+    settings: ReportSettings,
     model: LanguageModel,
     held_out: Rows,
     arrays: dict[str, Any],

@@ -10,7 +10,7 @@ from typing import Any
 
 import fisher_jax as fj
 from fisher_jax._support.errors import ConflictError, InputError
-from fisher_jax.cli.report.settings import Settings
+from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.cli.run.earlier_run import nothing_saved, refuse_difference, refuse_misuse
 from fisher_jax.cli.run.records import UnreadableError, check, like, record, value
 from fisher_jax.welford import State
@@ -79,7 +79,7 @@ class StateStore:
             ) from None
         self._revision = found["revision"]
 
-    def check_before_loading(self, settings: Settings) -> None:
+    def check_before_loading(self, settings: ReportSettings) -> None:
         """What can be refused before the model is loaded."""
         earlier = self.tasks.get(settings.task)
         refuse_misuse(
@@ -93,7 +93,7 @@ class StateStore:
             held=f"; it holds {', '.join(self.tasks)}" if self.tasks else "",
         )
 
-    def start_or_resume(self, settings: Settings, fresh: Progress) -> tuple[Progress, Any | None]:
+    def start_or_resume(self, settings: ReportSettings, fresh: Progress) -> tuple[Progress, Any | None]:
         """The progress to go on from, and the arrays of it; (fresh, None) for a new task.
 
         Raises:
@@ -176,10 +176,10 @@ def tasks_of_facts(facts: Any) -> dict[str, Progress]:
             progress.batches_done <= progress.num_batches,
             f"{progress.batches_done} of {progress.num_batches} batches are done",
         )
-        like(Settings(parameters="all").fixed(), progress.settings, Settings().fixed())
+        like(ReportSettings(parameters="all").fixed(), progress.settings, ReportSettings().fixed())
         for name, values in _CHOICES.items():
             check(progress.settings.get(name, values[0]) in values, f"{name} is {progress.settings[name]!r}")
-        for name in ("--seq-len", "--batch-size"):
+        for name in ("--row-length", "--batch-size"):
             check(progress.settings[name] > 0, f"{name} is {progress.settings[name]}")
     return tasks
 

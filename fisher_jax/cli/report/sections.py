@@ -142,7 +142,7 @@ def _method(found: Findings) -> list[Block]:
         ["model", f"{found.model_name}, {s.dtype}"],
         ["text", f"{describe_sources(s.text)}; task {s.task}"],
         ["tokens", found.packed.choice],
-        ["rows", f"{s.seq_len} tokens each, {s.batch_size} in a batch; a row sees nothing before it"],
+        ["rows", f"{s.row_length} tokens each, {s.batch_size} in a batch; a row sees nothing before it"],
         ["loss", f"{found.loss:.3f} nats per token, perplexity {_perplexity(found.loss)}"],
         ["observations", units],
         ["kind", KIND_NAMES[s.kind]],

@@ -8,7 +8,7 @@ from rich.text import Text
 from fisher_jax._support.printable import printable
 from fisher_jax.cli.report.findings import Findings, verdict, where
 from fisher_jax.cli.report.parts import Part
-from fisher_jax.cli.report.settings import Settings
+from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.cli.run.progress import duration
 from fisher_jax.cli.run.terminal import bold
 
@@ -48,7 +48,7 @@ def summary(console: Console, found: Findings, seconds: float) -> None:
     _where(console, found.settings)
 
 
-def told_again(console: Console, settings: Settings, part: Part) -> None:
+def told_again(console: Console, settings: ReportSettings, part: Part) -> None:
     """For a task that was finished before."""
     console.print()
     console.print(bold(part.title))
@@ -59,6 +59,6 @@ def told_again(console: Console, settings: Settings, part: Part) -> None:
     _where(console, settings)
 
 
-def _where(console: Console, settings: Settings) -> None:
+def _where(console: Console, settings: ReportSettings) -> None:
     path = (settings.out / "report.html").resolve()
     console.print(Text.assemble("report: ", (printable(str(path)), "bold")))

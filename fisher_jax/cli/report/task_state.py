@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from fisher_jax._support.errors import InputError
 from fisher_jax.cli.report.run_state import Progress, StateStore
-from fisher_jax.cli.report.settings import Settings
+from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.models import LanguageModel
 
 __all__ = ["LEVEL", "Task", "check_model", "find_task", "layer_settings", "read_task", "split_place", "tasks_of"]
@@ -85,7 +85,7 @@ def check_model(task: Task, model: LanguageModel) -> None:
         )
 
 
-def layer_settings(progress: Progress, level: float = LEVEL) -> Settings:
+def layer_settings(progress: Progress, level: float = LEVEL) -> ReportSettings:
     """Those of a run that matter for reading its layers."""
     saved = progress.settings
-    return Settings(kind=saved["--kind"], unit=saved["--unit"], seq_len=saved["--seq-len"], level=level)
+    return ReportSettings(kind=saved["--kind"], unit=saved["--unit"], row_length=saved["--row-length"], level=level)

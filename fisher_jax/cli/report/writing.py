@@ -11,7 +11,7 @@ from fisher_jax.cli.report.pair_sections import Pair, pair_blocks, pair_line, pa
 from fisher_jax.cli.report.parts import Part, PartStore
 from fisher_jax.cli.report.run_state import StateStore
 from fisher_jax.cli.report.sections import blocks
-from fisher_jax.cli.report.settings import Settings
+from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.cli.report.task_state import layer_settings
 from fisher_jax.models import LanguageModel
 
@@ -23,7 +23,7 @@ KINDS = ("empirical", "true")
 class ReportFolder(NamedTuple):
     """All that the page and the tables are made from."""
 
-    settings: Settings
+    settings: ReportSettings
     model: LanguageModel
     store: StateStore
     states: dict[str, dict[str, Any]]  # of every task

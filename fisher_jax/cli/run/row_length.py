@@ -1,19 +1,20 @@
-"""How many tokens a row has: what was typed, else as many as the model allows, at most the default."""
+"""How many tokens a row has: what was asked for, else as many as the model allows, at most the default."""
 
 from fisher_jax._support.errors import InputError
+from fisher_jax.cli.run.options import ROW_LENGTH
 
 __all__ = ["row_length"]
 
 
-def row_length(asked: int, typed: bool, positions: int, name: str, option: str = "--seq-len") -> int:
-    """The length that was ``typed``, or ``asked`` cut to the positions of the model of this name.
+def row_length(asked: int, positions: int, name: str) -> int:
+    """The length that was ``asked`` for, 0 where none was, of a model of this name with so many positions.
 
     Raises:
-        InputError: a typed length that the model does not have.
+        InputError: the model has fewer positions.
     """
-    if typed and asked > positions:
+    if asked > positions:
         raise InputError(
-            f"{option} {asked} is longer than the {positions} positions of {name}; give a smaller one, or leave it "
-            "out."
+            f"--row-length {asked} is longer than the {positions} positions of {name}; give a smaller one, or leave "
+            "it out."
         )
-    return min(asked, positions)
+    return asked or min(ROW_LENGTH, positions)

@@ -19,6 +19,7 @@ from fisher_jax.cli.page.files import digest, page_is_current, write_pages
 from fisher_jax.cli.run.clock import Clock
 from fisher_jax.cli.run.earlier_run import refuse_difference, refuse_misuse
 from fisher_jax.cli.run.folder import check_writable, read_plain, write_atomically
+from fisher_jax.cli.run.options import CHECKPOINT_EVERY
 from fisher_jax.cli.run.progress import duration
 from fisher_jax.cli.run.row_length import row_length
 from fisher_jax.cli.run.run_folder import run_folder
@@ -47,8 +48,7 @@ from fisher_jax.text.packing import Rows, longest_document, pack
 
 __all__ = ["run"]
 
-_CHEAP_SAVE = 2 * 2**30
-_SAVE_EVERY = 10
+_CHEAP_SAVE = 2 * 2**30  # bytes
 
 
 class _Run:
@@ -104,7 +104,7 @@ class _Run:
         if fj.checkpoint.revision(self.state):
             return "interrupted; the same command with --resume goes on from the last save."
         self.drop()
-        return "interrupted before anything was saved; --save-every saves along the way."
+        return "interrupted before anything was saved; --checkpoint-every saves along the way."
 
 
 def run(settings: SpectrumSettings) -> int:
@@ -127,7 +127,8 @@ def _measure_and_write(
     with clock.stage("model", settings.model):
         model = load(settings.model, dtype=settings.dtype)
         say_unread(console, model)
-        settings = replace(settings, length=_length(settings, model))
+        positions = model.config.max_positions
+        settings = replace(settings, row_length=row_length(settings.row_length, positions, model.name))
         chosen = _chosen(settings, model, console)
     with clock.stage("text", describe_sources(settings.text)):
         rows = _rows(settings, model)
@@ -179,10 +180,6 @@ def _finished(
     return found
 
 
-def _length(settings: SpectrumSettings, model: LanguageModel) -> int:
-    return row_length(settings.length, settings.length_typed, model.config.max_positions, model.name, "--length")
-
-
 def _chosen(settings: SpectrumSettings, model: LanguageModel, console: Console) -> dict[str, bool]:
     chosen = choose(model, settings.parameters)
     sizes = _sizes(model, chosen)
@@ -198,12 +195,12 @@ def _sizes(model: LanguageModel, chosen: dict[str, bool]) -> dict[str, int]:
 
 
 def _rows(settings: SpectrumSettings, model: LanguageModel) -> Rows:
-    longest = longest_document(settings.tokens, settings.length)
+    longest = longest_document(settings.max_tokens, settings.row_length)
     return pack(
         documents(settings.text, split=settings.split_documents, longest=longest),
         model.tokenizer.encode,
-        seq_len=settings.length,
-        max_targets=settings.tokens,
+        seq_len=settings.row_length,
+        max_targets=settings.max_tokens,
         held_out_targets=0,
         vocab_size=model.config.vocab_size,
     ).stream
@@ -221,11 +218,11 @@ def _check_memory(settings: SpectrumSettings, model: LanguageModel, basis: int, 
         check_memory(
             4 * steps * dimension, f"{steps:,} vectors of {dimension:,} parameters", "give a smaller --density-steps"
         )
-    rows, length = settings.batch_size, settings.length
+    rows, length = settings.batch_size, settings.row_length
     check_memory(
         attention_bytes(model.config.num_heads, rows, length),
         f"attention over rows of {length:,} tokens, {rows:,} at a time",
-        "give a smaller --batch-size or --length",
+        "give a smaller --batch-size or --row-length",
     )
 
 
@@ -247,11 +244,11 @@ def _measure(
     matvec = operator_of(settings, model, batch, chosen)
     basis = basis_size(settings, dimension)
     _check_memory(settings, model, basis, dimension)
-    save_every = _save_every(settings, basis, dimension)
-    with clock.stage("eigenvalues", _plan(settings, basis, dimension, save_every)):
+    every = _checkpoint_every(settings, basis, dimension)
+    with clock.stage("eigenvalues", _plan(settings, basis, dimension, every)):
         facts = {**settings.fixed(), "the model": model.fingerprint, "the text": rows.digest()[:16]}
-        kept.begin(facts, saving=save_every > 0)
-        spectrum = eigenvalues_of(settings, errors, matvec, like, dimension, kept.state, save_every)
+        kept.begin(facts, saving=every is not None)
+        spectrum = eigenvalues_of(settings, errors, matvec, like, dimension, kept.state, every)
     asked = {name for name, options in settings.additions().items() if options is not None}
     density, spectra = _additions(settings, errors, clock, model, rows, chosen, asked)
     return SpectrumFindings(
@@ -283,25 +280,23 @@ def _additions(
     return density, spectra
 
 
-def _save_every(settings: SpectrumSettings, basis: int, dimension: int) -> int:
-    """Products between saves; 0 for none."""
+def _checkpoint_every(settings: SpectrumSettings, basis: int, dimension: int) -> float | None:
+    """Seconds between saves; None for none."""
     size = 4 * basis * dimension
-    wanted = settings.save_every
-    if wanted is None:
-        wanted = _SAVE_EVERY if size <= _CHEAP_SAVE or settings.resume else 0
-    if settings.resume and not wanted:
-        raise InputError("--resume goes on saving; give a --save-every above 0, or leave it out.")
-    if wanted:
+    every = settings.checkpoint_every
+    if every is None and (size <= _CHEAP_SAVE or settings.resume):
+        every = CHECKPOINT_EVERY
+    if every is not None:
         # The new save is complete before the old one goes.
         check_writable(settings.out, bytes_needed=2 * size)
-    return wanted
+    return every
 
 
-def _plan(settings: SpectrumSettings, basis: int, dimension: int, save_every: int) -> str:
+def _plan(settings: SpectrumSettings, basis: int, dimension: int, every: float | None) -> str:
     ends = f"{settings.k} of each end" if settings.which == "both" else f"the {settings.k} largest"
     place = "on the host" if jax.default_backend() == "cpu" else "on the device"
     kept = f"{basis} vectors {place}, {sections.memory(4 * basis * dimension)}"
-    saves = f"saved every {save_every} products" if save_every else "not saved along the way (--save-every N would)"
+    saves = "not saved along the way (--checkpoint-every would)" if every is None else f"saved every {every:g} s"
     return f"{ends} of the {sections.NAMES[settings.operator]}; {kept}; {saves}"
 
 

@@ -113,7 +113,7 @@ def eigenvalues_of(
     like: Tree,
     dimension: int,
     folder: Path,
-    save_every: int,
+    every: float | None,
 ) -> Measured:
     """The ends of the spectrum, saved in ``folder`` along the way and when a signal ends the run, if that is wanted.
 
@@ -121,12 +121,15 @@ def eigenvalues_of(
         KeyboardInterrupt: Ctrl-C or a termination signal, after saving.
     """
     with ProductProgress(console, settings.max_products) as display, stop_requests() as stop_requested:
-        count, stopping = display.counting(matvec), False
+        count, stopping, saved_at = display.counting(matvec), False, time.monotonic()
 
         def due(steps: int) -> bool:
-            nonlocal stopping
+            nonlocal stopping, saved_at
             stopping = stop_requested()
-            return stopping or steps % save_every == 0
+            if stopping or time.monotonic() - saved_at >= (every or 0):
+                saved_at = time.monotonic()
+                return True
+            return False
 
         def apply(v: Tree) -> Tree:
             if stopping:
@@ -137,7 +140,7 @@ def eigenvalues_of(
             apply, like, num_steps=settings.max_products, num_eigenvalues=settings.k,
             which=settings.which, key=jax.random.key(settings.seed), max_basis=basis_size(settings, dimension),
             tol=settings.tol, check_every=settings.check_every or None, jit=False, resume=settings.resume,
-            save=folder if save_every else None, save_every=due,
+            save=None if every is None else folder, save_every=due,
         )  # fmt: skip
         if len(display.seconds) < 2:  # resumed at the end: the one product has compiled, and another is timed
             apply(jax.tree.map(jnp.zeros_like, like))

@@ -266,7 +266,7 @@ def _method(found: SpectrumFindings) -> list[Block]:
         ["model", f"{found.model_name}, {s.dtype}"],
         ["parameters", f"all: {chosen}" if s.parameters is None else f"{s.parameters} matches {chosen}"],
         ["text", f"{describe_sources(s.text)}: {found.tokens:,} tokens of {found.documents:,} documents"],
-        ["rows", f"{found.rows} of at most {s.length} tokens, {s.batch_size} at a time"],
+        ["rows", f"{found.rows} of at most {s.row_length} tokens, {s.batch_size} at a time"],
         ["loss", f"{found.passes.loss:.3f} nats per token"],
         ["normalisation", "mean over tokens, not sum"],
         ["seed", f"{s.seed}"],

@@ -56,7 +56,7 @@ def _train_and_write(
     earlier = [found for folder in settings.against for found in read_earlier(folder)]
     start = _start(settings, console, clock)
     positions, name = start.config.max_positions, str(start.model)
-    settings = replace(settings, seq_len=row_length(settings.seq_len, settings.seq_len_typed, positions, name))
+    settings = replace(settings, row_length=row_length(settings.row_length, positions, name))
     with clock.stage("text", describe_sources(settings.text)):
         text = read_text(settings, start.tokenizer)
         console.print(f"  {sections.text_words(text)}")
@@ -104,9 +104,9 @@ def _start(settings: TrainSettings, console: Console, clock: Clock) -> Start:
 
 def _check_attention(settings: TrainSettings, config: DecoderConfig, rows: int) -> None:
     check_memory(
-        attention_bytes(config.num_heads, rows, settings.seq_len),
-        f"attention over rows of {settings.seq_len:,} tokens, {rows:,} at a time",
-        "give a smaller --batch-size or --seq-len",
+        attention_bytes(config.num_heads, rows, settings.row_length),
+        f"attention over rows of {settings.row_length:,} tokens, {rows:,} at a time",
+        "give a smaller --batch-size or --row-length",
     )
 
 
@@ -132,8 +132,8 @@ def _describe_model(settings: TrainSettings, console: Console, config: DecoderCo
         headed(
             "model",
             f"{parameters:,} parameters: {config.num_layers} layers of width {config.width}, {config.num_heads} "
-            f"heads, vocabulary {config.vocab_size:,}; {settings.batch_size} rows of {settings.seq_len} tokens in a "
-            "step",
+            f"heads, vocabulary {config.vocab_size:,}; {settings.batch_size} rows of {settings.row_length} tokens "
+            "in a step",
         )
     )
     return parameters
@@ -144,7 +144,7 @@ def _check_comparable(earlier: list[tuple[str, TrainProgress]], text: Text) -> N
         if progress.held_out != text.packed.held_out.digest():
             raise InputError(
                 f"the run in {folder} was measured on other held-out tokens, so its curve cannot be compared; give "
-                "the same --text, --tokenizer, --seq-len and --held-out-tokens."
+                "the same --text, --tokenizer, --row-length and --held-out-tokens."
             )
 
 

@@ -65,7 +65,7 @@ def build(settings: TrainSettings, apply_fn: Callable, example: fj.Batch) -> opt
     if settings.optimizer.startswith("kfac"):
         return fj.kfac(
             None if rate is None else schedule(settings, rate), apply_fn, example=_shapes(example), damping=damping,
-            weight_decay=decay, update_freq=settings.update_freq, **_KFAC[settings.optimizer],
+            weight_decay=decay, update_freq=settings.update_every, **_KFAC[settings.optimizer],
         )  # fmt: skip
     assert rate is not None
     made = _OPTAX[settings.optimizer](schedule(settings, rate), decay)
@@ -101,5 +101,5 @@ def describe(settings: TrainSettings) -> str:
         words.append(f"learning rate {rate:g} with warm-up and cosine")
         words += [f"damping {damping:g}"] if damping is not None else []
     if damping is not None:
-        words.append(f"factors renewed every {settings.update_freq} steps")
+        words.append(f"factors renewed every {settings.update_every} steps")
     return ", ".join([*words, f"weight decay {decay:g}"])

@@ -152,7 +152,7 @@ def _method(found: TrainFindings) -> list[Block]:
         ["parameters", f"{found.curves[0].progress.parameters:,}"],
         ["tokens", f"{'of that model' if s.init else s.tokenizer}, vocabulary {config.vocab_size:,}"],
         ["text", f"{describe_sources(s.text)}: {text_words(found.text)}"],
-        ["a step", f"{s.batch_size} rows of {s.seq_len} tokens; {epochs:.2g} epochs in all"],
+        ["a step", f"{s.batch_size} rows of {s.row_length} tokens; {epochs:.2g} epochs in all"],
         *([curve.name, curve.progress.description] for curve in found.curves),
         *([f"compilation: {curve.name}", duration(curve.progress.compile_seconds)] for curve in found.curves),
         *([f"time: {name}", duration(seconds)] for name, seconds in found.seconds.items()),

@@ -8,8 +8,8 @@ import numpy as np
 
 import fisher_jax as fj
 from fisher_jax.cli.report.layers import on_parts, part_sizes
-from fisher_jax.cli.report.run_state import Progress, StateStore
 from fisher_jax.cli.report.settings import ReportSettings
+from fisher_jax.cli.report.store import ReportStore, TaskProgress
 
 ROW_LENGTH = 32
 MOST = 20  # documents
@@ -42,11 +42,11 @@ def keep(out, task, model, rows, layers=None, *, counts=None, fingerprint=None, 
     arrays["counts"] = jnp.zeros(model.config.vocab_size, jnp.int32) if counts is None else jnp.asarray(counts)
     if layers is not None:
         arrays["layers"] = state_of(layers)
-    progress = Progress(
+    progress = TaskProgress(
         settings, fingerprint or model.fingerprint, text or f"digest of {task}", 1, done,
         tokens=10 * len(next(iter(rows.values()))), model_name="tiny", text_names=[task],
     )  # fmt: skip
-    StateStore(Path(out)).save(task, arrays, progress)
+    ReportStore(Path(out)).save(task, arrays, progress)
     return out
 
 

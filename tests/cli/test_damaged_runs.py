@@ -11,7 +11,7 @@ from kept import keep
 
 import fisher_jax as fj
 from fisher_jax.cli.main import main
-from fisher_jax.cli.report.run_state import tasks_of_facts
+from fisher_jax.cli.report.store import tasks_of_facts
 from fisher_jax.cli.run.records import UnreadableError
 from fisher_jax.cli.train.settings import TrainSettings
 from fisher_jax.cli.train.store import Point, TrainProgress, progress_of_facts

@@ -79,7 +79,7 @@ def read_both(settings: CompareSettings) -> tuple[Task, Task]:
     alone = len(places) == 1
     if alone and (split_place(places[0])[1] is not None or len(found[0]) < 2):
         folder, _ = split_place(places[0])
-        tasks = tasks_of(folder).tasks.items()
+        tasks = tasks_of(folder).runs.items()
         held = ", ".join(f"{name} (which {unfinished(x)})" if unfinished(x) else name for name, x in tasks)
         raise InputError(
             f"one report alone is compared where it holds two finished tasks, and {folder} holds {held}; give A and "

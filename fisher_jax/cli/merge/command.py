@@ -18,10 +18,9 @@ from fisher_jax._support.errors import InputError
 from fisher_jax._support.printable import printable
 from fisher_jax.cli.merge.settings import MergeSettings
 from fisher_jax.cli.merge.weights import read_weights, states_digest
-from fisher_jax.cli.page.files import digest
-from fisher_jax.cli.run.folder import write_atomically
+from fisher_jax.cli.run.json_files import digest
 from fisher_jax.cli.run.model_folder import check_can_be_written, model_folder, save_model, say_written
-from fisher_jax.cli.run.model_result import MADE_FROM, read_result
+from fisher_jax.cli.run.model_result import read_result, write_result
 from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal, headed
 from fisher_jax.cli.run.texts import default_task
@@ -67,10 +66,9 @@ def made_from(
     texts: dict[str, list[str]],
 ) -> dict[str, Any]:
     """What decides the result, by the names of a refusal."""
-    names = ("by", "floor", "scale", "dtype", "documents", "characters")
     return {
-        "--weights": list(settings.weights),
-        **{f"--{name}": getattr(settings, name) for name in names},
+        **settings.fixed(),
+        "--weights": list(settings.weights),  # as JSON gives it back
         "--models": [model.fingerprint for model in loaded],
         "--base": None if base is None else base.fingerprint,
         "--states": states_digest(settings.states),
@@ -96,11 +94,10 @@ def merge_and_measure(
     content = {
         "models": {source: model.fingerprint for source, model in zip(settings.models, loaded, strict=True)},
         **{name: getattr(settings, name) for name in ("states", "base", "by", "weights", "floor", "scale")},
-        MADE_FROM: facts,
     }
     if texts:
         content["bits_per_byte"] = evaluate(settings, console, incoming, loaded, base, texts)
-    write_atomically(incoming / "merge.json", json.dumps(content, indent=1) + "\n")
+    write_result(incoming / "merge.json", content, facts)
 
 
 def read(console: Console, source: str, what: str = "") -> LanguageModel:

@@ -11,10 +11,10 @@ import numpy as np
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError, RejectedBatchError
 from fisher_jax.cli.report.layers import layer_estimator
-from fisher_jax.cli.report.run_state import KINDS, Progress, StateStore
-from fisher_jax.cli.report.settings import ReportSettings
+from fisher_jax.cli.report.settings import KINDS, ReportSettings
+from fisher_jax.cli.report.store import ReportStore, TaskProgress
+from fisher_jax.cli.run.checkpoints import checkpoints
 from fisher_jax.cli.run.progress import StreamProgress
-from fisher_jax.cli.run.stopping import stop_requests
 from fisher_jax.models import LanguageModel
 from fisher_jax.text.packing import Rows
 
@@ -25,8 +25,8 @@ def accumulate(
     model: LanguageModel,
     rows: Rows,
     settings: ReportSettings,
-    store: StateStore,
-    progress: Progress,
+    store: ReportStore,
+    progress: TaskProgress,
     state: dict[str, Any] | None,
     display: StreamProgress,
 ) -> dict[str, Any]:
@@ -46,8 +46,7 @@ def accumulate(
         state = _initial_state(model, rows, settings)
     else:
         _check_form(state, jax.eval_shape(lambda: _initial_state(model, rows, settings)), store)
-    saved_at = time.monotonic()
-    with stop_requests() as stop_requested:
+    with checkpoints(settings.checkpoint_every) as checkpoint:
         for tokens, mask, units in rows.batches(settings.batch_size, start=progress.batches_done):
             started = time.monotonic()
             state, loss_sum, count = step(model.params, state, tokens, mask, units, progress.batches_done)
@@ -58,13 +57,9 @@ def accumulate(
             progress.tokens += count
             progress.seconds += time.monotonic() - started
             display.update(progress.tokens, progress.log_loss / max(progress.tokens, 1))
-            stopping = stop_requested()
-            due = time.monotonic() - saved_at >= settings.checkpoint_every
-            if stopping or due or progress.finished:
+            if checkpoint.due(progress.finished):
                 store.save(settings.task, state, progress)
-                saved_at = time.monotonic()
-            if stopping:
-                raise KeyboardInterrupt
+            checkpoint.stop_if_asked()
     return state
 
 
@@ -132,7 +127,7 @@ def _initial_state(model: LanguageModel, rows: Rows, settings: ReportSettings) -
     return {**state, "counts": jnp.zeros(model.config.vocab_size, jnp.int32)}
 
 
-def _check_form(state: dict[str, Any], fresh: dict[str, Any], store: StateStore) -> None:
+def _check_form(state: dict[str, Any], fresh: dict[str, Any], store: ReportStore) -> None:
     def form(tree: Any) -> list[Any]:
         return [(path, x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
 

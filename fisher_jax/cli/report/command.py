@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.text import Text
 
 import fisher_jax as fj
-from fisher_jax._support.host_memory import attention_bytes, check_memory
 from fisher_jax.cli.report.accumulate import accumulate, hidden_and_targets
 from fisher_jax.cli.report.findings import Findings
 from fisher_jax.cli.report.importance import importance
@@ -16,14 +15,14 @@ from fisher_jax.cli.report.layers import columns, read_layers
 from fisher_jax.cli.report.orderings import orderings
 from fisher_jax.cli.report.parts import Part
 from fisher_jax.cli.report.pruning import PruningResult, prune
-from fisher_jax.cli.report.run_state import Progress, StateStore
 from fisher_jax.cli.report.settings import ReportSettings
+from fisher_jax.cli.report.store import ReportStore, TaskProgress
 from fisher_jax.cli.report.summary import summary, told_again
 from fisher_jax.cli.report.writing import ReportFolder
 from fisher_jax.cli.run.clock import Clock
 from fisher_jax.cli.run.folder import check_writable
 from fisher_jax.cli.run.progress import StreamProgress
-from fisher_jax.cli.run.row_length import row_length
+from fisher_jax.cli.run.row_length import check_attention, row_length
 from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal
 from fisher_jax.cli.run.unread import say_unread
@@ -43,10 +42,10 @@ def run(settings: ReportSettings) -> int:
     """Measures, writes the report and prints a summary; the exit code."""
     console = Terminal()
     clock = Clock(console)
-    store: StateStore | None = None
+    store: ReportStore | None = None
     with run_folder(settings.out, interrupted=lambda: _after_interrupt(store, settings)):
-        store = StateStore(settings.out)
-        store.check_before_loading(settings)
+        store = ReportStore(settings.out)
+        store.check_before_loading(settings.task, resume=settings.resume, overwrite=settings.overwrite)
         found = _measure_and_write(settings, console, clock, store)
     if isinstance(found, Findings):
         summary(console, found, clock.total)
@@ -56,7 +55,7 @@ def run(settings: ReportSettings) -> int:
 
 
 def _measure_and_write(
-    settings: ReportSettings, console: Console, clock: Clock, store: StateStore
+    settings: ReportSettings, console: Console, clock: Clock, store: ReportStore
 ) -> Findings | Part:
     """What was found, or the part of the page of a task that was finished before."""
     with clock.stage("model", settings.model):
@@ -68,13 +67,8 @@ def _measure_and_write(
         packed = _pack(settings, model)
         console.print(f"  {packed.choice}")
         _warn_about_intervals(console, settings, packed)
-        rows = packed.stream.rows_in_batch(settings.batch_size)
-        check_memory(
-            attention_bytes(model.config.num_heads, rows, settings.row_length),
-            f"attention over rows of {settings.row_length:,} tokens, {rows:,} at a time",
-            "give a smaller --batch-size or --row-length",
-        )
-    fresh = Progress(
+        check_attention(model.config, packed.stream.rows_in_batch(settings.batch_size), settings.row_length)
+    fresh = TaskProgress(
         settings=settings.fixed(),
         model=model.fingerprint,
         text=packed.stream.digest(),
@@ -82,8 +76,9 @@ def _measure_and_write(
         model_name=model.name,
         text_names=list(settings.text),
     )
-    progress, state = store.start_or_resume(settings, fresh)
-    if settings.overwrite and settings.task in store.tasks:
+    progress = store.begin(settings.task, fresh, overwrite=settings.overwrite)
+    state = store.restore()[settings.task] if progress.batches_done else None
+    if settings.overwrite and settings.task in store.runs:
         ReportFolder(settings, model, store, store.restore()).drop()
     arrays = _stream(console, clock, settings, model, packed.stream, store, progress, state)
     folder = ReportFolder(settings, model, store, {**store.restore(), settings.task: arrays})
@@ -94,14 +89,14 @@ def _measure_and_write(
     return found
 
 
-def _after_interrupt(store: StateStore | None, settings: ReportSettings) -> str:
-    saved = None if store is None else store.tasks.get(settings.task)
+def _after_interrupt(store: ReportStore | None, settings: ReportSettings) -> str:
+    saved = None if store is None else store.runs.get(settings.task)
     if store is None or saved is None:
         return "interrupted before the first checkpoint; nothing was saved."
     if saved.finished:
         return "interrupted after measuring; give the same command again to write the report."
     return (
-        f"stopped after batch {saved.batches_done} of {saved.num_batches}; the state is saved in {store.path}. Give "
+        f"stopped after {saved.so_far}; the state is saved in {store.path}. Give "
         "the same command with --resume to go on."
     )
 
@@ -143,8 +138,8 @@ def _stream(
     settings: ReportSettings,
     model: LanguageModel,
     rows: Rows,
-    store: StateStore,
-    progress: Progress,
+    store: ReportStore,
+    progress: TaskProgress,
     state: dict[str, Any] | None,
 ) -> dict[str, Any]:
     if progress.finished and state is not None:
@@ -168,7 +163,7 @@ def _findings(
     settings: ReportSettings,
     model: LanguageModel,
     packed: Packed,
-    progress: Progress,
+    progress: TaskProgress,
     arrays: dict[str, Any],
 ) -> Findings:
     main = importance(arrays, settings.kind, settings.level)

@@ -51,13 +51,13 @@ class ReportSettings(Settings):
         "head", None, "the rows of the head alone, or all: every layer too, its tensors and attention heads, from "
         "one backward pass per batch, about four times slower", choices=PARAMETERS, fixed=True,
     )  # fmt: skip
+    groups: str = option(
+        "row", None, "param also keeps every single entry of the head, for saliency and columns",
+        group="how to measure it", choices=GROUPS, fixed=True,
+    )  # fmt: skip
     kind: str = option(
         "empirical", None, "scores of the text's own next tokens, or the exact mean over the model's",
-        group="how to measure it", choices=KINDS, fixed=True,
-    )  # fmt: skip
-    groups: str = option(
-        "row", None, "param also keeps every single entry of the head, for saliency and columns", choices=GROUPS,
-        fixed=True,
+        choices=KINDS, fixed=True,
     )  # fmt: skip
     unit: str = option(
         "document", None, "what the intervals take as independent; anything finer than documents is too narrow",

@@ -9,13 +9,14 @@ from rich.table import Table
 from rich.text import Text as Styled
 
 from fisher_jax._support.errors import InputError
-from fisher_jax._support.host_memory import attention_bytes, check_memory
+from fisher_jax._support.host_memory import check_memory
 from fisher_jax._support.printable import printable
-from fisher_jax.cli.page.files import digest, page_is_current, write_pages
+from fisher_jax.cli.page.files import page_is_current, write_pages
 from fisher_jax.cli.run.clock import Clock
 from fisher_jax.cli.run.folder import check_writable
+from fisher_jax.cli.run.json_files import digest
 from fisher_jax.cli.run.progress import duration
-from fisher_jax.cli.run.row_length import row_length
+from fisher_jax.cli.run.row_length import check_attention, row_length
 from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal, bold, headed
 from fisher_jax.cli.train import sections
@@ -25,7 +26,7 @@ from fisher_jax.cli.train.optimizers import TITLES, describe
 from fisher_jax.cli.train.run import train
 from fisher_jax.cli.train.sections import Curve, TrainFindings
 from fisher_jax.cli.train.settings import TrainSettings
-from fisher_jax.cli.train.store import TrainProgress, TrainStore, read_earlier
+from fisher_jax.cli.train.store import ONLY, TrainProgress, TrainStore, read_earlier
 from fisher_jax.models import DecoderConfig
 from fisher_jax.models.functions import abstract_params
 from fisher_jax.text.corpora import describe_sources
@@ -79,7 +80,7 @@ def _train_and_write(
 
 
 def _after_interrupt(stores: list[TrainStore]) -> str:
-    saved = [store.path for store in stores if store.saved]
+    saved = [store.path for store in stores if store.revision]
     if not saved:
         return "interrupted before the first checkpoint; nothing was saved."
     return f"stopped; the state is saved in {saved[-1]}. Give the same command with --resume to go on."
@@ -94,20 +95,12 @@ def _start(settings: TrainSettings, console: Console, clock: Clock) -> Start:
             f"training {parameters:,} parameters",
             "give a smaller --width or fewer --layers",
         )
-        _check_attention(settings, start.config, 1)  # before the text is read
+        check_attention(start.config, 1, settings.row_length)  # before the text is read
         return start
     with clock.stage("start", settings.init):
         start = start_of(settings)
         console.print(f"  from the weights of {start.model}")
     return start
-
-
-def _check_attention(settings: TrainSettings, config: DecoderConfig, rows: int) -> None:
-    check_memory(
-        attention_bytes(config.num_heads, rows, settings.row_length),
-        f"attention over rows of {settings.row_length:,} tokens, {rows:,} at a time",
-        "give a smaller --batch-size or --row-length",
-    )
 
 
 def _stores(settings: TrainSettings) -> list[TrainStore]:
@@ -116,7 +109,8 @@ def _stores(settings: TrainSettings) -> list[TrainStore]:
     stores = [TrainStore(each.out) for each in runs]
     any_there = any(store.earlier is not None for store in stores)
     for each, store in zip(runs, stores, strict=True):
-        store.check_before_loading(each, resume=settings.resume and not (any_there and store.earlier is None))
+        resume = settings.resume and not (any_there and store.earlier is None)
+        store.check_before_loading(ONLY, resume=resume, overwrite=each.overwrite)
     return stores
 
 
@@ -126,7 +120,7 @@ def _number_of_parameters(config: DecoderConfig) -> int:
 
 def _describe_model(settings: TrainSettings, console: Console, config: DecoderConfig) -> int:
     parameters = _number_of_parameters(config)
-    _check_attention(settings, config, settings.batch_size)
+    check_attention(config, settings.batch_size, settings.row_length)
     check_writable(settings.out, bytes_needed=_BYTES_PER_PARAMETER * parameters * max(len(settings.compare), 1))
     console.print(
         headed(
@@ -161,7 +155,7 @@ def _progress(
         parameters=parameters,
         description=describe(settings),
     )
-    return store.begin(settings, fresh)
+    return store.begin(ONLY, fresh, overwrite=settings.overwrite)
 
 
 def _train_one(

@@ -1,7 +1,6 @@
 """`fisher-jax trim` from start to end: a smaller model on disk, and what that costs."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,13 @@ import numpy as np
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.printable import readable
-from fisher_jax.cli.page.files import digest
 from fisher_jax.cli.report.orderings import orderings
 from fisher_jax.cli.report.task_choice import candidates, choose
 from fisher_jax.cli.report.task_state import Task, check_model, read_task
 from fisher_jax.cli.run.choice_error import Way
-from fisher_jax.cli.run.folder import write_atomically
+from fisher_jax.cli.run.json_files import digest
 from fisher_jax.cli.run.model_folder import check_can_be_written, model_folder, save_model, say_written
-from fisher_jax.cli.run.model_result import MADE_FROM, read_result
+from fisher_jax.cli.run.model_result import read_result, write_result
 from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal, headed
 from fisher_jax.cli.run.unread import say_unread
@@ -74,9 +72,8 @@ def made_from(
     settings: TrimSettings, model: LanguageModel, task: Task | None, texts: list[str]
 ) -> dict[str, Any]:  # fmt: skip
     """What decides the result, by the names of a refusal."""
-    options = {f"--{name}": getattr(settings, name) for name in ("keep", "by", "dtype", "documents", "characters")}
     scores = None if task is None else digest(dataclasses.asdict(task.progress))
-    return {**options, "the model": model.fingerprint, "the state": scores, "the text": digest(texts)}
+    return {**settings.fixed(), "the model": model.fingerprint, "the state": scores, "the text": digest(texts)}
 
 
 def trim(
@@ -116,9 +113,8 @@ def trim(
         "largest_logit_difference": largest,
         "model": model.fingerprint,
         "kept_token_ids": kept.tolist(),
-        MADE_FROM: facts,
     }
-    write_atomically(incoming / "trim.json", json.dumps(content) + "\n")
+    write_result(incoming / "trim.json", content, facts)
 
 
 def task_of(state: str, name: str | None) -> Task:

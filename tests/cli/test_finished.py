@@ -102,7 +102,7 @@ def test_a_spectrum_multiplies_nothing_again(tmp_path, tiny_model, texts, capsys
     first, before = capsys.readouterr().out, _files(out)
     value = (out / "spectrum.csv").read_text().splitlines()[1].split(",")[2]
     with monkeypatch.context() as patch:
-        patch.setattr("fisher_jax.cli.spectrum.command.operator_of", _never)
+        patch.setattr("fisher_jax.cli.spectrum.measure.operator_of", _never)
         patch.setattr("fisher_jax.cli.spectrum.command.time_passes", _never)
         for more in ([], ["--resume"]):
             assert main([*run, *more]) == 0

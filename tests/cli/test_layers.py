@@ -261,4 +261,4 @@ def test_pictures_of_many_layers_heads_zeros_and_missing_intervals(intervals):
         lambda theme: layer_plots.ratio_figure(theme, found, other, columns, "$a", "b"),
     ]
     for draw in drawings:
-        assert style.png(draw(style.DARK), style.DARK, dpi=60).startswith(b"\x89PNG")
+        assert style.png(draw, style.DARK, dpi=60).startswith(b"\x89PNG")

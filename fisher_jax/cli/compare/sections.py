@@ -110,7 +110,11 @@ def _of_kind(found: Compared, kind: str) -> list[Block]:
         picture(
             f"compare-rows-{kind}",
             f"Importance of every vocabulary row in {names[1]} against its importance in {names[0]}",
-            lambda theme: plots.rows_figure(theme, shift, names, found.vocabulary, rate),
+            plots.rows_figure,
+            shift,
+            names,
+            found.vocabulary,
+            rate,
         ),
     ]
     if not len(gained) + len(lost):
@@ -119,7 +123,11 @@ def _of_kind(found: Compared, kind: str) -> list[Block]:
         picture(
             f"compare-changes-{kind}",
             "The largest gains and losses with their importance in both texts and its intervals",
-            lambda theme: plots.changes_figure(theme, shift, names, found.vocabulary, rate),
+            plots.changes_figure,
+            shift,
+            names,
+            found.vocabulary,
+            rate,
         )
     )
     for word, rows in (("more", gained), ("less", lost)):
@@ -255,7 +263,11 @@ def _layers(found: Compared) -> list[Block]:
         picture(
             "compare-layers",
             f"Heat map of the Fisher information in {names[1]} over that in {names[0]}",
-            lambda theme: plots.layers_figure(theme, layers, found.columns, names, rate),
+            plots.layers_figure,
+            layers,
+            found.columns,
+            names,
+            rate,
         ),
         Table("Sums over the layers", header, [_part(name, change, ()) for name, change in chosen]),
         Paragraph(f"{len(kernels):,} of {tested:,} kernels of an attention head differ at q < {rate:g}."),

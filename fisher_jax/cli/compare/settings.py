@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Self
 
 from fisher_jax._support.errors import InputError
-from fisher_jax.cli.run.options import Settings, model_option, option, out_option
+from fisher_jax.cli.run import options
+from fisher_jax.cli.run.options import Settings, option
 from fisher_jax.cli.run.values import file_or_folder, fraction
 
 __all__ = ["KINDS", "CompareSettings"]
@@ -22,7 +23,7 @@ class CompareSettings(Settings):
         "holds several tasks; one folder alone: its two tasks", group="what to compare", positional=True,
         metavar="REPORT", nargs="+",
     )  # fmt: skip
-    model: str = model_option()
+    model: str = options.model()
     kind: str = option(
         "both", None, "scores of the texts' own next tokens, or the exact mean over the model's",
         choices=(*KINDS, "both"),
@@ -30,7 +31,7 @@ class CompareSettings(Settings):
     q: float = option(
         0.05, fraction(0.05), "share of false discoveries that is accepted among the discoveries", metavar="Q"
     )
-    out: Path = out_option("compare", group="where to keep it")
+    out: Path = options.out("compare", group="where to keep it")
 
     @property
     def kinds(self) -> tuple[str, ...]:

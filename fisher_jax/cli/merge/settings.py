@@ -5,17 +5,8 @@ from pathlib import Path
 from typing import Self
 
 from fisher_jax._support.errors import InputError
-from fisher_jax.cli.run.options import (
-    Settings,
-    characters_option,
-    documents_option,
-    dtype_option,
-    option,
-    out_option,
-    overwrite_option,
-    refuse_model_there,
-    split_documents_option,
-)
+from fisher_jax.cli.run import options
+from fisher_jax.cli.run.options import Settings, option, refuse_model_there
 from fisher_jax.cli.run.texts import text_source
 from fisher_jax.cli.run.values import file_or_folder, finite, not_negative
 
@@ -59,9 +50,9 @@ class MergeSettings(Settings):
     scale: float = option(
         1.0, finite, "with --base: by how much the merged change is multiplied", metavar="X", fixed=True
     )
-    out: Path = out_option("merged", "model folder to write", group="where to keep it")
-    overwrite: bool = overwrite_option()
-    dtype: str = dtype_option("of the written weights")
+    out: Path = options.out("merged", "model folder to write", group="where to keep it")
+    overwrite: bool = options.overwrite()
+    dtype: str = options.dtype("of the written weights")
     text: tuple[tuple[str, ...], ...] = option(
         (), text_source, "a text to measure on: files, one document each, or a shipped corpus: wikipedia, news, "
         "pubmed; give --text again for another one (default: nothing is measured)",
@@ -69,9 +60,9 @@ class MergeSettings(Settings):
                "eighth document of a text is used, which a report or a training run on the same text does not see"),
         metavar="FILE", nargs="+", action="append",
     )  # fmt: skip
-    split_documents: str = split_documents_option()
-    documents: int = documents_option()
-    characters: int = characters_option()
+    split_documents: str = options.split_documents()
+    documents: int = options.documents()
+    characters: int = options.characters()
 
     def checked(self) -> Self:
         number = len(self.models)

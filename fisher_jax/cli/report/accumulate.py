@@ -75,14 +75,7 @@ def _observe(model: LanguageModel, settings: ReportSettings, params, tokens, mas
         "soft_cap": model.config.logit_soft_cap,
     }
     (empirical, true), log_likelihood = fj.lm_head.moments(
-        hidden,
-        head,
-        batch.targets,
-        scored,
-        groups="row",
-        kind=KINDS,
-        with_log_likelihood=True,
-        **options,
+        hidden, head, batch.targets, scored, groups="row", kind=KINDS, with_log_likelihood=True, **options
     )
     observed = {"empirical": empirical, "true": true}
     if settings.groups == "param":

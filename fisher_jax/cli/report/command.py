@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.text import Text
 
 import fisher_jax as fj
@@ -19,13 +18,11 @@ from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.cli.report.store import ReportStore, TaskProgress
 from fisher_jax.cli.report.summary import summary, told_again
 from fisher_jax.cli.report.writing import ReportFolder
-from fisher_jax.cli.run.clock import Clock
 from fisher_jax.cli.run.folder import check_writable
 from fisher_jax.cli.run.progress import StreamProgress
 from fisher_jax.cli.run.row_length import check_attention, row_length
 from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal
-from fisher_jax.cli.run.unread import say_unread
 from fisher_jax.models import LanguageModel, load
 from fisher_jax.text.corpora import describe_sources, documents
 from fisher_jax.text.packing import Packed, Rows, longest_document, pack
@@ -41,29 +38,26 @@ _REPORT_BYTES = 20 * 2**20
 def run(settings: ReportSettings) -> int:
     """Measures, writes the report and prints a summary; the exit code."""
     console = Terminal()
-    clock = Clock(console)
     store: ReportStore | None = None
     with run_folder(settings.out, interrupted=lambda: _after_interrupt(store, settings)):
         store = ReportStore(settings.out)
         store.check_before_loading(settings.task, resume=settings.resume, overwrite=settings.overwrite)
-        found = _measure_and_write(settings, console, clock, store)
+        found = _measure_and_write(settings, console, store)
     if isinstance(found, Findings):
-        summary(console, found, clock.total)
+        summary(console, found)
     else:
         told_again(console, settings, found)
     return 0
 
 
-def _measure_and_write(
-    settings: ReportSettings, console: Console, clock: Clock, store: ReportStore
-) -> Findings | Part:
+def _measure_and_write(settings: ReportSettings, console: Terminal, store: ReportStore) -> Findings | Part:
     """What was found, or the part of the page of a task that was finished before."""
-    with clock.stage("model", settings.model):
+    with console.stage("model", settings.model):
         model = load(settings.model, dtype=settings.dtype)
         console.print(f"  {model.name}: vocabulary {model.config.vocab_size:,}, width {model.config.width:,}")
-        say_unread(console, model)
+        console.say_unread(model)
     settings = _fitted(settings, model)
-    with clock.stage("text", describe_sources(settings.text)):
+    with console.stage("text", describe_sources(settings.text)):
         packed = _pack(settings, model)
         console.print(f"  {packed.choice}")
         _warn_about_intervals(console, settings, packed)
@@ -80,11 +74,11 @@ def _measure_and_write(
     state = store.restore()[settings.task] if progress.batches_done else None
     if settings.overwrite and settings.task in store.runs:
         ReportFolder(settings, model, store, store.restore()).drop()
-    arrays = _stream(console, clock, settings, model, packed.stream, store, progress, state)
+    arrays = _stream(console, settings, model, packed.stream, store, progress, state)
     folder = ReportFolder(settings, model, store, {**store.restore(), settings.task: arrays})
-    found = folder.part() or _findings(clock, settings, model, packed, progress, arrays)
+    found = folder.part() or _findings(console, settings, model, packed, progress, arrays)
     if not folder.is_current():
-        with clock.stage("report", "pictures and tables"):
+        with console.stage("report", "pictures and tables"):
             folder.write(found if isinstance(found, Findings) else None)
     return found
 
@@ -96,8 +90,8 @@ def _after_interrupt(store: ReportStore | None, settings: ReportSettings) -> str
     if saved.finished:
         return "interrupted after measuring; give the same command again to write the report."
     return (
-        f"stopped after {saved.so_far}; the state is saved in {store.path}. Give "
-        "the same command with --resume to go on."
+        f"stopped after {saved.so_far}; the state is saved in {store.path}. Give the same command with --resume to "
+        "go on."
     )
 
 
@@ -120,7 +114,7 @@ def _pack(settings: ReportSettings, model: LanguageModel) -> Packed:
     )
 
 
-def _warn_about_intervals(console: Console, settings: ReportSettings, packed: Packed) -> None:
+def _warn_about_intervals(console: Terminal, settings: ReportSettings, packed: Packed) -> None:
     if settings.unit == "document" and len(packed.stream.names) < 2:
         console.print(
             Text.assemble(
@@ -133,8 +127,7 @@ def _warn_about_intervals(console: Console, settings: ReportSettings, packed: Pa
 
 
 def _stream(
-    console: Console,
-    clock: Clock,
+    console: Terminal,
     settings: ReportSettings,
     model: LanguageModel,
     rows: Rows,
@@ -152,14 +145,14 @@ def _stream(
             "four times slower than --parameters head)"
         )
     with (
-        clock.stage("stream", f"Fisher information of {whose}, {verb} {progress.num_batches} batches"),
+        console.stage("stream", f"Fisher information of {whose}, {verb} {progress.num_batches} batches"),
         StreamProgress(console, rows.num_targets, progress.tokens) as display,
     ):
         return accumulate(model, rows, settings, store, progress, state, display)
 
 
 def _findings(
-    clock: Clock,
+    console: Terminal,
     settings: ReportSettings,
     model: LanguageModel,
     packed: Packed,
@@ -171,7 +164,7 @@ def _findings(
     by_entry = np.asarray(fj.welford.mean(arrays["param"])) if "param" in arrays else None
     pruning = None
     if len(packed.held_out.lengths):
-        with clock.stage("pruning", f"loss on {packed.held_out.num_targets:,} held-out tokens"):
+        with console.stage("pruning", f"loss on {packed.held_out.num_targets:,} held-out tokens"):
             pruning = _prune(settings, model, packed.held_out, arrays, by_entry)
     return Findings(
         settings=settings,
@@ -186,7 +179,7 @@ def _findings(
         by_column=None if by_entry is None else by_entry.sum(axis=0, dtype=np.float64),
         layers=read_layers(arrays["layers"], model, settings) if "layers" in arrays else None,
         columns=columns(model.config),
-        timings=clock.seconds,
+        timings=console.seconds,
         rate=progress.tokens / max(progress.seconds, 1e-9),
     )
 

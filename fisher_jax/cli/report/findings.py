@@ -35,6 +35,12 @@ class Findings:
     timings: dict[str, float] = field(default_factory=dict)
     rate: float = 0.0  # streamed tokens per second
 
+    @property
+    def units(self) -> str:
+        """How many observations there are, and of what."""
+        plural = "" if self.main.units == 1 else "es" if self.settings.unit == "batch" else "s"
+        return f"{self.main.units:,.0f} {self.settings.unit}{plural}"
+
     @cached_property
     def vocabulary(self) -> list[str]:
         """Readable tokens by id."""

@@ -5,20 +5,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from fisher_jax._support.errors import InputError
-from fisher_jax.cli.run.options import (
-    Settings,
-    checkpoint_option,
-    dtype_option,
-    model_option,
-    option,
-    out_option,
-    overwrite_option,
-    resume_option,
-    row_length_option,
-    seed_option,
-    split_documents_option,
-    text_option,
-)
+from fisher_jax.cli.run import options
+from fisher_jax.cli.run.options import Settings, option
 from fisher_jax.cli.run.texts import default_task
 from fisher_jax.cli.run.values import count, fraction, task_name
 
@@ -36,9 +24,9 @@ MAX_TOKENS = {"head": 80_000, "all": 30_000}
 class ReportSettings(Settings):
     """What one run of the report was asked to do."""
 
-    model: str = model_option(group="what to measure")
-    text: tuple[str, ...] = text_option()
-    split_documents: str = split_documents_option()
+    model: str = options.model(group="what to measure")
+    text: tuple[str, ...] = options.text()
+    split_documents: str = options.split_documents()
     max_tokens: int = option(
         0, count(1), "tokens to stream, spread over as many documents as possible (default "
         f"{MAX_TOKENS['head']:,}; {MAX_TOKENS['all']:,} with --parameters all)", fixed=True,
@@ -64,14 +52,14 @@ class ReportSettings(Settings):
         choices=UNITS, fixed=True,
     )  # fmt: skip
     level: float = option(0.95, fraction(0.95), "of the intervals", metavar="P")
-    row_length: int = row_length_option()
+    row_length: int = options.row_length()
     batch_size: int = option(8, count(1), "rows per step", fixed=True)
-    dtype: str = dtype_option()
-    seed: int = seed_option("random orders, ties and signs")
-    out: Path = out_option("report", group="where to keep it")
-    resume: bool = resume_option()
-    overwrite: bool = overwrite_option("drop an earlier run of this task")
-    checkpoint_every: float = checkpoint_option()
+    dtype: str = options.dtype()
+    seed: int = options.seed("random orders, ties and signs")
+    out: Path = options.out("report", group="where to keep it")
+    resume: bool = options.resume()
+    overwrite: bool = options.overwrite("drop an earlier run of this task")
+    checkpoint_every: float = options.checkpoint_every()
 
     def fixed(self) -> dict[str, Any]:
         shared = super().fixed()

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from fisher_jax._support.errors import InputError
+from fisher_jax.cli.run import values
 from fisher_jax.cli.run.texts import text_source
-from fisher_jax.cli.run.values import LONGEST_ROW, count, file_or_folder, folder, seconds, seed
 
 __all__ = [
-    "CHECKPOINT_EVERY", "ROW_LENGTH", "Settings", "add_options", "characters_option", "checkpoint_option",
-    "documents_option", "dtype_option", "model_option", "option", "out_option", "overwrite_option",
-    "refuse_model_there", "resume_option", "row_length_option", "seed_option", "settings_from",
-    "split_documents_option", "text_option",
+    "CHECKPOINT_EVERY", "DTYPES", "ROW_LENGTH", "Settings", "add_options", "characters", "checkpoint_every",
+    "documents", "dtype", "model", "option", "out", "overwrite", "refuse_model_there", "resume", "row_length", "seed",
+    "settings_from", "split_documents", "text",
 ]  # fmt: skip
 
 S = TypeVar("S", bound="Settings")
@@ -119,64 +118,64 @@ def _hashable(value: Any) -> Any:
     return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
-def model_option(**more: Any) -> Any:
+def model(**more: Any) -> Any:
     return option(
-        "smollm2", file_or_folder, "the shipped SmolLM2-135M (default), a GGUF file, a Hugging Face folder "
+        "smollm2", values.file_or_folder, "the shipped SmolLM2-135M (default), a GGUF file, a Hugging Face folder "
         "(config.json, *.safetensors, tokenizer.json), or a hub name; Llama family or GPT-2", metavar="M", **more,
     )  # fmt: skip
 
 
-def text_option(**more: Any) -> Any:
+def text(**more: Any) -> Any:
     return option(
         ("wikipedia",), text_source, "UTF-8 text files, one document each; - for standard input; or a shipped "
         "corpus: wikipedia (default), news, pubmed", metavar="FILE", nargs="+", **more,
     )  # fmt: skip
 
 
-def split_documents_option() -> Any:
+def split_documents() -> Any:
     return option(
         "none", None, "blank-line: each paragraph of a file is a document of its own (default: a file is one "
         "document)", choices=("none", "blank-line"),
     )  # fmt: skip
 
 
-def row_length_option(default: str = "", least: int = 2) -> Any:
+def row_length(default: str = "", least: int = 2) -> Any:
     """0 where it was not given; see `row_length`."""
     help = f"tokens per row (default {default}{ROW_LENGTH}, or all positions of a model that has fewer)"
-    return option(0, count(least, LONGEST_ROW), help, fixed=True)
+    return option(0, values.count(least, values.LONGEST_ROW), help, fixed=True)
 
 
-def dtype_option(help: str = "of the model", *, fixed: bool = True) -> Any:
+def dtype(help: str = "of the model", *, fixed: bool = True) -> Any:
     return option("float32", None, help, choices=DTYPES, fixed=fixed)
 
 
-def seed_option(help: str, *, fixed: bool = True) -> Any:
-    return option(0, seed, help, fixed=fixed)
+def seed(help: str, *, fixed: bool = True) -> Any:
+    return option(0, values.seed, help, fixed=fixed)
 
 
-def out_option(name: str, help: str = "folder to write", **more: Any) -> Any:
-    return option(Path(name), folder, help, metavar="DIR", **more)
+def out(name: str, help: str = "folder to write", **more: Any) -> Any:
+    return option(Path(name), values.folder, help, metavar="DIR", **more)
 
 
-def overwrite_option(help: str = "replace a model that is there") -> Any:
+def overwrite(help: str = "replace a model that is there") -> Any:
     return option(False, help=help)
 
 
-def resume_option() -> Any:
+def resume() -> Any:
     return option(False, help="go on with an interrupted run, to the same bits")
 
 
-def checkpoint_option(default: float | None = CHECKPOINT_EVERY, more: str = "") -> Any:
-    return option(default, seconds, f"at most this much work is lost by a crash{more}", metavar="SECONDS")
+def checkpoint_every(default: float | None = CHECKPOINT_EVERY, more: str = "") -> Any:
+    return option(default, values.seconds, f"at most this much work is lost by a crash{more}", metavar="SECONDS")
 
 
-def documents_option() -> Any:
+def documents() -> Any:
     """How much text bits per byte are measured on."""
-    return option(32, count(2), "documents to read", fixed=True)
+    return option(32, values.count(2), "documents to read", fixed=True)
 
 
-def characters_option() -> Any:
-    return option(1_200, count(16), "of each document, at most", fixed=True)
+def characters() -> Any:
+    return option(1_200, values.count(16), "of each document, at most", fixed=True)
 
 
 def refuse_model_there(settings: Any, sources: Sequence[str | Path], result: str) -> None:
@@ -184,9 +183,9 @@ def refuse_model_there(settings: Any, sources: Sequence[str | Path], result: str
 
     One that the command wrote itself, with its ``result`` beside it, is told again by the command.
     """
-    out = Path(os.path.realpath(settings.out))
+    place = Path(os.path.realpath(settings.out))
     for source in map(Path, sources):
-        if source.is_dir() and out.is_relative_to(os.path.realpath(source)):
+        if source.is_dir() and place.is_relative_to(os.path.realpath(source)):
             raise InputError(f"--out {settings.out} lies in {source}, which is read; choose another --out.")
     there = (settings.out / "config.json").exists() and not (settings.out / result).exists()
     if there and not settings.overwrite:

@@ -5,23 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.host_memory import check_memory
-from fisher_jax._support.printable import printable
 from fisher_jax.cli.page.files import page_is_current, write_pages
-from fisher_jax.cli.run.clock import Clock
 from fisher_jax.cli.run.earlier_run import refuse_difference
 from fisher_jax.cli.run.folder import check_writable
 from fisher_jax.cli.run.options import CHECKPOINT_EVERY
-from fisher_jax.cli.run.progress import duration
 from fisher_jax.cli.run.row_length import check_attention, row_length
 from fisher_jax.cli.run.run_folder import run_folder
-from fisher_jax.cli.run.terminal import Terminal, bold
-from fisher_jax.cli.run.unread import say_unread
+from fisher_jax.cli.run.terminal import Terminal, table
 from fisher_jax.cli.spectrum import sections
 from fisher_jax.cli.spectrum.measure import (
     Measured,
@@ -49,38 +42,36 @@ _CHEAP_SAVE = 2 * 2**30  # bytes
 def run(settings: SpectrumSettings) -> int:
     """Measures, writes the pages and prints the table; the exit code."""
     console = Terminal()
-    clock = Clock(console)
     store = SpectrumStore(settings.out)
     with run_folder(settings.out, interrupted=store.after_interrupt):
         store.check_before_loading(resume=settings.resume, overwrite=settings.overwrite)
-        found, there_before = _measure_and_write(settings, clock, store)
+        found, there_before = _measure_and_write(settings, console, store)
         store.drop()
-    _summary(console, found, clock.total, there_before)
+    _summary(console, found, there_before)
     return 0
 
 
 def _measure_and_write(
-    settings: SpectrumSettings, clock: Clock, store: SpectrumStore
+    settings: SpectrumSettings, console: Terminal, store: SpectrumStore
 ) -> tuple[SpectrumFindings, bool]:  # fmt: skip
     """What was found, and whether all of it was there before."""
-    setup = _setup(settings, clock)
+    setup = _setup(settings, console)
     of = {"the model": setup.model.fingerprint, "the text": setup.rows.digest()[:16]}
-    found = _finished(setup, clock, store, of)
+    found = _finished(setup, console, store, of)
     if found is not None and page_is_current(settings.out, "spectrum", store.digest):
         return found, True
     if found is None:
-        found = _measure(setup, clock, store, of)
+        found = _measure(setup, console, store, of)
         store.write(found, setup.settings.of_finished() | of)
-    with clock.stage("pages", "pictures and tables"):
+    with console.stage("pages", "pictures and tables"):
         _write(settings.out, found, store.digest)
     return found, False
 
 
-def _setup(settings: SpectrumSettings, clock: Clock) -> Setup:
-    console = clock.console
-    with clock.stage("model", settings.model):
+def _setup(settings: SpectrumSettings, console: Terminal) -> Setup:
+    with console.stage("model", settings.model):
         model = load(settings.model, dtype=settings.dtype)
-        say_unread(console, model)
+        console.say_unread(model)
         length = row_length(settings.row_length, model.config.max_positions, model.name)
         settings = replace(settings, row_length=length)
         chosen = choose(model, settings.parameters)
@@ -88,7 +79,7 @@ def _setup(settings: SpectrumSettings, clock: Clock) -> Setup:
         if settings.k > sum(sizes):
             raise InputError(f"--k {settings.k} is more than the {sum(sizes)} entries of the chosen parameters.")
         console.print(f"  {model.name}: {sum(sizes):,} parameters in {len(sizes)} tensors")
-    with clock.stage("text", describe_sources(settings.text)):
+    with console.stage("text", describe_sources(settings.text)):
         longest = longest_document(settings.max_tokens, length)
         rows = pack(
             documents(settings.text, split=settings.split_documents, longest=longest), model.tokenizer.encode,
@@ -99,7 +90,7 @@ def _setup(settings: SpectrumSettings, clock: Clock) -> Setup:
 
 
 def _finished(
-    setup: Setup, clock: Clock, store: SpectrumStore, of: dict[str, Any]
+    setup: Setup, console: Terminal, store: SpectrumStore, of: dict[str, Any]
 ) -> SpectrumFindings | None:  # fmt: skip
     """What a finished run with these settings found, with the density and the blocks if they were not asked for then.
 
@@ -115,7 +106,7 @@ def _finished(
     found = store.read(settings)
     new = {name for name, options in settings.additions().items() if options != earlier[1][name]}
     if new:
-        density, spectra = _additions(setup._replace(settings=settings), clock, new)
+        density, spectra = _additions(setup._replace(settings=settings), console, new)
         found = replace(found, density=density or found.density, blocks=spectra or found.blocks)
         store.write(found, facts)
     return found
@@ -137,36 +128,36 @@ def _check_memory(setup: Setup, basis: int) -> None:
     check_attention(setup.model.config, settings.batch_size, settings.row_length)
 
 
-def _measure(setup: Setup, clock: Clock, store: SpectrumStore, of: dict[str, Any]) -> SpectrumFindings:
+def _measure(setup: Setup, console: Terminal, store: SpectrumStore, of: dict[str, Any]) -> SpectrumFindings:
     settings, dimension, rows = setup.settings, setup.dimension, setup.rows
-    with clock.stage("passes", "the loss, forward and backward, to compare products with"):
+    with console.stage("passes", "the loss, forward and backward, to compare products with"):
         passes = time_passes(setup)
     basis = basis_size(settings, dimension)
     _check_memory(setup, basis)
     every = _checkpoint_every(settings, basis, dimension)
-    with clock.stage("eigenvalues", _plan(settings, basis, dimension, every)):
+    with console.stage("eigenvalues", _plan(settings, basis, dimension, every)):
         store.begin(settings.fixed() | of, resume=settings.resume, saving=every is not None)
         spectrum = eigenvalues_of(setup, Terminal(stderr=True), store.state, every)
     asked = {name for name, options in settings.additions().items() if options is not None}
-    density, spectra = _additions(setup, clock, asked)
+    density, spectra = _additions(setup, console, asked)
     return SpectrumFindings(
         settings, setup.model.name, setup.sizes, rows.num_targets, len(rows.lengths), len(rows.names), passes,
-        spectrum, basis, density, spectra, clock.seconds,
+        spectrum, basis, density, spectra, console.seconds,
     )  # fmt: skip
 
 
 def _additions(
-    setup: Setup, clock: Clock, asked: set[str]
+    setup: Setup, console: Terminal, asked: set[str]
 ) -> tuple[Measured | None, dict[str, dict[int | None, Any]]]:
     """The density and the spectra of the blocks, where they were asked for."""
     settings = setup.settings
     density: Measured | None = None
     if "density" in asked:
-        with clock.stage("density", f"{settings.probes} probes of {settings.density_steps} products"):
+        with console.stage("density", f"{settings.probes} probes of {settings.density_steps} products"):
             density = density_of(setup, Terminal(stderr=True))
     spectra: dict[str, dict[int | None, Any]] = {}
     if "blocks" in asked:
-        with clock.stage("blocks", f"scores of {min(settings.block_tokens, setup.rows.num_targets)} tokens"):
+        with console.stage("blocks", f"scores of {min(settings.block_tokens, setup.rows.num_targets)} tokens"):
             spectra = block_spectra_of(setup)
     return density, spectra
 
@@ -201,21 +192,10 @@ def _write(out: Path, found: SpectrumFindings, made_from: str) -> None:
     write_pages(out, "spectrum", heading, sections.blocks(found), tables, ("spectrum-",), made_from)
 
 
-def _summary(console: Console, found: SpectrumFindings, seconds: float, there_before: bool) -> None:
-    """The last thing on the terminal."""
-    table = Table(box=None, padding=(0, 2), header_style="bold")
-    for i, name in enumerate(sections.EIGENVALUE_HEADER):
-        table.add_column(name, justify="right" if i else "left")
-    for row in sections.eigenvalue_rows(found):
-        table.add_row(*row)
-    console.print()
-    console.print(bold(sections.title(found)))
-    console.print(table)
-    console.print()
-    for name, value in sections.facts(found):
-        console.print(f"{name}: {value}")
+def _summary(console: Terminal, found: SpectrumFindings, there_before: bool) -> None:
+    lines = [f"{name}: {value}" for name, value in sections.facts(found)]
     if there_before:
-        console.print("finished before: nothing had to be computed (--overwrite measures again)")
-    console.print(f"took {duration(seconds)}")
-    path = (found.settings.out / "spectrum.html").resolve()
-    console.print(Text.assemble("spectrum: ", (printable(str(path)), "bold")))
+        lines.append("finished before: nothing had to be computed (--overwrite measures again)")
+    shown = table(sections.EIGENVALUE_HEADER, sections.eigenvalue_rows(found))
+    page = "spectrum", found.settings.out / "spectrum.html"
+    console.summary(sections.title(found), [*lines, console.took], page, shown)

@@ -5,20 +5,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from fisher_jax._support.errors import InputError
-from fisher_jax.cli.run.options import (
-    Settings,
-    checkpoint_option,
-    dtype_option,
-    model_option,
-    option,
-    out_option,
-    overwrite_option,
-    resume_option,
-    row_length_option,
-    seed_option,
-    split_documents_option,
-    text_option,
-)
+from fisher_jax.cli.run import options
+from fisher_jax.cli.run.options import Settings, option
 from fisher_jax.cli.run.values import count, fraction
 from fisher_jax.cli.spectrum.patterns import pattern
 
@@ -43,11 +31,11 @@ class SpectrumSettings(Settings):
     k: int = option(10, count(1, 10_000), "eigenvalues of each end", fixed=True)
     density: bool = option(False, help="also the density of all eigenvalues, by random probes")
     blocks: bool = option(False, help="also the spectrum and the capacity of every layer's tensors")
-    model: str = model_option()
-    text: tuple[str, ...] = text_option()
-    split_documents: str = split_documents_option()
+    model: str = options.model()
+    text: tuple[str, ...] = options.text()
+    split_documents: str = options.split_documents()
     max_tokens: int = option(1_280, count(1), "next tokens that the mean is over", fixed=True)
-    row_length: int = row_length_option()
+    row_length: int = options.row_length()
     tol: float = option(
         0.01, fraction(0.01), "wanted bound of each eigenvalue's error, relative to it", group="how to measure it",
         metavar="P", fixed=True,
@@ -71,12 +59,12 @@ class SpectrumSettings(Settings):
     block_tokens: int = option(
         32, count(1), "tokens whose scores the block spectra are of, spread over the text: one backward pass each"
     )
-    dtype: str = dtype_option()
-    seed: int = seed_option("start vector, probes, drawn labels")
-    out: Path = out_option("spectrum", group="where to keep it")
-    resume: bool = resume_option()
-    overwrite: bool = overwrite_option("drop an earlier run")
-    checkpoint_every: float | None = checkpoint_option(
+    dtype: str = options.dtype()
+    seed: int = options.seed("start vector, probes, drawn labels")
+    out: Path = options.out("spectrum", group="where to keep it")
+    resume: bool = options.resume()
+    overwrite: bool = options.overwrite("drop an earlier run")
+    checkpoint_every: float | None = options.checkpoint_every(
         None, " (default: 30 if the basis is below 2 GiB, otherwise nothing is saved)"
     )
 
@@ -104,9 +92,9 @@ class SpectrumSettings(Settings):
     def with_additions(self, earlier: dict[str, Any]) -> Self:
         """These, and what an earlier run had beside."""
         new: dict[str, Any] = {}
-        for name, options in earlier.items():
-            if options is not None and not getattr(self, name):
-                new |= {name: True, **options}
+        for name, given in earlier.items():
+            if given is not None and not getattr(self, name):
+                new |= {name: True, **given}
         return replace(self, **new)
 
     def checked(self) -> Self:

@@ -27,12 +27,7 @@ __all__ = ["train"]
 
 
 def train(
-    settings: TrainSettings,
-    console: Console,
-    start: Start,
-    text: Text,
-    store: TrainStore,
-    progress: TrainProgress,
+    settings: TrainSettings, console: Console, start: Start, text: Text, store: TrainStore, progress: TrainProgress
 ) -> Any:
     """Trains from step `progress.step` on and returns the parameters.
 

@@ -5,18 +5,8 @@ from pathlib import Path
 from typing import Self
 
 from fisher_jax._support.errors import InputError
-from fisher_jax.cli.run.options import (
-    Settings,
-    checkpoint_option,
-    option,
-    out_option,
-    overwrite_option,
-    resume_option,
-    row_length_option,
-    seed_option,
-    split_documents_option,
-    text_option,
-)
+from fisher_jax.cli.run import options
+from fisher_jax.cli.run.options import Settings, option
 from fisher_jax.cli.run.values import LONGEST_RUN, count, file_or_folder, folder, not_negative, positive
 
 __all__ = ["OPTIMIZERS", "TrainSettings"]
@@ -61,8 +51,8 @@ class TrainSettings(Settings):
         0, count(1), f"rows per step (default {BATCH_SIZES[True]}; {BATCH_SIZES[False]} with --init, or another "
         "tokenizer)", fixed=True,
     )  # fmt: skip
-    row_length: int = row_length_option(f"{NEW_ROW_LENGTH}; with --init ", least=1)
-    seed: int = seed_option("first weights, order, drawn labels")
+    row_length: int = options.row_length(f"{NEW_ROW_LENGTH}; with --init ", least=1)
+    seed: int = options.seed("first weights, order, drawn labels")
     init: str | None = option(
         None, file_or_folder, "go on from the weights of a model instead of random ones: smollm2, a GGUF file or a "
         "Hugging Face folder, such as DIR/model of an earlier run; sizes and tokenizer are its own",
@@ -75,16 +65,16 @@ class TrainSettings(Settings):
         BYTES, file_or_folder, "bytes, smollm2 (49,152 tokens), or the tokenizer of a GGUF file or Hugging Face "
         "folder", metavar="T", fixed=True,
     )  # fmt: skip
-    text: tuple[str, ...] = text_option()
-    split_documents: str = split_documents_option()
+    text: tuple[str, ...] = options.text()
+    split_documents: str = options.split_documents()
     held_out_tokens: int = option(
         16_384, count(1), "tokens of other documents that the loss is measured on", fixed=True
     )
     eval_every: int = option(10, count(1, LONGEST_RUN), "steps between two looks at that loss", fixed=True)
-    out: Path = out_option("train", group="where to keep it")
-    resume: bool = resume_option()
-    overwrite: bool = overwrite_option("drop an earlier run")
-    checkpoint_every: float = checkpoint_option()
+    out: Path = options.out("train", group="where to keep it")
+    resume: bool = options.resume()
+    overwrite: bool = options.overwrite("drop an earlier run")
+    checkpoint_every: float = options.checkpoint_every()
 
     def runs(self) -> list[Self]:
         """One for every optimizer; with several each has a folder of its own inside `out`."""

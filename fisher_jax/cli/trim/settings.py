@@ -5,19 +5,8 @@ from pathlib import Path
 from typing import Self
 
 from fisher_jax._support.errors import InputError
-from fisher_jax.cli.run.options import (
-    Settings,
-    characters_option,
-    documents_option,
-    dtype_option,
-    model_option,
-    option,
-    out_option,
-    overwrite_option,
-    refuse_model_there,
-    split_documents_option,
-    text_option,
-)
+from fisher_jax.cli.run import options
+from fisher_jax.cli.run.options import Settings, option, refuse_model_there
 from fisher_jax.cli.run.values import count, place, task_name
 
 __all__ = ["TrimSettings"]
@@ -41,17 +30,17 @@ class TrimSettings(Settings):
         "true", None, "order of importance: exact true or empirical Fisher of a token's row, saliency, corpus "
         "frequency, or weight magnitude (needs no state)", choices=ORDERS, fixed=True,
     )  # fmt: skip
-    model: str = model_option()
-    out: Path = out_option("trimmed", "model folder to write")
-    overwrite: bool = overwrite_option()
-    dtype: str = dtype_option("of the written weights")
-    text: tuple[str, ...] = text_option(
+    model: str = options.model()
+    out: Path = options.out("trimmed", "model folder to write")
+    overwrite: bool = options.overwrite()
+    dtype: str = options.dtype("of the written weights")
+    text: tuple[str, ...] = options.text(
         group=("how to measure the loss before and after",
                "every eighth document of the text is used, which a report on the same text does not stream")
     )  # fmt: skip
-    split_documents: str = split_documents_option()
-    documents: int = documents_option()
-    characters: int = characters_option()
+    split_documents: str = options.split_documents()
+    documents: int = options.documents()
+    characters: int = options.characters()
 
     def checked(self) -> Self:
         if self.state is None and self.by != "magnitude":

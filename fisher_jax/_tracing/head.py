@@ -31,8 +31,8 @@ def head_of(structure: Structure) -> Head:
     if head is None or head.other is not None:
         found = structure.headless if head is None else head.other
         raise ValueError(
-            "estimator='head' follows the outputs back to hidden @ head (+ bias, capped by c * tanh(z / c)) and found "
-            f"{found}; {_WAY_OUT}"
+            "estimator='head' follows the outputs back to hidden @ head (+ bias, capped by c * tanh(z / c)) and "
+            f"found {found}; {_WAY_OUT}"
         )
     if head.use.kind != "dense" or operand_axes(head.use)[0] or head.use.index == 0:
         raise ValueError(f"the product at the outputs is not a plain hidden @ head; {_WAY_OUT}")

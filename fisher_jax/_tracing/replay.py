@@ -68,15 +68,15 @@ class Replay:
         self, view: View, kind: str, eqn: Any, index: int, output: Callable, apply: Any, inputs: tuple[Array, ...]
     ) -> Array:
         """``output()``, after the perturbation."""
-        spec, output = next(self._own), output()
+        spec, found = next(self._own), output()
         if not self.follow(view.leaf):
-            return output
+            return found
         if self.reduce is None:
             self.inputs.append(inputs)
-            return _tapped(None, view.factor, output, None, next(self.perturbations))
-        backward, constants = _Reduction.trace(functools.partial(self.reduce, spec), inputs, output)
+            return _tapped(None, view.factor, found, None, next(self.perturbations))
+        backward, constants = _Reduction.trace(functools.partial(self.reduce, spec), inputs, found)
         kept = jax.lax.stop_gradient((inputs, constants))
-        return _tapped(backward, view.factor, output, kept, next(self.perturbations))
+        return _tapped(backward, view.factor, found, kept, next(self.perturbations))
 
     def generic(self, x: Any, eqn: Any) -> Any:
         """A parameter where no tap fits: its own perturbation, and plain data from here on."""
@@ -118,8 +118,9 @@ class Replay:
             return outs[: scan.num_carry], (outs[scan.num_carry :], inner.inputs)
 
         scanned = (self._perturbations_of(part), list(map(plain, xs)))
-        options = {"length": scan.length, "reverse": scan.reverse, "unroll": scan.unroll}
-        carry, (ys, inputs) = jax.lax.scan(body, carry, scanned, **options)
+        carry, (ys, inputs) = jax.lax.scan(
+            body, carry, scanned, length=scan.length, reverse=scan.reverse, unroll=scan.unroll
+        )
         self.inputs += inputs
         return [*carry, *ys]
 

@@ -148,21 +148,16 @@ def _rows_of(tap: Tap, num_rows: int) -> _Rows:
     if not ids.axes and num_rows == 1:
         return _Rows((None, 0), None)
     met = cotangents if use.kind in ("conv", "scale", "bias") else jnp.asarray((tap.inputs or ())[0])
-    (axis, *others) = ids.axes or (0,)
     values = ids.values.ravel()
-    if (
-        others
-        or axis < loops
-        or len(ids.axes) != 1
-        or (np.bincount(values - values.min()) != len(values) // num_rows).any()
-    ):
+    if len(ids.axes) != 1 or ids.axes[0] < loops or (np.bincount(values) * num_rows != len(values)).any():
         raise ValueError(
             f"the rows of the batch are not one axis of the tap of {tap.path} at {use.where}: {_WAY_OUT}"
         )
+    (axis,) = ids.axes
     if met.shape[axis] != len(values):
         raise ValueError(
-            f"the tap of {tap.path} has {met.shape[axis]} tokens, which are not {num_rows} rows of the batch: give the "
-            f"taps of this batch, or {_WAY_OUT}"
+            f"the tap of {tap.path} has {met.shape[axis]} tokens, which are not {num_rows} rows of the batch: give "
+            f"the taps of this batch, or {_WAY_OUT}"
         )
     index = np.argsort(values, kind="stable").reshape(num_rows, -1)
     if use.kind in ("scale", "bias"):

@@ -15,7 +15,6 @@ from fisher_jax._tracing.program import trace
 from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_arguments, check_batch
-from fisher_jax.batch.tokens import log_probs
 from fisher_jax.estimators.by_batch import by_batch
 from fisher_jax.estimators.by_row import by_row
 from fisher_jax.estimators.by_taps import by_taps
@@ -150,8 +149,8 @@ def group_fisher(
 
     def problem(params: Tree) -> Problem:
         return Problem(
-            apply_fn, likelihood, structures, grouped(params), combine, estimator, kind, unit, num_samples, temperature,
-            chunk_size,
+            apply_fn, likelihood, structures, grouped(params), combine, estimator, kind, unit, num_samples,
+            temperature, chunk_size,
         )  # fmt: skip
 
     def init(params: Tree):

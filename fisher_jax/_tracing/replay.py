@@ -65,10 +65,10 @@ class Replay:
         return [next(self.perturbations) for spec in part.specs if self.follow(spec.leaf)]
 
     def use(
-        self, view: View, kind: str, eqn: Any, index: int, output: Array, apply: Any, inputs: tuple[Array, ...]
+        self, view: View, kind: str, eqn: Any, index: int, output: Callable, apply: Any, inputs: tuple[Array, ...]
     ) -> Array:
-        """``output``, after the perturbation."""
-        spec = next(self._own)
+        """``output()``, after the perturbation."""
+        spec, output = next(self._own), output()
         if not self.follow(view.leaf):
             return output
         if self.reduce is None:
@@ -80,7 +80,7 @@ class Replay:
 
     def generic(self, x: Any, eqn: Any) -> Any:
         """A parameter where no tap fits: its own perturbation, and plain data from here on."""
-        return self.use(x, "generic", eqn, 0, x.value, None, ()) if isinstance(x, View) else plain(x)
+        return self.use(x, "generic", eqn, 0, lambda: x.value, None, ()) if isinstance(x, View) else plain(x)
 
     def remat(self, eqn: Any, remat: Remat, values: list) -> list:
         """A rematerialised part stays rematerialised; its perturbations become arguments."""

@@ -126,7 +126,8 @@ class Survey:
             for i, (var, ids) in enumerate(zip(eqn.outvars, carried, strict=True))
         ]
 
-    def use(self, view: View, kind: str, eqn: Any, index: int, output: Data, apply: Any, inputs: tuple) -> Data:
+    def use(self, view: View, kind: str, eqn: Any, index: int, output: Callable, apply: Any, inputs: tuple) -> Data:
+        output = output()
         whose = _whose(kind, output, inputs)
         use = _facts(view, kind, eqn, index, apply, self.findings.number, whose, self.around)
         self.findings.number += 1
@@ -148,7 +149,7 @@ class Survey:
         return dataclasses.replace(output, made=dataclasses.replace(made, after=True, other=other))
 
     def generic(self, x: Any, eqn: Any) -> Any:
-        return self.use(x, "generic", eqn, 0, x.value, None, ()) if isinstance(x, View) else plain(x)
+        return self.use(x, "generic", eqn, 0, lambda: x.value, None, ()) if isinstance(x, View) else plain(x)
 
     def remat(self, eqn: Any, remat: Remat, values: list) -> list:
         part = self.inside(eqn)

@@ -6,6 +6,7 @@ A *way* meets every use: a `Survey` notes it, without running anything; a `Repla
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -51,8 +52,8 @@ class Way(Protocol):
     def bind(self, eqn: Any, values: list) -> list:
         """Results of an equation without parameters."""
 
-    def use(self, view: View, kind: str, eqn: Any, index: int, output: Any, apply: Any, inputs: tuple) -> Any:
-        """The result of a use; the parameter is operand ``index`` of the equation."""
+    def use(self, view: View, kind: str, eqn: Any, index: int, output: Callable, apply: Any, inputs: tuple) -> Any:
+        """The result of a use, which ``output()`` gives; the parameter is operand ``index`` of the equation."""
 
     def generic(self, x: Any, eqn: Any) -> Any:
         """A parameter where no tap fits is plain data from here on."""
@@ -156,7 +157,10 @@ def _fits(eqn: Any, index: int, values: list) -> bool:
 def _use(eqn: Any, index: int, values: list, way: Way) -> Any:
     view, name = values[index], eqn.primitive.name
     inputs = tuple(_as_data(plain(v)) for i, v in enumerate(values) if i != index)
-    output = way.bind(eqn, list(map(plain, values)))[0]
+
+    def output():
+        return way.bind(eqn, list(map(plain, values)))[0]
+
     if name == "sub" and index == 1:
         # x - w is x + (-w): the cotangent of a bias is that of a sum.
         return way.use(view.scaled(view.value, -1.0), "bias", eqn, index, output, jnp.add, inputs)

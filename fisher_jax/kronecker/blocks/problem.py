@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fisher_jax._tracing.program import Program, trace
 from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import check_outputs
 from fisher_jax.kronecker.blocks.plan import Block, Rules, choice, plan
 from fisher_jax.kronecker.options import Curvature
 from fisher_jax.likelihoods import Likelihood
@@ -67,11 +68,16 @@ def block_plan(problem: Problem, params: Tree, batch: Batch) -> tuple[Program, t
     rules = dataclasses.replace(problem.rules, devices=_devices(problem.axis_name))
     lead = None if batch.real is None else jnp.shape(batch.real)
     program = trace(problem.apply_fn, params, (batch.inputs,), None, problem.structures, lead, follow=rules.follow)
+    check_outputs(program.shape)
     found = program.structure
     blocks = plan(found, program.leaves, program.paths, rules)
     (out,) = found.outputs
+    check_outputs(out)
     if rules.estimator == "exact_head" and not (
-        found.head is not None and found.head.is_last and any(b.head for b in blocks) and problem.likelihood.name == "categorical"
+        found.head is not None
+        and found.head.is_last
+        and any(b.head for b in blocks)
+        and problem.likelihood.name == "categorical"
     ):
         raise ValueError(
             "estimator='exact_head' needs a categorical likelihood whose outputs are those of one dense use and its "

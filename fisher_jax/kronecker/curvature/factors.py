@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax._support.errors import RejectedBatchError
-from fisher_jax._support.jax_internals import is_traced
 from fisher_jax._support.outline import outline
 from fisher_jax._support.placement import mesh_of
-from fisher_jax._support.rejection import reasons
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_arguments
+from fisher_jax.batch.tokens import require_usable
 from fisher_jax.kronecker.blocks.plan import Block
 from fisher_jax.kronecker.blocks.problem import block_plan, problem_of
 from fisher_jax.kronecker.curvature.damped import solve
@@ -91,6 +89,7 @@ def kfac_factors(
     Raises:
         ValueError: a parameter without a block, named with its line and the way out; masks of
             another shape; a missing key.
+        RejectedBatchError: outside of ``jit`` a batch that is empty or has values that cannot be used.
 
     See Martens and Grosse (2015); Eschenhagen et al. (2023) for shared weights; George et al. (2018) for EK-FAC.
 
@@ -110,8 +109,7 @@ def kfac_factors(
     problem = problem_of(apply_fn, likelihood, curvature, axis_name)
     program, blocks = block_plan(problem, params, batch)
     seen = observe(problem, program, blocks, batch, key)
-    if not is_traced(seen.bad) and int(seen.bad):
-        raise RejectedBatchError(f"the batch has {'; '.join(reasons(int(seen.bad)))}")
+    require_usable(seen.bad, seen.weight)
     found = decompose(blocks, seen, problem, curvature.factor_dtype, mesh_of(params, batch))
     return Factors(found, jnp.asarray(damping), blocks, curvature.form, curvature.power)
 

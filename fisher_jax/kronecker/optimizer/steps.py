@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fisher_jax._support import rejection
 from fisher_jax._support.dtypes import wide
+from fisher_jax.batch.tokens import tokens_of
 from fisher_jax.kronecker.optimizer import annealing
 from fisher_jax.kronecker.optimizer.quadratic import best_step, local_model, loss, tree_dot
 from fisher_jax.kronecker.optimizer.rows import first_rows
@@ -52,7 +53,8 @@ def adaptive_step(
     def listed(tree):
         return [x for x in aligned(tree, whole)[0] if moves(x)]
 
-    seen = first_rows(batch, how.model_rows)
+    tokens, bad = tokens_of(likelihood, jax.eval_shape(apply_fn, whole, batch.inputs), batch)
+    seen = first_rows(tokens, how.model_rows)
     directions = ([-x for x in listed(natural)], listed(state.velocity))
     model = local_model(
         lambda moved: apply_fn(whole_with(moved), seen.inputs), likelihood, seen, moving, listed(grads), directions,
@@ -73,8 +75,8 @@ def adaptive_step(
         moved = [p + v.astype(p.dtype) for p, v in zip(moving, listed(velocity), strict=True)]
         norms = [decay / 2 * tree_dot(x, x) for x in (moved, moving)]
         before = model.value if how.model_rows is None else value
-        before = loss(apply_fn, likelihood, whole, batch) if before is None else jnp.asarray(before, jnp.float32)
-        return loss(apply_fn, likelihood, whole_with(moved), batch) + norms[0] - before - norms[1]
+        before = loss(apply_fn, likelihood, whole, tokens) if before is None else jnp.asarray(before, jnp.float32)
+        return loss(apply_fn, likelihood, whole_with(moved), tokens) + norms[0] - before - norms[1]
 
     every = jnp.where(state.factors.step < _EARLY, 1, how.adapt_period)
     due = (state.factors.step + 1) % every == 0
@@ -89,7 +91,7 @@ def adaptive_step(
     moved_damping = jnp.where(due & (falls | rose), moved_damping, damping)
     velocity = combine(lambda v: jnp.where(rose, 0, v), velocity)
     finite = jnp.isfinite(jnp.stack([model.value, rate, momentum, predicted])).all()
-    bad = rejection.reason_mask(non_finite=~finite)
+    bad = bad | rejection.reason_mask(non_finite=~finite)
     new = state._replace(
         velocity=velocity, damping=moved_damping, learning_rate=rate, momentum=momentum, ratio=ratio,
         annealing=annealed,

@@ -11,10 +11,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from fisher_jax._support import rejection
-from fisher_jax._support.dtypes import wide, wide_dtype
+from fisher_jax._support.dtypes import wide
 from fisher_jax._support.placement import automatic, spec_of
 from fisher_jax._tracing.program import Program, differentiate, with_ids
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import log_probs, readable, tokens_of, without_padding
 from fisher_jax.kronecker.blocks.plan import Block, Rules
 from fisher_jax.kronecker.blocks.problem import Problem
 from fisher_jax.kronecker.factors.forms import chosen
@@ -22,7 +23,7 @@ from fisher_jax.kronecker.statistics.joining import on_any_device, over_columns,
 from fisher_jax.kronecker.statistics.second_moments import Masks, places, statistic
 from fisher_jax.likelihoods import Likelihood
 
-__all__ = ["Observation", "observe", "observe_taps", "token_weights"]
+__all__ = ["Observation", "observe", "observe_taps"]
 
 Tree = Any
 
@@ -49,21 +50,23 @@ def observe(problem: Problem, program: Program, blocks: tuple[Block, ...], batch
     """Statistics of every block from one backward pass (``ggn``: one for each output)."""
     rules = problem.rules
     (out,) = program.structure.outputs
-    weights, bad = token_weights(problem, out, batch)
+    tokens, bad = tokens_of(problem.likelihood, out, batch, rules.estimator == "empirical")
+    # A real position counts among the inputs of a layer, whether or not its row has a loss.
+    program, weights = program.on(without_padding(batch.inputs, batch.real)), tokens.weights
     masks, label_key = _masks(problem, weights, batch, key)
     sampled = rules.estimator in ("sampled", "exact_head")
     if sampled and key is None:
         raise ValueError(f"estimator={rules.estimator!r} draws labels from the model: pass key=")
-    root = jnp.sqrt(jnp.maximum(weights, 0))
+    root = jnp.sqrt(weights)
     whole = any(block.needs_taps(rules) for block in blocks)
 
     def one(column):
         def loss(outputs):
             fixed = jax.lax.stop_gradient(outputs)
             if rules.estimator == "ggn":
-                direction = problem.likelihood.fisher_factor(fixed, column)
-                return jnp.sum(root[..., None] * jnp.where(root[..., None] > 0, direction * outputs, 0))
-            targets = batch.targets
+                direction = problem.likelihood.fisher_factor(readable(fixed, root), column)
+                return jnp.sum(root[..., None] * (direction * readable(outputs, root)))
+            targets = tokens.targets
             if sampled:
                 draw = functools.partial(problem.likelihood.sample, temperature=problem.temperature)
                 targets = automatic(draw, PartitionSpec(), label_key, fixed)
@@ -105,22 +108,25 @@ def observe(problem: Problem, program: Program, blocks: tuple[Block, ...], batch
         p, w = probabilities
         gather = functools.partial(jax.lax.all_gather, axis_name=problem.axis_name, tiled=True)
         probabilities = gather(p, axis=1), gather(w)
-    weight, bad = _everywhere(weights.sum(), bad, problem.axis_name)
+    weight, bad = _everywhere(tokens.total_weight, bad, problem.axis_name)
     return Observation(sums, weight, bad, probabilities, (taps, masks) if whole else None)
 
 
 def observe_taps(
     problem: Problem, program: Program, blocks: tuple[Block, ...], taps: list, scale: Any, batch: Batch, key: Any
 ) -> Observation:
-    """The same from raw taps of the training step's own backward pass; ``scale`` times its loss is the summed one."""
+    """The same from raw taps of the training step's own backward pass; ``scale`` times its loss is the summed one.
+
+    A batch without targets has none to look at.
+    """
     rules = problem.rules
     if rules.estimator != "empirical":
         raise ValueError(
             f"taps of the training loss hold its own labels; estimator={rules.estimator!r} needs batch= instead"
         )
     (out,) = program.structure.outputs
-    weights = _weights(out.shape[:-1], jnp.float32, batch)
-    masks, _ = _masks(problem, weights, batch, key)
+    tokens, bad = tokens_of(problem.likelihood, out, batch, batch.targets is not None)
+    masks, _ = _masks(problem, tokens.weights, batch, key)
     owner = {i: b for b in blocks for i in (b.leaf, b.bias) if i is not None}
     taps = with_ids([tap for tap in taps if tap.leaf in owner], program.structure)
     for tap in taps:
@@ -131,10 +137,9 @@ def observe_taps(
     found = [(leaf, use, over_devices(x, problem.axis_name)) for leaf, use, x in found]
     sums = sums_of_blocks(blocks, found, masks, rules)
     finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
-    negative = ~jnp.all((weights >= 0) & jnp.isfinite(weights))
-    bad = rejection.reason_mask(non_finite=~finite, negative_weight=negative)
+    bad = bad | rejection.reason_mask(non_finite=~finite)
     whole = any(block.needs_taps(rules) for block in blocks)
-    weight, bad = _everywhere(weights.sum(), bad, problem.axis_name)
+    weight, bad = _everywhere(tokens.total_weight, bad, problem.axis_name)
     return Observation(sums, weight, bad, None, (taps, masks) if whole else None)
 
 
@@ -165,7 +170,7 @@ def _everywhere(weight: Array, bad: Array, axis_name: Any) -> tuple[Array, Array
 
 def _log_likelihood(likelihood: Likelihood) -> Callable:
     def total(outputs, targets, root):
-        return jnp.sum(root * jnp.where(root > 0, likelihood.log_prob(outputs, targets), 0))
+        return jnp.sum(root * log_probs(likelihood, outputs, targets, root))
 
     return total
 
@@ -184,34 +189,9 @@ def _masks(problem: Problem, weights: Array, batch: Batch, key: Any) -> tuple[Ma
     return Masks(weights, batch.real, offsets, rows), label_key
 
 
-def _weights(lead: tuple[int, ...], dtype: Any, batch: Batch) -> Array:
-    weights = jnp.ones(lead, dtype) if batch.weights is None else jnp.asarray(batch.weights).astype(dtype)
-    if weights.shape != lead:
-        raise ValueError(
-            f"weights have one value per token, the leading shape of the outputs {list(lead)}, found "
-            f"{list(weights.shape)}"
-        )
-    return weights
-
-
-def token_weights(problem: Problem, out: Any, batch: Batch) -> tuple[Array, Array]:
-    """Weights of the tokens, and why the batch cannot be used."""
-    weights = _weights(out.shape[:-1], wide_dtype(out.dtype), batch)
-    bad = rejection.reason_mask(negative_weight=~jnp.all((weights >= 0) & jnp.isfinite(weights)))
-    if problem.rules.estimator == "empirical":
-        inside = problem.likelihood.in_range(out, batch.targets)
-        if inside.shape != weights.shape:
-            raise ValueError(
-                f"targets of shape {list(jnp.shape(batch.targets))} do not fit {problem.likelihood.name} outputs of "
-                f"shape {list(out.shape)}"
-            )
-        bad = bad | rejection.reason_mask(target_out_of_range=jnp.any((weights > 0) & ~inside))
-    return weights, bad
-
-
 def _probabilities(problem, blocks, outputs, weights, masks) -> tuple[Array, Array]:
     """Softmax of the outputs, ``[V, T]``: of all tokens, or of as many as a low-rank head keeps."""
-    z, w = wide(outputs).reshape(-1, outputs.shape[-1]), weights.ravel()
+    z, w = wide(readable(outputs, weights)).reshape(-1, outputs.shape[-1]), weights.ravel()
     (head,) = [b for b in blocks if b.head]
     cap = problem.rules.token_cap
     if head.low_rank and cap is not None and cap < len(w):

@@ -72,6 +72,8 @@ def observations(tap: Tap, block: Block, masks: Masks, rules: Rules) -> tuple[Ar
     rows = patches if tap.kind == "conv" else matrices
     a, g = rows(tap.use, tuple(map(wide, tap.inputs)), wide(tap.cotangents))
     mask = _mask(tap, block, masks).astype(a.dtype)
+    # What does not count may be NaN, as an attention over nothing is.
+    a = jnp.where((mask > 0)[None, :, None], a, jnp.zeros_like(a))
     if rules.shared == "reduce" and not block.head:
         a, g, mask = _reduce(tap, a, g, mask, masks.rows)
     if block.bias is not None:
@@ -182,7 +184,9 @@ def _reduce(tap: Tap, a: Array, g: Array, mask: Array, rows: int) -> tuple[Array
     try:
         row = of_rows(tap.use, _shape(tap)) if rows > 1 else np.zeros(a.shape[1], np.int32)
     except UnfollowedError as error:
-        raise ValueError(f'shared="reduce" needs the row of every token of {tap.path} at {tap.use.where}: {error}') from None
+        raise ValueError(
+            f'shared="reduce" needs the row of every token of {tap.path} at {tap.use.where}: {error}'
+        ) from None
     count = _by_row(mask, row, rows)
     mean = _by_row(a * mask[:, None], row, rows) / jnp.where(count > 0, count, 1)[:, None]
     return mean, _by_row(g, row, rows), (count > 0).astype(mask.dtype)

@@ -97,13 +97,13 @@ def block_spectrum(
     problem = Problem(apply_fn, likelihood, found.selection, unit, kind, num_samples, chunk_size)
     key = state_room.key_for(kind, key)
     part, bad = state_room.tokens(problem, params, batch)
-    require_usable(bad, part.weights.sum())
+    require_usable(bad, part.total_weight)
     num_scores = int(state_room.count_scores(problem, part.weights))
     by_taps = gram.smaller(problem, params, part, found.blocks) if takes_whole_rows(problem, part.weights) else []
     tapped = tuple(found.blocks[i] for i in by_taps)
     grams = gram.grams(problem, tapped, params, part, key) if tapped else []
     spectra: dict[str, BlockSpectrum] = {}
-    options, weight = {"top_k": top_k, "damping": damping}, float(part.weights.sum())
+    options, weight = {"top_k": top_k, "damping": damping}, float(part.total_weight)
     for block, matrix in zip(tapped, grams, strict=True):
         spectra |= state_room.spectra_of(block.names(), matrix, weight, block.size, num_scores, "taps", options)
     rest = tuple(block for i, block in enumerate(found.blocks) if i not in by_taps)

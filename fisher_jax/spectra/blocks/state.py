@@ -14,7 +14,7 @@ from fisher_jax._support.dtypes import common_dtype, wide_dtype
 from fisher_jax._support.errors import RejectedBatchError
 from fisher_jax._support.meshes import automatic
 from fisher_jax.batch import Batch
-from fisher_jax.batch.tokens import Part, weigh
+from fisher_jax.batch.tokens import Tokens, tokens_of
 from fisher_jax.spectra.blocks import kept
 from fisher_jax.spectra.blocks.capacity import BlockSpectrum, spectrum
 from fisher_jax.spectra.blocks.partition import Block
@@ -102,10 +102,10 @@ def key_for(kind: str, key: Array | None) -> Array:
     return jax.random.key(0) if key is None else key
 
 
-def tokens(problem: Problem, params: Tree, batch: Batch) -> tuple[Part, Array]:
+def tokens(problem: Problem, params: Tree, batch: Batch) -> tuple[Tokens, Array]:
     # As the rows will run: a model that looks sharded tokens up may name no place for them there.
     outputs = jax.eval_shape(lambda p, x: automatic(problem.apply_fn, p, x), params, batch.inputs)
-    part, bad = weigh(problem.likelihood, outputs, batch, problem.kind == "empirical")
+    part, bad = tokens_of(problem.likelihood, outputs, batch, problem.kind == "empirical")
     if part.weights.ndim == 0:
         raise ValueError("outputs are [rows, ..., K], found [K] without rows")
     rows = part.weights.shape[0]
@@ -169,7 +169,7 @@ def _add(setting: Setting, state: BlockSpectraState, params: Tree, batch: Batch,
         state,
         kept=tuple(map(kept.combine, state.kept, held)),
         traces=tuple(map(add, state.traces, traces)),
-        weight=add(state.weight, part.weights.sum()),
+        weight=add(state.weight, part.total_weight),
         count=add(state.count, count_scores(problem, part.weights)),
     )
     new = jax.tree.map(lambda a, b: jnp.where(bad == 0, a, b), new, state)

@@ -23,7 +23,7 @@ from fisher_jax.kronecker.optimizer.refresh import KFACState, check_together, re
 from fisher_jax.kronecker.optimizer.rows import check_rows, window
 from fisher_jax.kronecker.options import Curvature, Refresh, check_option
 from fisher_jax.kronecker.statistics.averaging import widened
-from fisher_jax.kronecker.statistics.joining import on_any_device
+from fisher_jax.kronecker.statistics.block_sums import on_any_device
 from fisher_jax.kronecker.statistics.observation import observe, observe_taps
 from fisher_jax.likelihoods import Likelihood, categorical
 

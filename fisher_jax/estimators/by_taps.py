@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax._support import meshes, rejection
-from fisher_jax._support.dtypes import wide, wide_dtype
+from fisher_jax._support.dtypes import is_floating, wide, wide_dtype
 from fisher_jax._support.jax_internals import abstract, contraction, convolution, lookup
 from fisher_jax._tracing import program
 from fisher_jax._tracing.orientation import Grouping
@@ -17,7 +17,7 @@ from fisher_jax._tracing.provenance import Spec, Use
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import tokens_of, unit_ids
 from fisher_jax.estimators import gram
-from fisher_jax.estimators.problem import Problem, is_free, square, zeros_like
+from fisher_jax.estimators.problem import Problem, square, zeros_like
 from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.moments import Moments
 
@@ -48,7 +48,7 @@ def by_taps(
         def value(row):
             found: list = [None] * len(leaves)
             for i, (x, one) in enumerate(zip(leaves, problem.groupings, strict=True)):
-                if one is not None and is_free(x):
+                if one is not None and is_floating(x):
                     found[i] = _leaf(x, one, [t for t in taps if t.leaf == i], row, num_rows, scale)
             sums = jax.tree.unflatten(treedef, found)
             return sums if problem.combine is None else problem.combine(sums)
@@ -62,7 +62,7 @@ def by_taps(
         parts = (jnp.arange(num_rows, dtype=jnp.int32), weights.reshape(num_rows, -1).sum(1), ids)
         return moments_room.finish(jax.lax.scan(step, first, parts)[0])
 
-    moments = meshes.automatic(run, taps, tokens.weights, unit_ids(problem.unit, batch.units, num_rows))
+    moments = meshes.replicating(run, taps, tokens.weights, unit_ids(problem.unit, batch.units, num_rows))
     finite = functools.reduce(
         jnp.logical_and, [jnp.all(jnp.isfinite(jnp.asarray(t.cotangents))) for t in taps], jnp.bool_(True)
     )

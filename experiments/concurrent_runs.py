@@ -62,14 +62,14 @@ def saving(task: str, out: Path, seed: int) -> int:
     import copy
 
     from fisher_jax._support.errors import InputError
-    from fisher_jax.cli.report.run_state import StateStore
+    from fisher_jax.cli.report.store import ReportStore
     from fisher_jax.cli.run.run_folder import run_folder
 
     dice = random.Random(seed)
     try:
         with run_folder(out, interrupted=lambda: "interrupted"):
-            store = StateStore(out)
-            arrays, progress = store.restore()["first"], copy.deepcopy(store.tasks["first"])
+            store = ReportStore(out)
+            arrays, progress = store.restore()["first"], copy.deepcopy(store.runs["first"])
             progress.num_batches, progress.seconds = 3, float(seed)
             for progress.batches_done in (1, 2, 3):
                 time.sleep(dice.uniform(0, 0.2))

@@ -155,7 +155,7 @@ def prepare(root: Path) -> dict[str, list[str]]:
 
     model, texts = str(write_model(root / "tiny")), write_texts(root / "texts", count=8, words=80)
     other = str(write_model(root / "other", seed=1))
-    length = ["--seq-len", "32", "--batch-size", "4"]
+    length = ["--row-length", "32", "--batch-size", "4"]
     report = ["report", "--model", model, "--text", *texts, *length, "--max-tokens", "400", "--held-out-tokens", "0"]
     for task in ("first", "second"):
         more = ["--text", *texts[:4]] if task == "second" else []
@@ -166,12 +166,12 @@ def prepare(root: Path) -> dict[str, list[str]]:
         "report": [*report, "--checkpoint-every", "0"],
         "train": [
             "train", "--text", *texts, "--optimizer", "adamw", "--steps", "6", "--eval-every", "3", "--width", "16",
-            "--layers", "1", "--heads", "2", "--seq-len", "16", "--batch-size", "4", "--held-out-tokens", "64",
+            "--layers", "1", "--heads", "2", "--row-length", "16", "--batch-size", "4", "--held-out-tokens", "64",
             "--checkpoint-every", "0",
         ],
         "spectrum": [
-            "spectrum", "--model", model, "--text", *texts, "--k", "2", "--tokens", "120", "--length", "32",
-            "--parameters", "norm", "--max-products", "8", "--save-every", "2",
+            "spectrum", "--model", model, "--text", *texts, "--k", "2", "--max-tokens", "120", "--row-length", "32",
+            "--parameters", "norm", "--max-products", "8", "--checkpoint-every", "0",
         ],
         "compare": ["compare", str(root / "report"), "--model", model],
         "merge": ["merge", "--models", model, other, "--by", "uniform", *some],

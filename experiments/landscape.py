@@ -90,7 +90,7 @@ def top(problem, params, rows, kind, products, key, count=3, start=None):
     batch = fj.next_token_batch(rows)
     matvec = getattr(fj.operators, kind)(problem.apply_fn, fj.categorical, params, batch)
     return fj.lanczos(
-        matvec, params, num_steps=products, num_eigenvalues=count, key=key, check_every=5, tol=1e-2, start=start,
+        matvec, params, num_steps=products, num_eigenvalues=count, key=key, check_period=5, tol=1e-2, start=start,
         eigenvectors=True, verify=False,
     )  # fmt: skip
 

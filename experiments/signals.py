@@ -28,11 +28,11 @@ def commands(root: Path) -> list[list[str]]:
     from tiny import write_model, write_texts
 
     model, texts = str(write_model(root / "tiny")), write_texts(root / "texts", count=8)
-    length = ["--seq-len", "32", "--batch-size", "1", "--checkpoint-every", "0"]
+    length = ["--row-length", "32", "--batch-size", "1", "--checkpoint-every", "0"]
     return [
         ["report", "--model", model, "--text", *texts, *length],
-        ["train", "--text", *texts, "--seq-len", "32", "--steps", "5000", "--held-out-tokens", "64"],
-        ["spectrum", "--model", model, "--text", *texts, "--k", "2", "--tokens", "600", "--length", "32"],
+        ["train", "--text", *texts, "--row-length", "32", "--steps", "5000", "--held-out-tokens", "64"],
+        ["spectrum", "--model", model, "--text", *texts, "--k", "2", "--max-tokens", "600", "--row-length", "32"],
         ["merge", "--models", model, model, "--by", "uniform", "--text", *texts],
         ["trim", "--model", model, "--by", "magnitude", "--keep", "270", "--text", *texts],
     ]

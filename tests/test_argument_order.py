@@ -29,7 +29,7 @@ OF_A_MODEL = {
     "kfac": fj.kfac,
     "scale_by_kfac": fj.scale_by_kfac,
     "group_fisher": fj.group_fisher,
-    "block_spectra": fj.block_spectra,
+    "block_spectra": fj.spectra.block_spectra,
 }
 
 
@@ -70,6 +70,6 @@ def test_updates_name_what_is_no_batch():
     tx = fj.scale_by_kfac(apply_fn, example=BATCH)
     with pytest.raises(TypeError, match=r"^batch is a fj\.Batch, found ArrayImpl"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, batch=BATCH.inputs)
-    stream = fj.block_spectra(apply_fn)
+    stream = fj.spectra.block_spectra(apply_fn)
     with pytest.raises(TypeError, match=r"^batch is a fj\.Batch, found dict"):
         stream.update(stream.init(PARAMS), BATCH, PARAMS)

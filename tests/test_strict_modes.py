@@ -273,7 +273,7 @@ def reading_a_state(dtype):
             weights,
             fj.welford.variance(plain),
             fj.welford.mean(both),
-            fj.welford.variance(both, kind="frequency"),
+            fj.welford.variance(both, weighting="frequency"),
             fj.welford.standard_error(both),
         )
 

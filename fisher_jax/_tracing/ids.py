@@ -67,25 +67,25 @@ class Lost:
 Carried = tuple[Ids | Lost, ...]
 
 _SAME = {
-    "convert_element_type", "copy", "copy_p", "sharding_constraint", "reduce_precision", "layout_constraint", "reshard",
-    "mesh_cast", "pvary", "pcast", "stop_gradient", "name", "optimization_barrier",
+    "convert_element_type", "copy", "copy_p", "sharding_constraint", "reduce_precision", "layout_constraint",
+    "reshard", "mesh_cast", "pvary", "pcast", "stop_gradient", "name", "optimization_barrier",
 }  # fmt: skip
 _ELEMENTWISE = {
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e",
     "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "complex", "conj", "cos", "cosh", "digamma", "div", "eq", "erf",
     "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac", "imag", "integer_pow",
-    "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not",
-    "or", "polygamma", "population_count", "pow", "real", "regularized_incomplete_beta", "rem", "round", "rsqrt",
-    "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square",
-    "sub", "tan", "tanh", "xor", "zeta",
+    "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter",
+    "not", "or", "polygamma", "population_count", "pow", "real", "regularized_incomplete_beta", "rem", "round",
+    "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh",
+    "sqrt", "square", "sub", "tan", "tanh", "xor", "zeta",
 }  # fmt: skip
 _REDUCTIONS = {
     "argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum",
     "reduce_xor", "reduce",
 }  # fmt: skip
 _LAYOUT = {
-    "transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "split", "unstack", "rev", "gather",
-    "dynamic_slice",
+    "transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "split", "unstack", "rev",
+    "gather", "dynamic_slice",
 }  # fmt: skip
 _CUMULATIVE = {"cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"}
 

@@ -136,7 +136,7 @@ class View:
     factor: float = 1.0
 
     @classmethod
-    def of(cls, value: Array, leaf: int) -> "View":
+    def of(cls, value: Any, leaf: int) -> "View":
         return cls(value, leaf, (Segment(shape_of(value)),))
 
     def through(self, value: Array, step: Step) -> "View":
@@ -146,7 +146,7 @@ class View:
     def scaled(self, value: Array, factor: float = 1.0) -> "View":
         return dataclasses.replace(self, value=value, factor=self.factor * factor)
 
-    def inside(self, value: Array, loop: str) -> "View":
+    def inside(self, value: Any, loop: str) -> "View":
         """The view that the body of a loop has of this one."""
         segments = (*self.segments, Segment(shape_of(value)))
         return dataclasses.replace(self, value=value, segments=segments, loops=(*self.loops, loop))

@@ -65,22 +65,22 @@ class Replay:
         return [next(self.perturbations) for spec in part.specs if self.follow(spec.leaf)]
 
     def use(
-        self, view: View, kind: str, eqn: Any, index: int, output: Array, apply: Any, inputs: tuple[Array, ...]
+        self, view: View, kind: str, eqn: Any, index: int, output: Callable, apply: Any, inputs: tuple[Array, ...]
     ) -> Array:
-        """``output``, after the perturbation."""
-        spec = next(self._own)
+        """``output()``, after the perturbation."""
+        spec, found = next(self._own), output()
         if not self.follow(view.leaf):
-            return output
+            return found
         if self.reduce is None:
             self.inputs.append(inputs)
-            return _tapped(None, view.factor, output, None, next(self.perturbations))
-        backward, constants = _Reduction.trace(functools.partial(self.reduce, spec), inputs, output)
+            return _tapped(None, view.factor, found, None, next(self.perturbations))
+        backward, constants = _Reduction.trace(functools.partial(self.reduce, spec), inputs, found)
         kept = jax.lax.stop_gradient((inputs, constants))
-        return _tapped(backward, view.factor, output, kept, next(self.perturbations))
+        return _tapped(backward, view.factor, found, kept, next(self.perturbations))
 
     def generic(self, x: Any, eqn: Any) -> Any:
         """A parameter where no tap fits: its own perturbation, and plain data from here on."""
-        return self.use(x, "generic", eqn, 0, x.value, None, ()) if isinstance(x, View) else plain(x)
+        return self.use(x, "generic", eqn, 0, lambda: x.value, None, ()) if isinstance(x, View) else plain(x)
 
     def remat(self, eqn: Any, remat: Remat, values: list) -> list:
         """A rematerialised part stays rematerialised; its perturbations become arguments."""
@@ -118,8 +118,9 @@ class Replay:
             return outs[: scan.num_carry], (outs[scan.num_carry :], inner.inputs)
 
         scanned = (self._perturbations_of(part), list(map(plain, xs)))
-        options = {"length": scan.length, "reverse": scan.reverse, "unroll": scan.unroll}
-        carry, (ys, inputs) = jax.lax.scan(body, carry, scanned, **options)
+        carry, (ys, inputs) = jax.lax.scan(
+            body, carry, scanned, length=scan.length, reverse=scan.reverse, unroll=scan.unroll
+        )
         self.inputs += inputs
         return [*carry, *ys]
 

@@ -1,4 +1,4 @@
-"""What a model's program says of its parameters, rows and positions; found once for each program, and held by its user."""
+"""What a model's program says of its parameters, rows and positions, found once for each program."""
 
 import dataclasses
 import hashlib

@@ -126,29 +126,30 @@ class Survey:
             for i, (var, ids) in enumerate(zip(eqn.outvars, carried, strict=True))
         ]
 
-    def use(self, view: View, kind: str, eqn: Any, index: int, output: Data, apply: Any, inputs: tuple) -> Data:
-        whose = _whose(kind, output, inputs)
+    def use(self, view: View, kind: str, eqn: Any, index: int, output: Callable, apply: Any, inputs: tuple) -> Data:
+        found: Data = output()
+        whose = _whose(kind, found, inputs)
         use = _facts(view, kind, eqn, index, apply, self.findings.number, whose, self.around)
         self.findings.number += 1
-        spec = Spec(view.leaf, use, shape_of(output), tuple(map(shape_of, inputs)))
+        spec = Spec(view.leaf, use, shape_of(found), tuple(map(shape_of, inputs)))
         self.own.append(spec)
         self.specs.append(spec)
         if kind in ("dense", "embedding", "conv"):
-            sizes = output.type.shape
+            sizes = found.type.shape
             places = tuple(along(i, np.arange(n), [i], len(sizes), self.loops) for i, n in enumerate(sizes))
-            return dataclasses.replace(output, made=Made(view.leaf, use, places, sizes))
+            return dataclasses.replace(found, made=Made(view.leaf, use, places, sizes))
         made = next((x.made for x in inputs if isinstance(x, Data) and x.made is not None), None)
         if made is None or kind == "generic":
-            return output
-        if kind == "bias" and eqn.primitive.name == "add" and not made.after:
-            if made.leaf not in self.findings.biases:
-                self.findings.biases[made.leaf] = view.leaf
-                return dataclasses.replace(output, made=dataclasses.replace(made, bias=view.leaf))
+            return found
+        first = made.leaf not in self.findings.biases
+        if kind == "bias" and eqn.primitive.name == "add" and not made.after and first:
+            self.findings.biases[made.leaf] = view.leaf
+            return dataclasses.replace(found, made=dataclasses.replace(made, bias=view.leaf))
         other = made.other or eqn.primitive.name
-        return dataclasses.replace(output, made=dataclasses.replace(made, after=True, other=other))
+        return dataclasses.replace(found, made=dataclasses.replace(made, after=True, other=other))
 
     def generic(self, x: Any, eqn: Any) -> Any:
-        return self.use(x, "generic", eqn, 0, x.value, None, ()) if isinstance(x, View) else plain(x)
+        return self.use(x, "generic", eqn, 0, lambda: x.value, None, ()) if isinstance(x, View) else plain(x)
 
     def remat(self, eqn: Any, remat: Remat, values: list) -> list:
         part = self.inside(eqn)
@@ -285,7 +286,7 @@ def _item(values: Callable, i: int) -> Any:
 def _computed(eqn: Any, operands: list) -> list:
     """The results of an equation of constants."""
     with jax.ensure_compile_time_eval():
-        return bind(eqn, [x.constant() if isinstance(x, Data) else x for x in operands])
+        return bind(eqn, [x.constant() if isinstance(x, Data) and x.constant else x for x in operands])
 
 
 def _entered(x: Any, kind: Any, how: str, loops: int) -> Any:

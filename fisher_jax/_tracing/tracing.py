@@ -6,6 +6,7 @@ A *way* meets every use: a `Survey` notes it, without running anything; a `Repla
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -51,8 +52,8 @@ class Way(Protocol):
     def bind(self, eqn: Any, values: list) -> list:
         """Results of an equation without parameters."""
 
-    def use(self, view: View, kind: str, eqn: Any, index: int, output: Any, apply: Any, inputs: tuple) -> Any:
-        """The result of a use; the parameter is operand ``index`` of the equation."""
+    def use(self, view: View, kind: str, eqn: Any, index: int, output: Callable, apply: Any, inputs: tuple) -> Any:
+        """The result of a use, which ``output()`` gives; the parameter is operand ``index`` of the equation."""
 
     def generic(self, x: Any, eqn: Any) -> Any:
         """A parameter where no tap fits is plain data from here on."""
@@ -69,10 +70,7 @@ def evaluate(traced: Any, args: list, way: Way) -> list:
     body, constants = opened(traced)
 
     def meet(eqn, values):
-        if any(isinstance(v, View) for v in values):
-            outs = _meet(eqn, values, way)
-        else:
-            outs = way.bind(eqn, values)
+        outs = _meet(eqn, values, way) if any(isinstance(v, View) for v in values) else way.bind(eqn, values)
         if all(isinstance(v, View | Known) or _is_number(v) for v in values) and not has_constants(eqn):
             params = any(isinstance(v, View) or (isinstance(v, Known) and v.params) for v in values)
             outs = [x if isinstance(x, View | Known) else Known(x, params) for x in outs]
@@ -101,9 +99,8 @@ def _meet(eqn: Any, values: list, way: Way) -> list:
         return way.bind(eqn, [first.value])
     if name == "name":
         return [first.scaled(way.bind(eqn, [first.value])[0])]
-    if name in _LAYOUT and len(values) == 1:
-        if all(map(functools.partial(_stays_a_parameter, eqn.invars[0].aval), (x.aval for x in eqn.outvars))):
-            return [first.through(x, Step(eqn, i)) for i, x in enumerate(way.bind(eqn, [first.value]))]
+    if name in _LAYOUT and len(values) == 1 and _stays_a_parameter(eqn):
+        return [first.through(x, Step(eqn, i)) for i, x in enumerate(way.bind(eqn, [first.value]))]
     factor = _factor(name, values)
     if factor is not None:
         return [first.scaled(way.bind(eqn, list(map(plain, values)))[0], factor)]
@@ -112,13 +109,14 @@ def _meet(eqn: Any, values: list, way: Way) -> list:
     return way.bind(eqn, [way.generic(v, eqn) for v in values])
 
 
-def _stays_a_parameter(before: Any, after: Any) -> bool:
-    """Whether a tap can follow a parameter through a layout operation between arrays of these types.
+def _stays_a_parameter(eqn: Any) -> bool:
+    """Whether a tap can follow a parameter through a layout operation.
 
     Cast to integers it has no gradient; a complex one is no longer a real parameter. Where Explicit axes turn into
     Auto ones (``x.at[i].get(out_sharding=...)`` does it inside) a perturbation from outside has another type.
     """
-    return before.sharding.mesh == after.sharding.mesh and bool(jnp.issubdtype(after.dtype, jnp.floating))
+    mesh, results = eqn.invars[0].aval.sharding.mesh, [var.aval for var in eqn.outvars]
+    return all(x.sharding.mesh == mesh and bool(jnp.issubdtype(x.dtype, jnp.floating)) for x in results)
 
 
 def _factor(name: str, values: list) -> float | None:
@@ -156,7 +154,10 @@ def _fits(eqn: Any, index: int, values: list) -> bool:
 def _use(eqn: Any, index: int, values: list, way: Way) -> Any:
     view, name = values[index], eqn.primitive.name
     inputs = tuple(_as_data(plain(v)) for i, v in enumerate(values) if i != index)
-    output = way.bind(eqn, list(map(plain, values)))[0]
+
+    def output():
+        return way.bind(eqn, list(map(plain, values)))[0]
+
     if name == "sub" and index == 1:
         # x - w is x + (-w): the cotangent of a bias is that of a sum.
         return way.use(view.scaled(view.value, -1.0), "bias", eqn, index, output, jnp.add, inputs)

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from fisher_jax._support.errors import InputError
-from fisher_jax.cli.compare.settings import add_compare_options, compare_settings_from
-from fisher_jax.cli.doctor.settings import add_doctor_options, doctor_settings_from
-from fisher_jax.cli.merge.settings import add_merge_options, merge_settings_from
-from fisher_jax.cli.report.settings import add_report_options, settings_from
-from fisher_jax.cli.spectrum.settings import add_spectrum_options, spectrum_settings_from
-from fisher_jax.cli.train.settings import add_train_options, train_settings_from
-from fisher_jax.cli.trim.settings import add_trim_options, trim_settings_from
+from fisher_jax.cli.compare.settings import CompareSettings
+from fisher_jax.cli.doctor.settings import DoctorSettings
+from fisher_jax.cli.merge.settings import MergeSettings
+from fisher_jax.cli.report.settings import ReportSettings
+from fisher_jax.cli.run.options import Settings, add_options, settings_from
+from fisher_jax.cli.spectrum.settings import SpectrumSettings
+from fisher_jax.cli.train.settings import TrainSettings
+from fisher_jax.cli.trim.settings import TrimSettings
 
 __all__ = ["parser", "run_command", "settings_of"]
 
@@ -51,7 +52,7 @@ spectrum and capacity of every layer. Writes spectrum.html, spectrum.md, spectru
 _SPECTRUM_EXAMPLES = """examples:
   fisher-jax spectrum --parameters final_norm                 one small tensor: a minute
   fisher-jax spectrum                                         the 10 largest over all parameters; long
-  fisher-jax spectrum --operator hessian --k 3 --tokens 256   both ends
+  fisher-jax spectrum --operator hessian --k 3 --max-tokens 256   both ends
   fisher-jax spectrum --parameters "layers/attention" --density --blocks --out attention
 """
 
@@ -121,44 +122,43 @@ class _Version(argparse.Action):
 
 
 class _Command(NamedTuple):
-    """One command: its words, its options, and the module whose `run` does it."""
+    """One command: its words and its options; `run` in the module ``command`` of its folder does it."""
 
     name: str
     help: str
     description: str
     examples: str
-    add_options: Callable[[argparse.ArgumentParser], None]
-    settings_from: Callable[[argparse.Namespace], Any]
+    settings: type[Settings]
 
 
 _COMMANDS = (
     _Command(
         "report", "which vocabulary tokens of a language model matter",
-        _DESCRIPTION, _EXAMPLES, add_report_options, settings_from,
+        _DESCRIPTION, _EXAMPLES, ReportSettings,
     ),
     _Command(
         "compare", "which tokens and layers matter more in one text than in another",
-        _COMPARE_DESCRIPTION, _COMPARE_EXAMPLES, add_compare_options, compare_settings_from,
+        _COMPARE_DESCRIPTION, _COMPARE_EXAMPLES, CompareSettings,
     ),
     _Command(
         "spectrum", "eigenvalues of the curvature of a language model's loss",
-        _SPECTRUM_DESCRIPTION, _SPECTRUM_EXAMPLES, add_spectrum_options, spectrum_settings_from,
+        _SPECTRUM_DESCRIPTION, _SPECTRUM_EXAMPLES, SpectrumSettings,
     ),
     _Command(
         "train", "train a small language model with K-FAC, AdamW and others",
-        _TRAIN_DESCRIPTION, _TRAIN_EXAMPLES, add_train_options, train_settings_from,
+        _TRAIN_DESCRIPTION, _TRAIN_EXAMPLES, TrainSettings,
     ),
     _Command(
         "merge", "one model from several that were fine-tuned from the same one",
-        _MERGE_DESCRIPTION, _MERGE_EXAMPLES, add_merge_options, merge_settings_from,
+        _MERGE_DESCRIPTION, _MERGE_EXAMPLES, MergeSettings,
     ),
     _Command(
         "trim", "a smaller vocabulary: embedding, head and tokenizer cut together",
-        _TRIM_DESCRIPTION, _TRIM_EXAMPLES, add_trim_options, trim_settings_from,
+        _TRIM_DESCRIPTION, _TRIM_EXAMPLES, TrimSettings,
     ),
     _Command(
         "doctor", "whether this device and compiler compute what they should",
-        _DOCTOR_DESCRIPTION, _DOCTOR_EXAMPLES, add_doctor_options, doctor_settings_from,
+        _DOCTOR_DESCRIPTION, _DOCTOR_EXAMPLES, DoctorSettings,
     ),
 )  # fmt: skip
 
@@ -183,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
             epilog=command.examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_options(options)
+        add_options(options, command.settings)
         options.set_defaults(chosen=command)
     return parser
 
@@ -201,7 +201,7 @@ def settings_of(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
         if name.startswith("--") and value == "--":  # argparse would take it for the end of the options
             raise InputError(f"{name} has no value; give one after the equals sign.")
     options = parser().parse_args(given)
-    return options.chosen.name, options.chosen.settings_from(options)
+    return options.chosen.name, settings_from(options.chosen.settings, options)
 
 
 def run_command(arguments: Sequence[str] | None, started: Callable[[], None]) -> int:

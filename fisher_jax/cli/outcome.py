@@ -54,9 +54,7 @@ def _sentence(error: BaseException) -> str | None:
     if isinstance(error, InputError | RejectedBatchError):
         return str(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return (
-            "there is not enough memory for this run; give a smaller --batch-size or --seq-len, or a smaller model."
-        )
+        return "there is not enough memory for this run; give a smaller --batch-size, --row-length or model."
     if isinstance(error, OSError) and error.filename is not None:
         return f"{os.fsdecode(error.filename)} cannot be used: {error.strerror or error}."
     return None

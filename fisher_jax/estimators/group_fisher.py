@@ -4,17 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax import groups as groups_room
 from fisher_jax import welford
 from fisher_jax._support import meshes
 from fisher_jax._support.dtypes import is_floating
-from fisher_jax._tracing import orientation, program
+from fisher_jax._tracing import orientation
+from fisher_jax._tracing.program import trace
+from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_arguments, check_batch
-from fisher_jax.batch.tokens import log_probs
 from fisher_jax.estimators.by_batch import by_batch
 from fisher_jax.estimators.by_row import by_row
 from fisher_jax.estimators.by_taps import by_taps
@@ -134,20 +134,23 @@ def group_fisher(
             raise ValueError("estimator='head' has neither combine= nor num_samples=: it is exact, and one leaf")
         if likelihood is not categorical:
             raise ValueError(f"estimator='head' is for fj.categorical outputs, found {likelihood.name}")
-        chosen = HeadProblem(apply_fn, head_group(groups), kind, unit, temperature, chunk_size)
+        chosen = HeadProblem(apply_fn, Structures(), head_group(groups), kind, unit, temperature, chunk_size)
         return head_estimator(chosen, example)
     observe_with: Callable = by_token if estimator == "exact" else by_batch if _whole(estimator, unit) else by_row
 
+    structures = Structures()
+
     def grouped(params: Tree) -> list:
         def specs():
-            return program.trace(_loss(apply_fn, likelihood), params, (example,), {}).probe.specs
+            assert example is not None
+            return trace(apply_fn, params, (example.inputs,), None, structures, None).structure.specs
 
         return orientation.groupings(groups, params, None if example is None else specs)
 
     def problem(params: Tree) -> Problem:
         return Problem(
-            apply_fn, likelihood, grouped(params), combine, estimator, kind, unit, num_samples, temperature,
-            chunk_size,
+            apply_fn, likelihood, structures, grouped(params), combine, estimator, kind, unit, num_samples,
+            temperature, chunk_size,
         )  # fmt: skip
 
     def init(params: Tree):
@@ -164,7 +167,7 @@ def group_fisher(
                     f"estimator={estimator!r} differentiates a loss of its own and takes no taps of another; only "
                     "head and sequence do"
                 )
-            return reject_if(*by_taps(problem(params), _loss(apply_fn, likelihood), params, batch, taps, taps_scale))
+            return reject_if(*by_taps(problem(params), params, batch, taps, taps_scale))
         if needs_key and key is None:
             raise ValueError(f"estimator={estimator!r} with kind={kind!r} draws random numbers: pass key=")
         found, bad = observe_with(problem(params), params, batch, key)
@@ -182,16 +185,6 @@ def group_fisher(
 def _whole(estimator: str, unit: str) -> bool:
     """Whether the batch is one observation of one backward pass."""
     return unit == "batch" and estimator != "sequence"
-
-
-def _loss(apply_fn: Callable, likelihood: Likelihood) -> Callable:
-    """A loss that uses every parameter as the estimators do; it is traced and never computed."""
-
-    def loss(params, batch):
-        outputs = apply_fn(params, batch.inputs)
-        return jnp.sum(log_probs(likelihood, outputs, batch.targets, jnp.ones(outputs.shape[:-1])))
-
-    return loss
 
 
 def _floating(tree: Tree) -> Tree:

@@ -26,7 +26,7 @@ class TrackFisherState(NamedTuple):
     step: jax.Array
 
 
-def track_fisher(estimator: FisherEstimator, every: int = 1) -> optax.GradientTransformationExtraArgs:
+def track_fisher(estimator: FisherEstimator, period: int = 1) -> optax.GradientTransformationExtraArgs:
     """Accumulate Group Fisher in ``opt_state`` while an optax chain trains.
 
     Updates pass through unchanged. ``update`` takes extra arguments: ``batch``, and ``key`` where the estimator draws
@@ -40,13 +40,13 @@ def track_fisher(estimator: FisherEstimator, every: int = 1) -> optax.GradientTr
 
     Args:
         estimator: from ``fj.group_fisher``, ``fj.lm_head.estimator`` or ``fj.ema``.
-        every: observe the first update and every ``every``-th after it.
+        period: observe the first update and every ``period``-th after it.
 
     Returns:
         An optax transformation with state `TrackFisherState`.
 
     Raises:
-        ValueError: ``every`` below 1, or an update without ``params`` or ``batch``.
+        ValueError: ``period`` below 1, or an update without ``params`` or ``batch``.
 
     Example:
         >>> import fisher_jax as fj, jax, jax.numpy as jnp, optax
@@ -60,8 +60,8 @@ def track_fisher(estimator: FisherEstimator, every: int = 1) -> optax.GradientTr
         >>> fj.mean(state[0])["kernel"].shape
         (2, 3)
     """
-    if every < 1:
-        raise ValueError(f"every is at least 1, found {every}")
+    if period < 1:
+        raise ValueError(f"period is at least 1, found {period}")
 
     def init(params: Any) -> TrackFisherState:
         return TrackFisherState(estimator.init(params), jnp.zeros((), jnp.int32))
@@ -92,7 +92,7 @@ def track_fisher(estimator: FisherEstimator, every: int = 1) -> optax.GradientTr
                 raise ValueError("an estimator without add= cannot measure a part of the parameters")
             return estimator.add(fisher, _restrict(estimator.observe(params, batch, key, **given_taps), given))
 
-        fisher = jax.lax.cond(state.step % every == 0, observe, lambda fisher: fisher, state.fisher)
+        fisher = jax.lax.cond(state.step % period == 0, observe, lambda fisher: fisher, state.fisher)
         return updates, TrackFisherState(fisher, optax.safe_increment(state.step))
 
     return optax.GradientTransformationExtraArgs(init, update)

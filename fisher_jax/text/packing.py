@@ -112,7 +112,7 @@ def pack(
     if total < seq_len:
         raise InputError(
             f"the text has {total} tokens, fewer than one sequence of {seq_len}; give more text or a smaller "
-            "--seq-len."
+            "--row-length."
         )
     whole = len(tokenised) >= HOLD_OUT_EVERY
     streamed, held = _hold_out(tokenised, whole, seq_len, held_out_targets)
@@ -187,7 +187,7 @@ def _cut(documents: list[_Tokenised], rows: np.ndarray, seq_len: int) -> Rows:
     check_memory(
         number * (4 * seq_len + _ROW_BYTES),
         f"{number:,} rows of {seq_len:,} tokens",
-        "give another --seq-len or less text",
+        "give another --row-length or less text",
     )
     pieces = [
         (number, document.tokens[k * (seq_len - 1) : k * (seq_len - 1) + seq_len])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax._support.dtypes import wide
+from fisher_jax._support.outline import outline
 from fisher_jax.kronecker.curvature.factors import Factors, precondition
 from fisher_jax.kronecker.curvature.product import curvature_product
 from fisher_jax.kronecker.optimizer.quadratic import tree_dot
@@ -32,6 +33,9 @@ class KFACMerge(NamedTuple):
     params: Tree
     residual: Array
     num_steps: Array
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def merge_kfac(

@@ -48,7 +48,8 @@ class Drift(NamedTuple):
     """When each group changed most, and whether that is more than chance; trees of NumPy arrays.
 
     Attributes:
-        change: int64. ``kind="step"``: the first window after the change; ``kind="window"``: the window that differs.
+        change: int64. With the alternative ``"step"`` the first window after the change; with ``"window"`` the one
+            that differs.
         difference: mean after (or inside) minus mean before (or outside).
         standard_error, z: of that difference.
         p: of the largest of all changes looked at; NaN where not testable.
@@ -127,7 +128,7 @@ def importance_shift(
 def importance_drift(
     states: Sequence[Any],
     *,
-    kind: str = "step",
+    alternative: str = "step",
     guard: bool = True,
     min_effective: float = MIN_EFFECTIVE,
     method: str = "bh",
@@ -141,7 +142,7 @@ def importance_drift(
 
     Args:
         states: Welford states or moments of consecutive windows, two or more. For text the unit is the document.
-        kind: ``"step"``: a lasting change (the standardised CUSUM's question); ``"window"``: a passing one.
+        alternative: ``"step"``: a lasting change (the standardised CUSUM's question); ``"window"``: a passing one.
         guard, min_effective, method: as in `importance_shift`.
 
     Returns:
@@ -149,7 +150,7 @@ def importance_drift(
 
     Raises:
         ValueError: fewer than two windows; windows of other trees, shapes or units, or with fewer than two
-            observations; an unknown kind; no testable group.
+            observations; an unknown alternative; no testable group.
 
     See Worsley (1979) on the maximum of two-sample statistics over change points.
 
@@ -162,8 +163,8 @@ def importance_drift(
         >>> (drift.q < 0.05).tolist(), int(drift.change[1])
         ([False, True], 2)
     """
-    if kind not in ("step", "window"):
-        raise ValueError(f"kind is 'step' or 'window', found {kind!r}")
+    if alternative not in ("step", "window"):
+        raise ValueError(f"alternative is 'step' or 'window', found {alternative!r}")
     if len(states) < 2:
         raise ValueError(f"drift is seen between two or more windows, found {len(states)}")
     windows = [as_state(x, f"window {i}") for i, x in enumerate(states)]
@@ -171,7 +172,7 @@ def importance_drift(
         _check_same(windows[0], window, "window 0", f"window {i}")
     seen = [observed(x, f"window {i}") for i, x in enumerate(windows)]
     before, after = _running(windows), _running(windows[::-1])[::-1]
-    if kind == "step":
+    if alternative == "step":
         places = list(range(1, len(windows)))
         pairs = [(observed(after[i]), observed(before[i - 1])) for i in places]
     else:

@@ -44,16 +44,17 @@ def mean(x: State | Moments) -> Tree:
     return _unscaled(jax.tree.map(compensated.value, state.mean), state.scale)
 
 
-def variance(x: State | Moments, kind: str | None = None) -> Tree:
+def variance(x: State | Moments, weighting: str | None = None) -> Tree:
     """Variance of one observation.
 
-    ``kind="frequency"``: ``m2 / (W - 1)``, right only when the unit is the token.
-    ``kind="reliability"``: ``m2 / (W - sum w**2 / W)``, for weighted units whose variance does not depend on their
-    weight. ``None``: the first for tokens, the second for other units. NaN where it is not defined (one observation).
+    ``weighting="frequency"``: ``m2 / (W - 1)``, right only when the unit is the token.
+    ``weighting="reliability"``: ``m2 / (W - sum w**2 / W)``, for weighted units whose variance does not depend
+    on their weight. ``None``: the first for tokens, the second for other units. NaN where it is not defined (one
+    observation).
     This is a spread, not the error of the mean (`standard_error`).
 
     Raises:
-        ValueError: another kind, or ``frequency`` for a unit that is not the token.
+        ValueError: another weighting, or ``frequency`` for a unit that is not the token.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
@@ -61,16 +62,18 @@ def variance(x: State | Moments, kind: str | None = None) -> Tree:
         7.0
     """
     state = closed(x)
-    kind = kind or ("frequency" if state.unit == "token" else "reliability")
+    weighting = weighting or ("frequency" if state.unit == "token" else "reliability")
     total = compensated.value(state.weight)
-    if kind == "frequency":
+    if weighting == "frequency":
         if state.unit != "token":
-            raise ValueError(f"kind='frequency' counts tokens; the unit is {state.unit!r}: use kind='reliability'")
+            raise ValueError(
+                f"weighting='frequency' counts tokens; the unit is {state.unit!r}: use weighting='reliability'"
+            )
         freedom = total - 1
-    elif kind == "reliability":
+    elif weighting == "reliability":
         freedom = total - compensated.value(state.weight_sq) / jnp.where(total > 0, total, 1)
     else:
-        raise ValueError(f"kind is 'frequency' or 'reliability', found {kind!r}")
+        raise ValueError(f"weighting is 'frequency' or 'reliability', found {weighting!r}")
     freedom = jnp.where(freedom > 0, freedom, jnp.nan)
     # Divided before the scale is removed: the quotient is the larger number.
     scaled = jax.tree.map(lambda m2: jnp.maximum(compensated.value(m2), 0) / freedom.astype(m2.dtype), state.m2)

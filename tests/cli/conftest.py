@@ -9,7 +9,7 @@ import fisher_jax as fj
 from fisher_jax.cli.main import main
 from fisher_jax.cli.report import accumulate
 
-OPTIONS = ["--seq-len", "32", "--batch-size", "4"]
+OPTIONS = ["--row-length", "32", "--batch-size", "4"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,7 +18,7 @@ def one_program():
     make, made = accumulate._make_step, {}
 
     def make_once(model, settings):
-        sizes = ("--max-tokens", "--held-out-tokens", "--batch-size", "--seq-len")
+        sizes = ("--max-tokens", "--held-out-tokens", "--batch-size", "--row-length")
         # A test may put something else in the place of what a step observes.
         key = (
             accumulate._observe,

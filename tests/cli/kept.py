@@ -8,10 +8,10 @@ import numpy as np
 
 import fisher_jax as fj
 from fisher_jax.cli.report.layers import on_parts, part_sizes
-from fisher_jax.cli.report.run_state import Progress, StateStore
-from fisher_jax.cli.report.settings import Settings
+from fisher_jax.cli.report.settings import ReportSettings
+from fisher_jax.cli.report.store import ReportStore, TaskProgress
 
-SEQ_LEN = 32
+ROW_LENGTH = 32
 MOST = 20  # documents
 
 
@@ -36,23 +36,23 @@ def keep(out, task, model, rows, layers=None, *, counts=None, fingerprint=None, 
     A report has both kinds: one that is not given is as the other.
     """
     rows = {**dict.fromkeys(("empirical", "true"), next(iter(rows.values()))), **rows}
-    settings = Settings(seq_len=SEQ_LEN, parameters="head" if layers is None else "all").fixed()
+    settings = ReportSettings(row_length=ROW_LENGTH, parameters="head" if layers is None else "all").fixed()
     settings |= {f"--{name.replace('_', '-')}": value for name, value in more.items()}
     arrays = {kind: state_of(values) for kind, values in rows.items()}
     arrays["counts"] = jnp.zeros(model.config.vocab_size, jnp.int32) if counts is None else jnp.asarray(counts)
     if layers is not None:
         arrays["layers"] = state_of(layers)
-    progress = Progress(
+    progress = TaskProgress(
         settings, fingerprint or model.fingerprint, text or f"digest of {task}", 1, done,
         tokens=10 * len(next(iter(rows.values()))), model_name="tiny", text_names=[task],
     )  # fmt: skip
-    StateStore(Path(out)).save(task, arrays, progress)
+    ReportStore(Path(out)).save(task, arrays, progress)
     return out
 
 
 def places(model):
     """Where the numbers of every total of the layers stand in their vector, by field and path; and how many."""
-    sizes = part_sizes(model, Settings(seq_len=SEQ_LEN))
+    sizes = part_sizes(model, ReportSettings(row_length=ROW_LENGTH))
     number = sum(x.size for field in sizes.values() for x in field.values())
     found = on_parts(np.arange(number), sizes)
     return {name: {path: x.astype(int) for path, x in field.items()} for name, field in found.items()}, number

@@ -48,7 +48,7 @@ def _text_cases(folder_path):
 def test_text_that_cannot_be_used(case, tmp_path, tiny_model, capsys):
     text, sentence = _text_cases(tmp_path)[case]
     out = tmp_path / "out"
-    arguments = ["report", "--model", tiny_model, "--out", str(out), "--seq-len", "32", "--text", *text]
+    arguments = ["report", "--model", tiny_model, "--out", str(out), "--row-length", "32", "--text", *text]
     assert sentence in _refused(arguments, out, capsys)
 
 
@@ -56,13 +56,13 @@ def test_empty_standard_input(tmp_path, tiny_model, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
     out = tmp_path / "out"
     arguments = ["report", "--model", tiny_model, "--out", str(out), "--text", "-"]
-    assert "standard input holds no text" in _refused([*arguments, "--seq-len", "32"], out, capsys)
+    assert "standard input holds no text" in _refused([*arguments, "--row-length", "32"], out, capsys)
 
 
 def test_a_corpus_whose_package_is_missing(tmp_path, tiny_model, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     out = tmp_path / "out"
-    arguments = ["report", "--model", tiny_model, "--out", str(out), "--text", "news", "--seq-len", "32"]
+    arguments = ["report", "--model", tiny_model, "--out", str(out), "--text", "news", "--row-length", "32"]
     assert "dependency group `shipped`" in _refused(arguments, out, capsys)
 
 
@@ -77,7 +77,7 @@ def test_models_that_cannot_be_used(tmp_path, report_arguments, capsys):
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
     sentence = _refused(report_arguments(out, "--model", str(small)), out, capsys)
-    assert "--seq-len 32 is longer than the 16 positions" in sentence
+    assert "--row-length 32 is longer than the 16 positions" in sentence
 
 
 def test_a_loss_that_is_not_a_number_names_the_batch_and_its_documents(tmp_path, report_arguments, capsys):
@@ -143,7 +143,7 @@ def test_a_disk_that_fills_up(tmp_path, report_arguments, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--level", "95"], ["--seq-len", "1"], ["--max-tokens", "none"], ["--unit", "word"]]
+    "arguments", [["--level", "95"], ["--row-length", "1"], ["--max-tokens", "none"], ["--unit", "word"]]
 )
 def test_options_out_of_range(arguments, tmp_path, report_arguments, capsys):
     assert main(report_arguments(tmp_path / "out", *arguments)) == 2

@@ -179,7 +179,7 @@ def others(model, values, tmp_path_factory):
     """A folder with a task for each thing that keeps it from being compared with task a."""
     out, loaded, rows = tmp_path_factory.mktemp("others") / "others", load(model), values["b"]["empirical"]
     keep(out, "unit", loaded, {"empirical": rows}, unit="sequence")
-    keep(out, "seq-len", loaded, {"empirical": rows}, seq_len=64)
+    keep(out, "length", loaded, {"empirical": rows}, row_length=64)
     keep(out, "short", loaded, {"empirical": rows[:1]})
     keep(out, "unfinished", loaded, {"empirical": rows}, done=0)
     keep(out, "same", loaded, {"empirical": rows}, text="digest of a")
@@ -199,7 +199,7 @@ def others(model, values, tmp_path_factory):
         (["{r}", "{r}", "{r}"], "two reports are compared, found 3"),
         (["{r}:a", "{o}:model"], "importance is compared between texts, for one model"),
         (["{r}:a", "{o}:unit"], "measured with --unit document and"),
-        (["{r}:a", "{o}:seq-len"], "measured with --seq-len 32 and"),
+        (["{r}:a", "{o}:length"], "measured with --row-length 32 and"),
         (["{r}:a", "{o}:short"], "has 1 document, and an error of the mean needs two or more"),
         (["{r}:a", "{o}:unfinished"], "is not finished (0 of 1 batches)"),
         (["{r}:a", "{o}:same"], "on the very same text"),

@@ -11,7 +11,7 @@ from kept import keep
 
 import fisher_jax as fj
 from fisher_jax.cli.main import main
-from fisher_jax.cli.report.run_state import tasks_of_facts
+from fisher_jax.cli.report.store import tasks_of_facts
 from fisher_jax.cli.run.records import UnreadableError
 from fisher_jax.cli.train.settings import TrainSettings
 from fisher_jax.cli.train.store import Point, TrainProgress, progress_of_facts
@@ -131,7 +131,7 @@ def test_every_odd_value_in_the_facts_of_a_training_run_is_refused_or_means_what
         lambda task: task.update(num_batches="1"),
         lambda task: task.update(settings=[]),
         lambda task: task["settings"].pop("--kind"),
-        lambda task: task["settings"].update({"--seq-len": "32"}),
+        lambda task: task["settings"].update({"--row-length": "32"}),
         lambda task: task["settings"].update({"--unit": "word"}),
         lambda task: task.update(text_names="first"),
         lambda task: task.update(log_loss=math.nan),
@@ -178,7 +178,7 @@ def test_a_damaged_note_of_a_spectrum_is_told_in_one_sentence(content, tmp_path,
     fj.checkpoint.save(out / "unfinished" / "lanczos", {"x": 0})
     (out / "unfinished" / "run.json").write_text(content)
     arguments = ["spectrum", "--model", tiny_model, "--text", texts[0], "--out", str(out), "--k", "2", "--resume"]
-    assert main([*arguments, "--parameters", "final_norm", "--tokens", "64", "--length", "32"]) == 2
+    assert main([*arguments, "--parameters", "final_norm", "--max-tokens", "64", "--row-length", "32"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("fisher-jax: ")
     assert error.count("\n") == 1

@@ -62,7 +62,7 @@ def test_a_setting_of_the_page_alone_draws_it_again(tmp_path, report_arguments, 
 @pytest.fixture
 def training(texts):
     def arguments(out, *more):
-        sizes = ["--width", "16", "--layers", "1", "--heads", "2", "--seq-len", "16", "--batch-size", "4"]
+        sizes = ["--width", "16", "--layers", "1", "--heads", "2", "--row-length", "16", "--batch-size", "4"]
         few = ["--steps", "2", "--eval-every", "1", "--held-out-tokens", "100"]
         return ["train", "--out", str(out), "--text", *texts[:9], *sizes, *few, "--optimizer", "sgd", *more]
 
@@ -91,7 +91,7 @@ def test_a_training_run_trains_and_draws_nothing_again(tmp_path, training, capsy
 
 
 def _spectrum(model, texts, out, *more):
-    small = ["--parameters", "final_norm", "--k", "2", "--tokens", "60", "--seq-len", "16"]
+    small = ["--parameters", "final_norm", "--k", "2", "--max-tokens", "60", "--row-length", "16"]
     return ["spectrum", "--model", model, "--text", *texts[:5], "--out", str(out), *small, *more]
 
 
@@ -102,7 +102,7 @@ def test_a_spectrum_multiplies_nothing_again(tmp_path, tiny_model, texts, capsys
     first, before = capsys.readouterr().out, _files(out)
     value = (out / "spectrum.csv").read_text().splitlines()[1].split(",")[2]
     with monkeypatch.context() as patch:
-        patch.setattr("fisher_jax.cli.spectrum.command.operator_of", _never)
+        patch.setattr("fisher_jax.cli.spectrum.measure.operator_of", _never)
         patch.setattr("fisher_jax.cli.spectrum.command.time_passes", _never)
         for more in ([], ["--resume"]):
             assert main([*run, *more]) == 0

@@ -17,7 +17,7 @@ import fisher_jax as fj
 from fisher_jax.cli.main import main
 from fisher_jax.cli.page import style
 from fisher_jax.cli.report import accumulate, layer_plots, layers
-from fisher_jax.cli.report.settings import Settings
+from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.models import DecoderConfig, from_config, init_params, load
 
 ALL = ["--parameters", "all", "--task", "first", "--max-tokens", "1000", "--held-out-tokens", "0", "--seed", "3"]
@@ -213,7 +213,7 @@ def _family(name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_all_its_parameters_in_the_table(family):
-    model, settings = _family(family), Settings(seq_len=6, unit="batch", kind="true")
+    model, settings = _family(family), ReportSettings(row_length=6, unit="batch", kind="true")
     estimator = layers.layer_estimator(model, settings)
     found = layers.read_layers(estimator.init(model.params), model, settings)
     size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
@@ -261,4 +261,4 @@ def test_pictures_of_many_layers_heads_zeros_and_missing_intervals(intervals):
         lambda theme: layer_plots.ratio_figure(theme, found, other, columns, "$a", "b"),
     ]
     for draw in drawings:
-        assert style.png(draw(style.DARK), style.DARK, dpi=60).startswith(b"\x89PNG")
+        assert style.png(draw, style.DARK, dpi=60).startswith(b"\x89PNG")

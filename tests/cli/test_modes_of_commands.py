@@ -10,7 +10,7 @@ import tiny
 
 from fisher_jax.cli.main import main
 
-TRAIN = ["--width", "16", "--layers", "1", "--heads", "2", "--seq-len", "16", "--batch-size", "4", "--steps", "2"]
+TRAIN = ["--width", "16", "--layers", "1", "--heads", "2", "--row-length", "16", "--batch-size", "4", "--steps", "2"]
 SHORT = ["--batch-size", "2", "--max-tokens", "120", "--held-out-tokens", "60"]
 
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 def reported(folder, out, text, *more):
-    options = ["--model", str(folder / "one"), "--seq-len", "16", *SHORT, "--out", str(out)]
+    options = ["--model", str(folder / "one"), "--row-length", "16", *SHORT, "--out", str(out)]
     return main(["report", "--text", *text, *options, *more])
 
 
@@ -76,7 +76,8 @@ def test_train(mode, optimizer, texts, tmp_path):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_spectrum(mode, folder, texts, tmp_path):
-    options = ["--text", *texts[:3], "--length", "16", "--tokens", "45", "--batch-size", "2", "--k", "2", "--density"]
+    options = ["--text", *texts[:3], "--row-length", "16", "--max-tokens", "45", "--batch-size", "2"]
+    options += ["--k", "2", "--density"]
     where = ["--model", str(folder / "one"), "--parameters", "final_norm", "--out", str(tmp_path)]
     with MODES[mode]():
         assert main(["spectrum", *where, *options, "--blocks", "--density-steps", "4", "--probes", "2"]) == 0

@@ -24,7 +24,7 @@ from fisher_jax.cli.page.blocks import Table as PageTable
 from fisher_jax.cli.page.csv_text import csv_text
 from fisher_jax.cli.run.folder import check_writable
 from fisher_jax.cli.run.progress import StreamProgress
-from fisher_jax.cli.run.terminal import Terminal, headed
+from fisher_jax.cli.run.terminal import Terminal
 from fisher_jax.models import load
 
 NAMES = [
@@ -59,7 +59,7 @@ def test_a_string_is_printed_as_one_line_of_itself(name, printed):
 @pytest.mark.parametrize("name", NAMES)
 def test_headings_tables_and_styled_text_are_harmless(name, printed):
     terminal = Terminal()
-    terminal.print(headed("model", name))
+    terminal.say("model", name)
     assert printed() == f"model: {printable(name)}\n"
     table = Table(title=Text(name))
     table.add_column(name)
@@ -190,7 +190,7 @@ def test_a_report_of_odd_names_from_end_to_end(tmp_path, tiny_model, capsys):
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_text(f"{prose(number)} [/x] =1+1 \x1b[31m | <script> `x` @a -1 +2 \t\r\n")
     out = tmp_path / "=\x1b2J\nout"
-    sizes = ["--seq-len", "32", "--batch-size", "4"]
+    sizes = ["--row-length", "32", "--batch-size", "4"]
     assert main(["report", "--model", str(model), "--text", *texts, "--out", str(out), *sizes]) == 0
     captured = capsys.readouterr()
     assert harmless(captured.out + captured.err)

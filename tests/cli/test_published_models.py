@@ -40,7 +40,7 @@ def measured(tmp_path_factory):
         json.dumps({"suppress_tokens": [7, 290], "bad_words_ids": [[5], [290, 7]], "eos_token_id": 5})
     )
     texts = tiny.write_texts(root / "texts", words=60)
-    common = ["report", "--model", str(model), "--seq-len", "32", "--max-tokens", "400", "--held-out-tokens", "0"]
+    common = ["report", "--model", str(model), "--row-length", "32", "--max-tokens", "400", "--held-out-tokens", "0"]
     for task, part in {"one": texts, "two": texts[4:]}.items():
         assert main([*common, "--text", *part, "--task", task, "--out", str(root / "report")]) == 0
     return model, tokens, texts, root / "report"

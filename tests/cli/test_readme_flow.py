@@ -31,7 +31,7 @@ SMALL = {
 # What is not the model of `--init`.
 SMALL_MODEL = ["--width", "16", "--layers", "1", "--heads", "2"]
 # Values in the place of those that the README has.
-INSTEAD = {"--tokens": "30", "--keep": "280"}
+INSTEAD = {"--max-tokens": "30", "--keep": "280"}
 FLAGS = {"--resume", "--density", "--blocks"}
 PLAIN = {"--out", "--parameters", "--model", "--models", "--states", "--base", "--init", "--state", "--task",
          "--compare", "--operator", "--k"}  # fmt: skip

@@ -117,7 +117,7 @@ def test_single_entries_add_up_to_the_rows(finished_report):
 
 def test_one_file_gives_a_report_without_intervals(tmp_path, tiny_model, texts, capsys):
     out = tmp_path / "single"
-    arguments = ["report", "--model", tiny_model, "--text", texts[0], "--out", str(out), "--seq-len", "16"]
+    arguments = ["report", "--model", tiny_model, "--text", texts[0], "--out", str(out), "--row-length", "16"]
     assert main([*arguments, "--batch-size", "2"]) == 0
     assert "one document gives no intervals" in capsys.readouterr().out
     assert {row["empirical_lower"] for row in _csv(out)} == {"nan"}

@@ -90,7 +90,7 @@ def unfinished(stopped, tmp_path):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--resume", "--seq-len", "16"], "had --seq-len 32, and this one has 16"),
+        (["--resume", "--row-length", "16"], "had --row-length 32, and this one has 16"),
         (["--resume", "--batch-size", "8"], "had --batch-size 4, and this one has 8"),
         (["--resume", "--unit", "token"], "had --unit document, and this one has token"),
         (["--resume", "--groups", "param"], "had --groups row, and this one has param"),

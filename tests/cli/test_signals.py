@@ -24,7 +24,7 @@ def _commands(tiny_model, texts, finished_report):
     model = ["--model", tiny_model]
     return {
         "compare": ["compare", str(finished_report), *model],
-        "spectrum": ["spectrum", *model, "--text", *texts, "--k", "2", "--length", "32"],
+        "spectrum": ["spectrum", *model, "--text", *texts, "--k", "2", "--row-length", "32"],
         "train": ["train", "--text", *texts],
         "merge": ["merge", "--models", tiny_model, tiny_model, "--by", "uniform", "--text", *texts],
         "trim": ["trim", *model, "--by", "magnitude", "--keep", "270", "--text", *texts],

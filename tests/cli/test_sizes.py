@@ -43,7 +43,7 @@ def test_huge_budgets_take_all_of_the_text_and_no_more():
 
 def test_rows_that_would_not_fit_into_memory_are_refused():
     texts = [Document("long", "a" * 10**6), *(Document(str(number), "ab") for number in range(10**5))]
-    with pytest.raises(InputError, match="--seq-len"):
+    with pytest.raises(InputError, match="--row-length"):
         pack(
             texts,
             encode,
@@ -83,7 +83,7 @@ def ended(arguments):
         ["trim", "--keep", "5", "--by", "magnitude", "--model", "/dev/zero"],
         ["compare", "/nowhere/[/x]:\x1b[2J"],
         ["train", "--width", "65536", "--layers", "10000", "--heads", "1024"],
-        ["train", "--seq-len", "10000000"],
+        ["train", "--row-length", "10000000"],
     ],
 )
 def test_a_refusal_is_quick_and_small(arguments, tmp_path):
@@ -100,7 +100,7 @@ def test_a_refusal_is_quick_and_small(arguments, tmp_path):
 def test_a_million_rows_asked_for_a_few_there(tmp_path, tiny_model, capsys):
     text = tmp_path / "short.txt"
     text.write_text(prose(1, 300))
-    options = ["--seq-len", "16", "--batch-size", "1e6"]
+    options = ["--row-length", "16", "--batch-size", "1e6"]
     out = str(tmp_path / "out")
     assert main(["report", "--model", tiny_model, "--text", str(text), *options, "--out", out]) == 0
 
@@ -108,7 +108,7 @@ def test_a_million_rows_asked_for_a_few_there(tmp_path, tiny_model, capsys):
 def test_training_with_more_rows_asked_for_than_there_are(tmp_path, capsys):
     text = tmp_path / "short.txt"
     text.write_text(prose(1, 100))
-    options = ["--batch-size", "1e9", "--seq-len", "16", "--width", "16", "--heads", "2", "--layers", "1"]
+    options = ["--batch-size", "1e9", "--row-length", "16", "--width", "16", "--heads", "2", "--layers", "1"]
     out = str(tmp_path / "out")
     more = ["--steps", "2", "--optimizer", "adamw", "--held-out-tokens", "40"]
     assert main(["train", "--text", str(text), *options, *more, "--out", out]) == 0

@@ -39,9 +39,9 @@ def arguments(one_layer, loaded, texts, monkeypatch):
     monkeypatch.setattr(command, "load", lambda source, dtype: loaded if source == one_layer else load(source))
 
     def build(out, *more):
-        options = ["--model", one_layer, "--text", *texts[:5], "--length", str(LENGTH), "--tokens", str(TOKENS)]
-        options += ["--batch-size", "2"]
-        return ["spectrum", "--out", str(out), "--save-every", "0", *options, *more]
+        options = ["--model", one_layer, "--text", *texts[:5], "--row-length", str(LENGTH)]
+        options += ["--max-tokens", str(TOKENS), "--batch-size", "2"]
+        return ["spectrum", "--out", str(out), *options, *more]
 
     return build
 
@@ -152,7 +152,7 @@ def test_both_ends_of_the_hessian_resumed_after_an_interruption(
     tmp_path, arguments, loaded, texts, capsys, monkeypatch
 ):
     out = tmp_path / "out"
-    run = arguments(out, "--parameters", "mlp_norm", "--k", "3", "--operator", "hessian", "--save-every", "4")
+    run = arguments(out, "--parameters", "mlp_norm", "--k", "3", "--operator", "hessian", "--checkpoint-every", "0")
     from fisher_jax.cli.spectrum.progress import ProductProgress
 
     add = ProductProgress._add
@@ -187,8 +187,8 @@ def test_both_ends_of_the_hessian_resumed_after_an_interruption(
         (["--parameters", "nothing"], "matches no parameter of tiny-llama; there are embedding, final_norm/scale"),
         (["--parameters", "("], "is not a regular expression"),
         (["--parameters", "final_norm", "--k", "17"], "--k 17 is more than the 16 entries"),
-        (["--length", "60", "--tokens", "9", "--text", "SHORT"], "fewer than one sequence of 60"),
-        (["--length", "65"], "longer than the 64 positions"),
+        (["--row-length", "60", "--max-tokens", "9", "--text", "SHORT"], "fewer than one sequence of 60"),
+        (["--row-length", "65"], "longer than the 64 positions"),
         (["--max-products", "5"], "fewer than the 10 eigenvalues"),
         (["--basis", "11"], "need at least 12 vectors"),
         (["--resume"], "nothing to resume"),
@@ -208,7 +208,7 @@ def test_bad_input(more, sentence, tmp_path, arguments, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("more", [["--k", "0"], ["--tol", "2"], ["--operator", "kfac"], ["--length", "1"]])
+@pytest.mark.parametrize("more", [["--k", "0"], ["--tol", "2"], ["--operator", "kfac"], ["--row-length", "1"]])
 def test_options_out_of_range(more, tmp_path, arguments, capsys):
     assert main(arguments(tmp_path / "out", *more)) == 2
     assert more[0] in capsys.readouterr().err
@@ -234,9 +234,9 @@ def test_the_basis_of_a_large_model_fits():
 def test_a_large_basis_is_saved_only_on_request(tmp_path, monkeypatch):
     needed = []
     monkeypatch.setattr(command, "check_writable", lambda folder, bytes_needed=0: needed.append(bytes_needed))
-    assert command._save_every(SpectrumSettings(out=tmp_path), 20, 135_000_000) == 0
-    assert command._save_every(SpectrumSettings(out=tmp_path), 20, 1_000_000) == 10
-    assert command._save_every(SpectrumSettings(out=tmp_path, save_every=5), 20, 135_000_000) == 5
+    assert command._checkpoint_every(SpectrumSettings(out=tmp_path), 20, 135_000_000) is None
+    assert command._checkpoint_every(SpectrumSettings(out=tmp_path), 20, 1_000_000) == 30
+    assert command._checkpoint_every(SpectrumSettings(out=tmp_path, checkpoint_every=5), 20, 135_000_000) == 5
     assert needed == [160_000_000, 21_600_000_000]
 
 

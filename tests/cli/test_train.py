@@ -20,8 +20,8 @@ from fisher_jax.cli.train.settings import OPTIMIZERS, TrainSettings
 from fisher_jax.models import from_config, load
 from tests.models import decoder_oracle
 
-SIZES = ["--width", "16", "--layers", "1", "--heads", "2", "--seq-len", "16", "--batch-size", "4"]
-TINY = {"width": 16, "layers": 1, "heads": 2, "seq_len": 16, "batch_size": 4, "held_out_tokens": 300}
+SIZES = ["--width", "16", "--layers", "1", "--heads", "2", "--row-length", "16", "--batch-size", "4"]
+TINY = {"width": 16, "layers": 1, "heads": 2, "row_length": 16, "batch_size": 4, "held_out_tokens": 300}
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_a_run_goes_on_from_a_model(finished, texts, arguments, tmp_path, capsys
         "--optimizer",
         "adamw",
     ]
-    run += ["--held-out-tokens", "300", "--seq-len", "16", "--batch-size", "4", "--steps", "2"]
+    run += ["--held-out-tokens", "300", "--row-length", "16", "--batch-size", "4", "--steps", "2"]
     assert main(run) == 0
     before, after = (fj.checkpoint.metadata(folder / "state")["points"] for folder in (finished, out))
     assert after[0][-1] == pytest.approx(before[-1][-1], rel=1e-6)  # the loss that the first run ended with
@@ -195,7 +195,7 @@ def test_a_run_goes_on_from_a_model(finished, texts, arguments, tmp_path, capsys
     assert f"from the weights of model ({first.fingerprint})" in capsys.readouterr().out
     assert f"had --init model ({first.fingerprint}), and this one has None" in _refused(arguments(out), capsys)
     assert "leave --width 32 out" in _refused([*run, "--width", "32"], capsys)
-    assert "longer than the 16 positions" in _refused([*run, "--seq-len", "17"], capsys)
+    assert "longer than the 16 positions" in _refused([*run, "--row-length", "17"], capsys)
 
 
 def test_several_optimizers_in_one_picture(finished, tmp_path, arguments, capsys):
@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_state_before_it(tmp_path, argumen
         (["--against", "nowhere"], "holds no run of fisher-jax train"),
         (["--tokenizer", "nowhere"], "no file or folder 'nowhere'"),
         (["--text", "nowhere.txt"], "there is no text file nowhere.txt"),
-        (["--seq-len", "9000"], "fewer than one sequence"),
+        (["--row-length", "9000"], "fewer than one sequence"),
     ],
 )
 def test_input_that_cannot_be_used(more, sentence, tmp_path, arguments, capsys):

@@ -17,7 +17,7 @@ def folders(tmp_path_factory):
     """A tiny model, its texts, and the report on them."""
     root = tmp_path_factory.mktemp("trim")
     model, texts = tiny.write_model(root / "model"), tiny.write_texts(root / "texts", words=60)
-    report = ["report", "--model", str(model), "--text", *texts, "--seq-len", "32", "--max-tokens", "400"]
+    report = ["report", "--model", str(model), "--text", *texts, "--row-length", "32", "--max-tokens", "400"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "fisher_jax.cli.report.writing.blocks", lambda found: []

@@ -14,7 +14,7 @@ from kept import keep
 
 from fisher_jax._support.errors import ConflictError, InputError
 from fisher_jax.cli.main import main
-from fisher_jax.cli.report.run_state import StateStore
+from fisher_jax.cli.report.store import ReportStore
 from fisher_jax.cli.run.folder_lock import FILE, FREE_AFTER, flock, hold
 from fisher_jax.models import load
 
@@ -113,8 +113,8 @@ def stores(two_tasks, tmp_path):
     import shutil
 
     out = shutil.copytree(two_tasks, tmp_path / "out")
-    one, other = StateStore(out), StateStore(out)
-    return out, one, other, one.restore()["first"], copy.deepcopy(one.tasks["first"])
+    one, other = ReportStore(out), ReportStore(out)
+    return out, one, other, one.restore()["first"], copy.deepcopy(one.runs["first"])
 
 
 def _same(a, b):
@@ -127,8 +127,8 @@ def test_runs_of_different_tasks_without_locks_keep_all_of_them(stores):
     for _ in range(2):
         one.save("one", arrays, progress)
         other.save("other", arrays, progress)
-    assert set(StateStore(out).tasks) == {"first", "second", "one", "other"}
-    restored = StateStore(out).restore()
+    assert set(ReportStore(out).runs) == {"first", "second", "one", "other"}
+    restored = ReportStore(out).restore()
     assert _same(restored["first"], arrays)
     assert _same(restored["one"], arrays)
 
@@ -138,7 +138,7 @@ def test_runs_of_the_same_task_without_locks_keep_the_one_that_came_first(stores
     one.save("third", arrays, progress)
     with pytest.raises(ConflictError, match="'third'"):
         other.save("third", arrays, progress)
-    assert set(StateStore(out).tasks) == {"first", "second", "third"}
+    assert set(ReportStore(out).runs) == {"first", "second", "third"}
     one.save("third", arrays, progress)
 
 
@@ -146,7 +146,7 @@ def test_a_finished_task_is_not_replaced_by_a_run_that_has_not_seen_it(stores):
     out, one, other, arrays, progress = stores
     changed = jax.tree.map(lambda x: x + 1, arrays)
     assert _same(other.restore()["first"], arrays)  # read before it changes
-    one.save("first", changed, copy.deepcopy(one.tasks["first"]))
+    one.save("first", changed, copy.deepcopy(one.runs["first"]))
     progress.batches_done = 0
     other.save("second", arrays, progress)
-    assert _same(StateStore(out).restore()["first"], changed)
+    assert _same(ReportStore(out).restore()["first"], changed)

@@ -235,7 +235,7 @@ KEPT = {
 @pytest.mark.parametrize("name", KEPT)
 def test_rows_are_found_in_models_never_seen(name):
     loss, params, args, _ = ZOO[name]()
-    specs = program.trace(loss, params, args, {}).probe.specs
+    specs = program.trace(loss, params, args).specs
     found = {one.path: one.keep for one in groupings("row", params, lambda: specs)}
     names = {jax.tree_util.keystr(path, simple=True, separator="/"): jax.tree_util.keystr(path)
              for path, _ in jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip

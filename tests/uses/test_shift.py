@@ -126,12 +126,12 @@ def windows(rng, number, size, scales=None):
     return parts
 
 
-@pytest.mark.parametrize("kind", ["step", "window"])
-def test_a_steady_stream_does_not_drift(kind):
+@pytest.mark.parametrize("alternative", ["step", "window"])
+def test_a_steady_stream_does_not_drift(alternative):
     rng = np.random.default_rng(8)
     p, discoveries = [], []
     for _ in range(4):
-        found = fj.shift.importance_drift(windows(rng, 5, 15), kind=kind)
+        found = fj.shift.importance_drift(windows(rng, 5, 15), alternative=alternative)
         p.append(found.p)
         discoveries.append(np.nanmin(found.q) <= 0.05)
     p = np.concatenate(p)
@@ -148,7 +148,7 @@ def test_a_step_is_found_where_it_happened():
     scales[4, 0, 1] = 4
     values = rng.gamma(2.0, 1.0, (6, 30, 8)) * scales
     step = fj.shift.importance_drift([state(x) for x in values])
-    window = fj.shift.importance_drift([state(x) for x in values], kind="window")
+    window = fj.shift.importance_drift([state(x) for x in values], alternative="window")
     assert (step.change[0], window.change[1]) == (2, 4)
     assert step.q[0] < 1e-6
     assert window.q[1] < 1e-3
@@ -193,8 +193,8 @@ def good(groups=8, rows=30):
             r"array has shape \[8\] in window 0 and \[7\] in window 1",
         ),
         (
-            lambda: fj.shift.importance_drift([good(), good()], kind="ramp"),
-            "kind is 'step' or 'window', found 'ramp'",
+            lambda: fj.shift.importance_drift([good(), good()], alternative="ramp"),
+            "alternative is 'step' or 'window', found 'ramp'",
         ),
     ],
 )

@@ -2,12 +2,7 @@
 
 from itertools import combinations
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from fisher_jax._support.errors import InputError
-from fisher_jax._support.printable import printable
 from fisher_jax.cli.compare import sections
 from fisher_jax.cli.compare.settings import CompareSettings
 from fisher_jax.cli.compare.shift import layer_shift, row_shift
@@ -17,44 +12,41 @@ from fisher_jax.cli.report.layers import columns
 from fisher_jax.cli.report.task_choice import candidates, choose, unfinished
 from fisher_jax.cli.report.task_state import Task, check_model, read_task, split_place, tasks_of
 from fisher_jax.cli.run.choice_error import Way
-from fisher_jax.cli.run.clock import Clock
-from fisher_jax.cli.run.progress import duration
 from fisher_jax.cli.run.run_folder import run_folder
-from fisher_jax.cli.run.terminal import Terminal, bold
+from fisher_jax.cli.run.terminal import Terminal, table
 from fisher_jax.models import load
 
 __all__ = ["run"]
 
 # Importance means another thing where one of these differs.
-_SHARED = ("--unit", "--seq-len", "--dtype")
+_SHARED = ("--unit", "--row-length", "--dtype")
 
 
 def run(settings: CompareSettings) -> int:
     """Compares, writes the page and prints a summary; the exit code."""
     console = Terminal()
-    clock = Clock(console)
     with run_folder(settings.out, interrupted=lambda: "interrupted; give the same command again."):
-        found = compared(settings, clock)
-        with clock.stage("page", "pictures and tables"):
+        found = compared(settings, console)
+        with console.stage("page", "pictures and tables"):
             write(found)
-    summary(console, found, clock.total)
+    summary(console, found)
     return 0
 
 
-def compared(settings: CompareSettings, clock: Clock) -> Compared:
-    with clock.stage("states", " and ".join(settings.reports)):
+def compared(settings: CompareSettings, console: Terminal) -> Compared:
+    with console.stage("states", " and ".join(settings.reports)):
         a, b = read_both(settings)
         check_alike(a, b)
         names = called(a, b)
-    with clock.stage("model", settings.model):
+    with console.stage("model", settings.model):
         model = load(settings.model)
         check_model(a, model)
-    with clock.stage("test", f"{names[1]} minus {names[0]}, every row of the head"):
+    with console.stage("test", f"{names[1]} minus {names[0]}, every row of the head"):
         rows = {kind: row_shift(a, b, kind) for kind in settings.kinds}
     missing = without_layers(a, b, names)
     layers = None
     if not missing:
-        with clock.stage("layers", "every tensor, attention head and layer"):
+        with console.stage("layers", "every tensor, attention head and layer"):
             layers = layer_shift(a, b, model)
     return Compared(
         settings=settings,
@@ -66,7 +58,7 @@ def compared(settings: CompareSettings, clock: Clock) -> Compared:
         columns=columns(model.config),
         layers=layers,
         layers_missing=missing or "",
-        seconds=clock.seconds,
+        seconds=console.seconds,
     )
 
 
@@ -79,7 +71,7 @@ def read_both(settings: CompareSettings) -> tuple[Task, Task]:
     alone = len(places) == 1
     if alone and (split_place(places[0])[1] is not None or len(found[0]) < 2):
         folder, _ = split_place(places[0])
-        tasks = tasks_of(folder).tasks.items()
+        tasks = tasks_of(folder).runs.items()
         held = ", ".join(f"{name} (which {unfinished(x)})" if unfinished(x) else name for name, x in tasks)
         raise InputError(
             f"one report alone is compared where it holds two finished tasks, and {folder} holds {held}; give A and "
@@ -154,23 +146,15 @@ def write(found: Compared) -> None:
     write_pages(found.settings.out, "compare", heading, sections.blocks(found), tables, ("compare-",))
 
 
-def summary(console: Console, found: Compared, seconds: float) -> None:
-    """The last thing on the terminal."""
+def summary(console: Terminal, found: Compared) -> None:
     kind, shift = next(iter(found.rows.items()))
-    rate = found.settings.rate
-    table = Table(box=None, padding=(0, 2), header_style="bold")
-    for i, name in enumerate(("token", *found.names, "z", "q")):
-        table.add_column(name, justify="right" if i else "left")
-    for row in [*shift.gained(rate)[:6], *shift.lost(rate)[:6]]:
+    rows = []
+    for row in [*shift.gained(found.settings.q)[:6], *shift.lost(found.settings.q)[:6]]:
         means = (f"{side.mean[row]:.3g}" for side in (shift.before, shift.after))
-        table.add_row(Text(found.vocabulary[row]), *means, f"{shift.shift.z[row]:+.1f}", f"{shift.shift.q[row]:.2g}")
-    console.print()
-    if table.rows:
-        console.print(bold(f"largest changes of importance ({kind} Fisher per token)"))
-        console.print(table)
-        console.print()
-    lines = [*sections.notes(found), sections.lead(found), f"took {duration(seconds)}"]
-    for line in lines:
-        console.print(line)
-    path = (found.settings.out / "compare.html").resolve()
-    console.print(Text.assemble("page: ", (printable(str(path)), "bold")))
+        rows.append([found.vocabulary[row], *means, f"{shift.shift.z[row]:+.1f}", f"{shift.shift.q[row]:.2g}"])
+    console.summary(
+        f"largest changes of importance ({kind} Fisher per token)" if rows else "",
+        [*sections.notes(found), sections.lead(found), console.took],
+        ("page", found.settings.out / "compare.html"),
+        table(("token", *found.names, "z", "q"), rows) if rows else None,
+    )

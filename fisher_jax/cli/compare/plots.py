@@ -6,9 +6,9 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from fisher_jax.cli.compare.shift import Change, LayerShift, RowShift
-from fisher_jax.cli.page.style import Theme, drawable, log_axis, theme_context
+from fisher_jax.cli.page.style import Theme, drawable, log_axis, panels
 from fisher_jax.cli.report import layer_plots
-from fisher_jax.cli.report.plots import UNIT, WIDTH, floor_of, label_points
+from fisher_jax.cli.report.plots import UNIT, floor_of, label_points
 
 __all__ = ["changes_figure", "layers_figure", "rows_figure"]
 
@@ -17,36 +17,34 @@ _LABELS = 6  # largest gains, surest gains, and as many losses of both
 
 def rows_figure(theme: Theme, found: RowShift, names: tuple[str, str], tokens: list[str], rate: float) -> Figure:
     """Importance in B against importance in A, one point for each row, discoveries coloured."""
-    with theme_context(theme):
-        figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
-        axes = figure.subplots()
-        both = np.concatenate([found.before.mean, found.after.mean])
-        low, high = floor_of(both), float(both.max()) * 3
-        log_axis(axes, "x", low, high)
-        log_axis(axes, "y", low, high)
-        x, y = np.clip(found.before.mean, low, None), np.clip(found.after.mean, low, None)
-        axes.plot([low, high], [low, high], color=theme.muted, linewidth=1, linestyle=(0, (3, 3)))
-        gained, lost = found.gained(rate), found.lost(rate)
-        tested = found.reason == ""
-        same = tested & ~(found.shift.q < rate)
-        axes.scatter(x[~tested], y[~tested], s=3, color=theme.muted, alpha=0.08, linewidths=0, rasterized=True)
-        axes.scatter(x[same], y[same], s=4, color=theme.blue, alpha=0.25, linewidths=0, rasterized=True)
-        named = _outstanding(found, gained, lost)
-        for rows, colour in ((gained, theme.vermillion), (lost, theme.green)):
-            size, alpha = (12, 0.85) if len(rows) < 500 else (5, 0.5)
-            axes.scatter(x[rows], y[rows], s=size, color=colour, alpha=alpha, linewidths=0, zorder=3)
-            rows = np.intersect1d(rows, named)  # seen in any cloud
-            axes.scatter(x[rows], y[rows], s=24, color=colour, edgecolors=theme.background, linewidths=0.8, zorder=3)
-        _legend(theme, axes, names[1], len(gained), len(lost), int(same.sum()), int((~tested).sum()))
-        label_points(figure, axes, x[named], y[named], [drawable(tokens[r]) for r in named])
-        for text in axes.texts:
-            text.set_path_effects([withStroke(linewidth=2.5, foreground=theme.background)])
-        axes.set(
-            xlabel=f"importance in {drawable(names[0])} ({UNIT})",
-            ylabel=f"importance in {drawable(names[1])} ({UNIT})",
-            title=f"Rows of the head, discoveries at q < {rate:g}",
-        )
-        return figure
+    figure, (axes,) = panels(5.4)
+    both = np.concatenate([found.before.mean, found.after.mean])
+    low, high = floor_of(both), float(both.max()) * 3
+    log_axis(axes, "x", low, high)
+    log_axis(axes, "y", low, high)
+    x, y = np.clip(found.before.mean, low, None), np.clip(found.after.mean, low, None)
+    axes.plot([low, high], [low, high], color=theme.muted, linewidth=1, linestyle=(0, (3, 3)))
+    gained, lost = found.gained(rate), found.lost(rate)
+    tested = found.reason == ""
+    same = tested & ~(found.shift.q < rate)
+    axes.scatter(x[~tested], y[~tested], s=3, color=theme.muted, alpha=0.08, linewidths=0, rasterized=True)
+    axes.scatter(x[same], y[same], s=4, color=theme.blue, alpha=0.25, linewidths=0, rasterized=True)
+    named = _outstanding(found, gained, lost)
+    for rows, colour in ((gained, theme.vermillion), (lost, theme.green)):
+        size, alpha = (12, 0.85) if len(rows) < 500 else (5, 0.5)
+        axes.scatter(x[rows], y[rows], s=size, color=colour, alpha=alpha, linewidths=0, zorder=3)
+        rows = np.intersect1d(rows, named)  # seen in any cloud
+        axes.scatter(x[rows], y[rows], s=24, color=colour, edgecolors=theme.background, linewidths=0.8, zorder=3)
+    _legend(theme, axes, names[1], len(gained), len(lost), int(same.sum()), int((~tested).sum()))
+    label_points(figure, axes, x[named], y[named], [drawable(tokens[r]) for r in named])
+    for text in axes.texts:
+        text.set_path_effects([withStroke(linewidth=2.5, foreground=theme.background)])
+    axes.set(
+        xlabel=f"importance in {drawable(names[0])} ({UNIT})",
+        ylabel=f"importance in {drawable(names[1])} ({UNIT})",
+        title=f"Rows of the head, discoveries at q < {rate:g}",
+    )
+    return figure
 
 
 def _outstanding(found: RowShift, *groups: np.ndarray) -> np.ndarray:
@@ -75,24 +73,22 @@ def _legend(theme: Theme, axes: Axes, name: str, gained: int, lost: int, same: i
 
 def changes_figure(theme: Theme, found: RowShift, names: tuple[str, str], tokens: list[str], rate: float) -> Figure:
     """The largest gains and losses, each with its importance in A and in B and their 95% intervals."""
-    with theme_context(theme):
-        panels = [
-            (f"More important in {drawable(names[1])}", found.gained(rate)[:12]),
-            (f"Less important in {drawable(names[1])}", found.lost(rate)[:12]),
-        ]
-        panels = [(title, rows) for title, rows in panels if len(rows)]
-        sizes = [len(rows) + 1 for _, rows in panels]
-        figure = Figure(figsize=(WIDTH, 0.9 * len(panels) + 0.27 * sum(sizes)), layout="constrained")
-        all_axes = figure.subplots(len(panels), 1, height_ratios=sizes, squeeze=False)[:, 0]
-        for axes, (title, rows) in zip(all_axes, panels, strict=True):
-            _pairs(theme, axes, found, rows, names)
-            axes.set_yticks(np.arange(len(rows)), [drawable(tokens[r]) for r in rows], fontsize=9)
-            axes.set_ylim(len(rows) - 0.4, -1.1)
-            axes.grid(axis="y", visible=False)
-            axes.tick_params(axis="y", length=0)
-            axes.set_title(title)
-        all_axes[-1].set_xlabel(f"importance ({UNIT}), with 95% interval\n◂ far below the axis")
-        return figure
+    shown = [
+        (f"More important in {drawable(names[1])}", found.gained(rate)[:12]),
+        (f"Less important in {drawable(names[1])}", found.lost(rate)[:12]),
+    ]
+    shown = [(title, rows) for title, rows in shown if len(rows)]
+    sizes = [len(rows) + 1 for _, rows in shown]
+    figure, all_axes = panels(0.9 * len(shown) + 0.27 * sum(sizes), len(shown), height_ratios=sizes)
+    for axes, (title, rows) in zip(all_axes, shown, strict=True):
+        _pairs(theme, axes, found, rows, names)
+        axes.set_yticks(np.arange(len(rows)), [drawable(tokens[r]) for r in rows], fontsize=9)
+        axes.set_ylim(len(rows) - 0.4, -1.1)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(title)
+    all_axes[-1].set_xlabel(f"importance ({UNIT}), with 95% interval\n◂ far below the axis")
+    return figure
 
 
 def _pairs(theme: Theme, axes: Axes, found: RowShift, rows: np.ndarray, names: tuple[str, str]) -> None:

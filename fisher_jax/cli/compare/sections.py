@@ -34,7 +34,7 @@ def lead(found: Compared) -> str:
 
 def counted(found: Compared, kind: str) -> str:
     """How many rows changed, and the largest changes of either sign."""
-    shift, rate = found.rows[kind], found.settings.rate
+    shift, rate = found.rows[kind], found.settings.q
     gained, lost = shift.gained(rate), shift.lost(rate)
     tested = int(np.sum(shift.reason == ""))
     text = (
@@ -53,7 +53,7 @@ def _few(found: Compared, rows: np.ndarray) -> str:
 def _whole(found: Compared) -> list[str]:
     assert found.layers is not None
     model = found.layers.wholes[MODEL]
-    verdict = "a difference" if model.p < found.settings.rate else "no difference shown"
+    verdict = "a difference" if model.p < found.settings.q else "no difference shown"
     return [
         f"The Fisher information of the whole model is {float(model.before):.3g} in {found.names[0]} and "
         f"{float(model.after):.3g} in {found.names[1]} ({_percent(model.before, model.after)}, p = {_p(model.p)}: "
@@ -102,7 +102,7 @@ def blocks(found: Compared) -> list[Block]:
 
 
 def _of_kind(found: Compared, kind: str) -> list[Block]:
-    shift, names, rate = found.rows[kind], found.names, found.settings.rate
+    shift, names, rate = found.rows[kind], found.names, found.settings.q
     gained, lost = shift.gained(rate), shift.lost(rate)
     parts: list[Block] = [
         Heading(f"Tokens, by the {KIND_NAMES[kind]}"),
@@ -110,7 +110,11 @@ def _of_kind(found: Compared, kind: str) -> list[Block]:
         picture(
             f"compare-rows-{kind}",
             f"Importance of every vocabulary row in {names[1]} against its importance in {names[0]}",
-            lambda theme: plots.rows_figure(theme, shift, names, found.vocabulary, rate),
+            plots.rows_figure,
+            shift,
+            names,
+            found.vocabulary,
+            rate,
         ),
     ]
     if not len(gained) + len(lost):
@@ -119,7 +123,11 @@ def _of_kind(found: Compared, kind: str) -> list[Block]:
         picture(
             f"compare-changes-{kind}",
             "The largest gains and losses with their importance in both texts and its intervals",
-            lambda theme: plots.changes_figure(theme, shift, names, found.vocabulary, rate),
+            plots.changes_figure,
+            shift,
+            names,
+            found.vocabulary,
+            rate,
         )
     )
     for word, rows in (("more", gained), ("less", lost)):
@@ -229,7 +237,7 @@ def _layers(found: Compared) -> list[Block]:
     layers = found.layers
     if layers is None:
         return []
-    names, rate = found.names, found.settings.rate
+    names, rate = found.names, found.settings.q
     kernels = [(path, index) for path, change in layers.heads.items() for index in np.argwhere(change.q < rate)]
     kernels.sort(key=lambda x: -abs(float(layers.heads[x[0]].z[tuple(x[1])])))
     tested = sum(int(np.sum(~np.isnan(change.p))) for change in layers.heads.values())
@@ -255,7 +263,11 @@ def _layers(found: Compared) -> list[Block]:
         picture(
             "compare-layers",
             f"Heat map of the Fisher information in {names[1]} over that in {names[0]}",
-            lambda theme: plots.layers_figure(theme, layers, found.columns, names, rate),
+            plots.layers_figure,
+            layers,
+            found.columns,
+            names,
+            rate,
         ),
         Table("Sums over the layers", header, [_part(name, change, ()) for name, change in chosen]),
         Paragraph(f"{len(kernels):,} of {tested:,} kernels of an attention head differ at q < {rate:g}."),
@@ -290,7 +302,7 @@ def _reading(found: Compared) -> list[Block]:
             "z is the difference over its standard error, p the two-sided probability of one as large by chance "
             "(Welch's test and the one with pooled variance, the larger of both: importance is heavy-tailed), q the "
             f"p value adjusted for all rows at once (Benjamini and Hochberg): of the rows with q < "
-            f"{found.settings.rate:g} at most {100 * found.settings.rate:g}% are expected to be false."
+            f"{found.settings.q:g} at most {100 * found.settings.q:g}% are expected to be false."
         ),
         Paragraph(
             "A row that occurs more often has more importance for that alone; the frequencies stand beside it. ␣ "

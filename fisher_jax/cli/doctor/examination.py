@@ -95,9 +95,7 @@ def _one_at_a_time(reference: Callable, turn: threading.Lock) -> Callable:
 
 
 def in_time(
-    plan: Sequence[tuple[Check, str]],
-    records: Callable[[], Iterator[Record]],
-    seconds_left: Callable[[], float],
+    plan: Sequence[tuple[Check, str]], records: Callable[[], Iterator[Record]], seconds_left: Callable[[], float]
 ) -> Iterator[Record]:
     """The records, and where time is up one that says so for each that is missing: a driver may hang as well.
 

@@ -71,11 +71,7 @@ class Subject:
 
 
 def make_subject(
-    dtype: str,
-    loops: Loops | None = None,
-    config: DecoderConfig = CONFIG,
-    rows: int = ROWS,
-    scored: slice = SCORED,
+    dtype: str, loops: Loops | None = None, config: DecoderConfig = CONFIG, rows: int = ROWS, scored: slice = SCORED
 ) -> Subject:
     """The decoder in ``dtype``; subjects of several dtypes share the ``loops`` of the first."""
     loops = loops or Loops(from_config(config), _parameters(config), _batch(config, rows), scored)

@@ -10,22 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError
-from fisher_jax._support.printable import printable
 from fisher_jax.cli.merge.settings import MergeSettings
 from fisher_jax.cli.merge.weights import read_weights, states_digest
-from fisher_jax.cli.page.files import digest
-from fisher_jax.cli.run.folder import write_atomically
+from fisher_jax.cli.run.json_files import digest
 from fisher_jax.cli.run.model_folder import check_can_be_written, model_folder, save_model, say_written
-from fisher_jax.cli.run.model_result import MADE_FROM, read_result
+from fisher_jax.cli.run.model_result import read_result, write_result
 from fisher_jax.cli.run.run_folder import run_folder
-from fisher_jax.cli.run.terminal import Terminal, headed
+from fisher_jax.cli.run.terminal import Terminal, table
 from fisher_jax.cli.run.texts import default_task
-from fisher_jax.cli.run.unread import say_unread
 from fisher_jax.models import LanguageModel, load
 from fisher_jax.models.origin import Origin, read_origin
 from fisher_jax.text.bits_per_byte import Loss, bits_per_byte, difference, measure_in_pieces
@@ -61,16 +57,12 @@ def run(settings: MergeSettings) -> int:
 
 
 def made_from(
-    settings: MergeSettings,
-    loaded: Sequence[LanguageModel],
-    base: LanguageModel | None,
-    texts: dict[str, list[str]],
+    settings: MergeSettings, loaded: Sequence[LanguageModel], base: LanguageModel | None, texts: dict[str, list[str]]
 ) -> dict[str, Any]:
     """What decides the result, by the names of a refusal."""
-    names = ("by", "floor", "scale", "dtype", "documents", "characters")
     return {
-        "--weights": list(settings.weights),
-        **{f"--{name}": getattr(settings, name) for name in names},
+        **settings.fixed(),
+        "--weights": list(settings.weights),  # as JSON gives it back
         "--models": [model.fingerprint for model in loaded],
         "--base": None if base is None else base.fingerprint,
         "--states": states_digest(settings.states),
@@ -80,7 +72,7 @@ def made_from(
 
 def merge_and_measure(
     settings: MergeSettings,
-    console: Console,
+    console: Terminal,
     incoming: Path,
     loaded: Sequence[LanguageModel],
     base: LanguageModel | None,
@@ -92,21 +84,20 @@ def merge_and_measure(
     merged = merge(settings, loaded, base, fishers)
     params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), merged)
     save_model(incoming, loaded[0].config, params, loaded[0].tokenizer, origin)
-    console.print(headed("merged", f"in {settings.dtype}"))
+    console.say("merged", f"in {settings.dtype}")
     content = {
         "models": {source: model.fingerprint for source, model in zip(settings.models, loaded, strict=True)},
         **{name: getattr(settings, name) for name in ("states", "base", "by", "weights", "floor", "scale")},
-        MADE_FROM: facts,
     }
     if texts:
         content["bits_per_byte"] = evaluate(settings, console, incoming, loaded, base, texts)
-    write_atomically(incoming / "merge.json", json.dumps(content, indent=1) + "\n")
+    write_result(incoming / "merge.json", content, facts)
 
 
-def read(console: Console, source: str, what: str = "") -> LanguageModel:
-    console.print(headed(f"model{what}", source))
+def read(console: Terminal, source: str, what: str = "") -> LanguageModel:
+    console.say(f"model{what}", source)
     model = load(source)
-    say_unread(console, model)
+    console.say_unread(model)
     return model
 
 
@@ -131,10 +122,10 @@ def check_same(first: LanguageModel, other: LanguageModel) -> None:
 
 
 def weights_of(
-    settings: MergeSettings, console: Console, loaded: Sequence[LanguageModel], base: LanguageModel | None
+    settings: MergeSettings, console: Terminal, loaded: Sequence[LanguageModel], base: LanguageModel | None
 ) -> list[Any]:
     """A tree for each model: what its parameters weigh."""
-    console.print(headed("weights", TITLES[settings.by]))
+    console.say("weights", TITLES[settings.by])
     if settings.by == "uniform":
         return [equal(model.params) for model in loaded]
     if settings.by == "magnitude":
@@ -169,7 +160,7 @@ def texts_of(settings: MergeSettings, model: LanguageModel, sources: Sequence[st
 
 def evaluate(
     settings: MergeSettings,
-    console: Console,
+    console: Terminal,
     folder: Path,
     loaded: Sequence[LanguageModel],
     base: LanguageModel | None,
@@ -177,7 +168,7 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """{model: {text: bits per byte}}, printed as a table with the differences that matter."""
     number = sum(map(len, texts.values()))
-    console.print(headed("loss", f"{number} held-out documents of {' and '.join(texts)}"))
+    console.say("loss", f"{number} held-out documents of {' and '.join(texts)}")
     written = load(folder, dtype=settings.dtype)
     models = dict(zip(settings.models, loaded, strict=True))
     if base is not None and settings.base is not None:
@@ -201,13 +192,12 @@ def evaluate(
 def table_of(told: dict[str, dict[str, float]]) -> Table:
     """Bits per byte of every model on every text, and on all of them."""
     texts = list(next(iter(told.values())))
-    table = Table(box=None, padding=(0, 2), header_style="bold")
-    for i, name in enumerate(["bits per byte", *texts, *(["mean"] if len(texts) > 1 else [])]):
-        table.add_column(name, justify="right" if i else "left")
-    for name, of in told.items():
-        values = [*of.values(), *([float(np.mean(list(of.values())))] if len(of) > 1 else [])]
-        table.add_row(printable(name), *(f"{x:.4f}" for x in values))
-    return table
+    several = len(texts) > 1
+    rows = {
+        name: [*of.values(), *([float(np.mean(list(of.values())))] if several else [])] for name, of in told.items()
+    }
+    header = ["bits per byte", *texts, *(["mean"] if several else [])]
+    return table(header, ([name, *(f"{x:.4f}" for x in values)] for name, values in rows.items()))
 
 
 def change(after: Loss, before: Loss, text: str) -> str:

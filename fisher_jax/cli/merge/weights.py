@@ -11,11 +11,11 @@ import numpy as np
 
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError
-from fisher_jax.cli.page.files import digest
 from fisher_jax.cli.report.layers import on_parts, part_sizes
 from fisher_jax.cli.report.task_choice import candidates, choose, lacks_layers
 from fisher_jax.cli.report.task_state import Task, check_model, layer_settings, read_task
 from fisher_jax.cli.run.choice_error import Way
+from fisher_jax.cli.run.json_files import digest
 from fisher_jax.models import LanguageModel
 from fisher_jax.models.layout import flatten, unflatten
 from fisher_jax.uses.trees import check_not_negative

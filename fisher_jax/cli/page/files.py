@@ -1,6 +1,5 @@
 """What a command leaves in its folder: a page as HTML and Markdown, its pictures, its tables."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +9,7 @@ from fisher_jax.cli.page import html, markdown
 from fisher_jax.cli.page.blocks import Block, Picture
 from fisher_jax.cli.run.folder import read_plain, write_atomically
 
-__all__ = ["digest", "page_is_current", "remove_pages", "write_pages"]
-
-
-def digest(facts: Any) -> str:
-    """A short name for what a page is made from: anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+__all__ = ["page_is_current", "remove_pages", "write_pages"]
 
 
 def write_pages(

@@ -17,7 +17,10 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullL
 
 from fisher_jax.cli.page.blocks import Picture
 
-__all__ = ["Theme", "drawable", "log_axis", "log_ticks", "percent_axis", "picture", "spread", "theme_context"]
+__all__ = [
+    "WIDTH", "Theme", "drawable", "log_axis", "log_ticks", "panels", "percent_axis", "picture", "spread",
+    "theme_context",
+]  # fmt: skip
 
 
 class Theme(NamedTuple):
@@ -44,6 +47,7 @@ DARK = Theme(
     "#4ba3e3", "#e69f00", "#1fbf8f", "#d98bbb", "#f0803c",
 )  # fmt: skip
 
+WIDTH = 4.9  # inches: on a phone the text is as large as the page's
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -81,19 +85,28 @@ def theme_context(theme: Theme) -> Iterator[None]:
         yield
 
 
-def picture(name: str, alt: str, draw: Callable[[Theme], Figure]) -> Picture:
-    """Draws once for a light and once for a dark background."""
-    light, dark = (png(draw(theme), theme) for theme in (LIGHT, DARK))
+def picture(name: str, alt: str, draw: Callable[..., Figure], *drawn: Any) -> Picture:
+    """``draw(theme, *drawn)``, once for a light and once for a dark background."""
+    light, dark = (png(lambda theme: draw(theme, *drawn), theme) for theme in (LIGHT, DARK))
     return Picture(name, alt, light, dark)
 
 
-def png(figure: Figure, theme: Theme, *, dpi: int = 200) -> bytes:
+def png(draw: Callable[[Theme], Figure], theme: Theme, *, dpi: int = 200) -> bytes:
     """The picture as PNG."""
-    FigureCanvasAgg(figure)
     stream = io.BytesIO()
-    with theme_context(theme):  # some settings are read while drawing
+    with theme_context(theme):  # some settings are read while saving
+        figure = draw(theme)
+        FigureCanvasAgg(figure)
         figure.savefig(stream, format="png", dpi=dpi)
     return stream.getvalue()
+
+
+def panels(
+    height: float, rows: int = 1, columns: int = 1, *, width: float = WIDTH, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A new figure and its axes, row by row."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).ravel())
 
 
 @cache

@@ -11,10 +11,10 @@ import numpy as np
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError, RejectedBatchError
 from fisher_jax.cli.report.layers import layer_estimator
-from fisher_jax.cli.report.run_state import KINDS, Progress, StateStore
-from fisher_jax.cli.report.settings import Settings
+from fisher_jax.cli.report.settings import KINDS, ReportSettings
+from fisher_jax.cli.report.store import ReportStore, TaskProgress
+from fisher_jax.cli.run.checkpoints import checkpoints
 from fisher_jax.cli.run.progress import StreamProgress
-from fisher_jax.cli.run.stopping import stop_requests
 from fisher_jax.models import LanguageModel
 from fisher_jax.text.packing import Rows
 
@@ -24,9 +24,9 @@ __all__ = ["accumulate", "hidden_and_targets"]
 def accumulate(
     model: LanguageModel,
     rows: Rows,
-    settings: Settings,
-    store: StateStore,
-    progress: Progress,
+    settings: ReportSettings,
+    store: ReportStore,
+    progress: TaskProgress,
     state: dict[str, Any] | None,
     display: StreamProgress,
 ) -> dict[str, Any]:
@@ -46,8 +46,7 @@ def accumulate(
         state = _initial_state(model, rows, settings)
     else:
         _check_form(state, jax.eval_shape(lambda: _initial_state(model, rows, settings)), store)
-    saved_at = time.monotonic()
-    with stop_requests() as stop_requested:
+    with checkpoints(settings.checkpoint_every) as checkpoint:
         for tokens, mask, units in rows.batches(settings.batch_size, start=progress.batches_done):
             started = time.monotonic()
             state, loss_sum, count = step(model.params, state, tokens, mask, units, progress.batches_done)
@@ -58,17 +57,13 @@ def accumulate(
             progress.tokens += count
             progress.seconds += time.monotonic() - started
             display.update(progress.tokens, progress.log_loss / max(progress.tokens, 1))
-            stopping = stop_requested()
-            due = time.monotonic() - saved_at >= settings.checkpoint_every
-            if stopping or due or progress.finished:
+            if checkpoint.due(progress.finished):
                 store.save(settings.task, state, progress)
-                saved_at = time.monotonic()
-            if stopping:
-                raise KeyboardInterrupt
+            checkpoint.stop_if_asked()
     return state
 
 
-def _observe(model: LanguageModel, settings: Settings, params, tokens, mask, units):
+def _observe(model: LanguageModel, settings: ReportSettings, params, tokens, mask, units):
     """(moments by name, log-likelihood, batch) of one batch: one forward pass and one logits product for rows."""
     batch = fj.next_token_batch(tokens, mask, units=units)
     hidden, head = model.hidden(params, batch.inputs), model.head(params)
@@ -80,14 +75,7 @@ def _observe(model: LanguageModel, settings: Settings, params, tokens, mask, uni
         "soft_cap": model.config.logit_soft_cap,
     }
     (empirical, true), log_likelihood = fj.lm_head.moments(
-        hidden,
-        head,
-        batch.targets,
-        scored,
-        groups="row",
-        kind=KINDS,
-        with_log_likelihood=True,
-        **options,
+        hidden, head, batch.targets, scored, groups="row", kind=KINDS, with_log_likelihood=True, **options
     )
     observed = {"empirical": empirical, "true": true}
     if settings.groups == "param":
@@ -97,7 +85,7 @@ def _observe(model: LanguageModel, settings: Settings, params, tokens, mask, uni
     return observed, log_likelihood, batch
 
 
-def _observe_all(model: LanguageModel, settings: Settings) -> Callable:
+def _observe_all(model: LanguageModel, settings: ReportSettings) -> Callable:
     """`_observe` of the batch with this index and, where wanted, one backward pass for the layers."""
     layers = layer_estimator(model, settings) if settings.parameters == "all" else None
 
@@ -111,7 +99,7 @@ def _observe_all(model: LanguageModel, settings: Settings) -> Callable:
     return observe
 
 
-def _make_step(model: LanguageModel, settings: Settings) -> Callable:
+def _make_step(model: LanguageModel, settings: ReportSettings) -> Callable:
     """(params, state, tokens, mask, units, index) -> (state, summed loss, scored tokens); the state is donated."""
     observe = _observe_all(model, settings)
 
@@ -125,14 +113,14 @@ def _make_step(model: LanguageModel, settings: Settings) -> Callable:
     return jax.jit(step, donate_argnums=1)
 
 
-def _initial_state(model: LanguageModel, rows: Rows, settings: Settings) -> dict[str, Any]:
+def _initial_state(model: LanguageModel, rows: Rows, settings: ReportSettings) -> dict[str, Any]:
     first = next(rows.batches(settings.batch_size))
     observed, _, _ = jax.eval_shape(lambda params: _observe_all(model, settings)(params, *first, 0), model.params)
     state = {name: fj.welford.init(moments) for name, moments in observed.items()}
     return {**state, "counts": jnp.zeros(model.config.vocab_size, jnp.int32)}
 
 
-def _check_form(state: dict[str, Any], fresh: dict[str, Any], store: StateStore) -> None:
+def _check_form(state: dict[str, Any], fresh: dict[str, Any], store: ReportStore) -> None:
     def form(tree: Any) -> list[Any]:
         return [(path, x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
 

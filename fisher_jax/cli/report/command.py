@@ -4,11 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.text import Text
 
 import fisher_jax as fj
-from fisher_jax._support.host_memory import attention_bytes, check_memory
 from fisher_jax.cli.report.accumulate import accumulate, hidden_and_targets
 from fisher_jax.cli.report.findings import Findings
 from fisher_jax.cli.report.importance import importance
@@ -16,17 +14,15 @@ from fisher_jax.cli.report.layers import columns, read_layers
 from fisher_jax.cli.report.orderings import orderings
 from fisher_jax.cli.report.parts import Part
 from fisher_jax.cli.report.pruning import PruningResult, prune
-from fisher_jax.cli.report.run_state import Progress, StateStore
-from fisher_jax.cli.report.settings import Settings
+from fisher_jax.cli.report.settings import ReportSettings
+from fisher_jax.cli.report.store import ReportStore, TaskProgress
 from fisher_jax.cli.report.summary import summary, told_again
 from fisher_jax.cli.report.writing import ReportFolder
-from fisher_jax.cli.run.clock import Clock
 from fisher_jax.cli.run.folder import check_writable
 from fisher_jax.cli.run.progress import StreamProgress
-from fisher_jax.cli.run.row_length import row_length
+from fisher_jax.cli.run.row_length import check_attention, row_length
 from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal
-from fisher_jax.cli.run.unread import say_unread
 from fisher_jax.models import LanguageModel, load
 from fisher_jax.text.corpora import describe_sources, documents
 from fisher_jax.text.packing import Packed, Rows, longest_document, pack
@@ -39,40 +35,34 @@ _STATE_BYTES = 2 * 40
 _REPORT_BYTES = 20 * 2**20
 
 
-def run(settings: Settings) -> int:
+def run(settings: ReportSettings) -> int:
     """Measures, writes the report and prints a summary; the exit code."""
     console = Terminal()
-    clock = Clock(console)
-    store: StateStore | None = None
+    store: ReportStore | None = None
     with run_folder(settings.out, interrupted=lambda: _after_interrupt(store, settings)):
-        store = StateStore(settings.out)
-        store.check_before_loading(settings)
-        found = _measure_and_write(settings, console, clock, store)
+        store = ReportStore(settings.out)
+        store.check_before_loading(settings.task, resume=settings.resume, overwrite=settings.overwrite)
+        found = _measure_and_write(settings, console, store)
     if isinstance(found, Findings):
-        summary(console, found, clock.total)
+        summary(console, found)
     else:
         told_again(console, settings, found)
     return 0
 
 
-def _measure_and_write(settings: Settings, console: Console, clock: Clock, store: StateStore) -> Findings | Part:
+def _measure_and_write(settings: ReportSettings, console: Terminal, store: ReportStore) -> Findings | Part:
     """What was found, or the part of the page of a task that was finished before."""
-    with clock.stage("model", settings.model):
+    with console.stage("model", settings.model):
         model = load(settings.model, dtype=settings.dtype)
         console.print(f"  {model.name}: vocabulary {model.config.vocab_size:,}, width {model.config.width:,}")
-        say_unread(console, model)
+        console.say_unread(model)
     settings = _fitted(settings, model)
-    with clock.stage("text", describe_sources(settings.text)):
+    with console.stage("text", describe_sources(settings.text)):
         packed = _pack(settings, model)
         console.print(f"  {packed.choice}")
         _warn_about_intervals(console, settings, packed)
-        rows = packed.stream.rows_in_batch(settings.batch_size)
-        check_memory(
-            attention_bytes(model.config.num_heads, rows, settings.seq_len),
-            f"attention over rows of {settings.seq_len:,} tokens, {rows:,} at a time",
-            "give a smaller --batch-size or --seq-len",
-        )
-    fresh = Progress(
+        check_attention(model.config, packed.stream.rows_in_batch(settings.batch_size), settings.row_length)
+    fresh = TaskProgress(
         settings=settings.fixed(),
         model=model.fingerprint,
         text=packed.stream.digest(),
@@ -80,54 +70,51 @@ def _measure_and_write(settings: Settings, console: Console, clock: Clock, store
         model_name=model.name,
         text_names=list(settings.text),
     )
-    progress, state = store.start_or_resume(settings, fresh)
-    if settings.overwrite and settings.task in store.tasks:
+    progress = store.begin(settings.task, fresh, overwrite=settings.overwrite)
+    state = store.restore()[settings.task] if progress.batches_done else None
+    if settings.overwrite and settings.task in store.runs:
         ReportFolder(settings, model, store, store.restore()).drop()
-    arrays = _stream(console, clock, settings, model, packed.stream, store, progress, state)
+    arrays = _stream(console, settings, model, packed.stream, store, progress, state)
     folder = ReportFolder(settings, model, store, {**store.restore(), settings.task: arrays})
-    found = folder.part() or _findings(clock, settings, model, packed, progress, arrays)
+    found = folder.part() or _findings(console, settings, model, packed, progress, arrays)
     if not folder.is_current():
-        with clock.stage("report", "pictures and tables"):
+        with console.stage("report", "pictures and tables"):
             folder.write(found if isinstance(found, Findings) else None)
     return found
 
 
-def _after_interrupt(store: StateStore | None, settings: Settings) -> str:
-    saved = None if store is None else store.tasks.get(settings.task)
+def _after_interrupt(store: ReportStore | None, settings: ReportSettings) -> str:
+    saved = None if store is None else store.runs.get(settings.task)
     if store is None or saved is None:
         return "interrupted before the first checkpoint; nothing was saved."
     if saved.finished:
         return "interrupted after measuring; give the same command again to write the report."
     return (
-        f"stopped after batch {saved.batches_done} of {saved.num_batches}; the state is saved in {store.path}. Give "
-        "the same command with --resume to go on."
+        f"stopped after {saved.so_far}; the state is saved in {store.path}. Give the same command with --resume to "
+        "go on."
     )
 
 
-def _fitted(settings: Settings, model: LanguageModel) -> Settings:
+def _fitted(settings: ReportSettings, model: LanguageModel) -> ReportSettings:
     """With rows that fit the model, once the disk was found to hold its states."""
     entries = model.config.vocab_size * (2 + (model.config.width if settings.groups == "param" else 0))
     check_writable(settings.out, bytes_needed=_REPORT_BYTES + _STATE_BYTES * entries)
-    return replace(settings, seq_len=_length(settings, model))
+    return replace(settings, row_length=row_length(settings.row_length, model.config.max_positions, model.name))
 
 
-def _length(settings: Settings, model: LanguageModel) -> int:
-    return row_length(settings.seq_len, settings.seq_len_typed, model.config.max_positions, model.name)
-
-
-def _pack(settings: Settings, model: LanguageModel) -> Packed:
-    longest = longest_document(settings.max_tokens, settings.held_out_tokens, settings.seq_len)
+def _pack(settings: ReportSettings, model: LanguageModel) -> Packed:
+    longest = longest_document(settings.max_tokens, settings.held_out_tokens, settings.row_length)
     return pack(
         documents(settings.text, split=settings.split_documents, longest=longest),
         model.tokenizer.encode,
-        seq_len=settings.seq_len,
+        seq_len=settings.row_length,
         max_targets=settings.max_tokens,
         held_out_targets=settings.held_out_tokens,
         vocab_size=model.config.vocab_size,
     )
 
 
-def _warn_about_intervals(console: Console, settings: Settings, packed: Packed) -> None:
+def _warn_about_intervals(console: Terminal, settings: ReportSettings, packed: Packed) -> None:
     if settings.unit == "document" and len(packed.stream.names) < 2:
         console.print(
             Text.assemble(
@@ -140,13 +127,12 @@ def _warn_about_intervals(console: Console, settings: Settings, packed: Packed) 
 
 
 def _stream(
-    console: Console,
-    clock: Clock,
-    settings: Settings,
+    console: Terminal,
+    settings: ReportSettings,
     model: LanguageModel,
     rows: Rows,
-    store: StateStore,
-    progress: Progress,
+    store: ReportStore,
+    progress: TaskProgress,
     state: dict[str, Any] | None,
 ) -> dict[str, Any]:
     if progress.finished and state is not None:
@@ -159,18 +145,18 @@ def _stream(
             "four times slower than --parameters head)"
         )
     with (
-        clock.stage("stream", f"Fisher information of {whose}, {verb} {progress.num_batches} batches"),
+        console.stage("stream", f"Fisher information of {whose}, {verb} {progress.num_batches} batches"),
         StreamProgress(console, rows.num_targets, progress.tokens) as display,
     ):
         return accumulate(model, rows, settings, store, progress, state, display)
 
 
 def _findings(
-    clock: Clock,
-    settings: Settings,
+    console: Terminal,
+    settings: ReportSettings,
     model: LanguageModel,
     packed: Packed,
-    progress: Progress,
+    progress: TaskProgress,
     arrays: dict[str, Any],
 ) -> Findings:
     main = importance(arrays, settings.kind, settings.level)
@@ -178,7 +164,7 @@ def _findings(
     by_entry = np.asarray(fj.welford.mean(arrays["param"])) if "param" in arrays else None
     pruning = None
     if len(packed.held_out.lengths):
-        with clock.stage("pruning", f"loss on {packed.held_out.num_targets:,} held-out tokens"):
+        with console.stage("pruning", f"loss on {packed.held_out.num_targets:,} held-out tokens"):
             pruning = _prune(settings, model, packed.held_out, arrays, by_entry)
     return Findings(
         settings=settings,
@@ -193,13 +179,13 @@ def _findings(
         by_column=None if by_entry is None else by_entry.sum(axis=0, dtype=np.float64),
         layers=read_layers(arrays["layers"], model, settings) if "layers" in arrays else None,
         columns=columns(model.config),
-        timings=clock.seconds,
+        timings=console.seconds,
         rate=progress.tokens / max(progress.seconds, 1e-9),
     )
 
 
 def _prune(
-    settings: Settings,
+    settings: ReportSettings,
     model: LanguageModel,
     held_out: Rows,
     arrays: dict[str, Any],

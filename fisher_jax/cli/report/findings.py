@@ -9,7 +9,7 @@ from fisher_jax._support.printable import readable
 from fisher_jax.cli.report.importance import Importance
 from fisher_jax.cli.report.layers import MODEL, Layers
 from fisher_jax.cli.report.pruning import Curve, PruningResult
-from fisher_jax.cli.report.settings import Settings
+from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.text.packing import Packed
 
 __all__ = ["Findings", "lead", "title", "verdict", "where"]
@@ -19,7 +19,7 @@ __all__ = ["Findings", "lead", "title", "verdict", "where"]
 class Findings:
     """What the report, the table and the summary are written from."""
 
-    settings: Settings
+    settings: ReportSettings
     model_name: str
     tied: bool
     tokens: list[str]  # by id, as they are in the text
@@ -34,6 +34,12 @@ class Findings:
     columns: list[str] = field(default_factory=list)  # parts of a layer in the order of the data
     timings: dict[str, float] = field(default_factory=dict)
     rate: float = 0.0  # streamed tokens per second
+
+    @property
+    def units(self) -> str:
+        """How many observations there are, and of what."""
+        plural = "" if self.main.units == 1 else "es" if self.settings.unit == "batch" else "s"
+        return f"{self.main.units:,.0f} {self.settings.unit}{plural}"
 
     @cached_property
     def vocabulary(self) -> list[str]:

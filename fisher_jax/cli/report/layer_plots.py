@@ -8,14 +8,13 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from fisher_jax.cli.page.style import Theme, drawable, log_axis, log_ticks, theme_context
+from fisher_jax.cli.page.style import Theme, drawable, log_axis, log_ticks, panels
 from fisher_jax.cli.report.layers import Layers, Measured, part_name
 
 __all__ = ["heads_figure", "model_figure", "ratio_figure", "totals_figure"]
 
 TOTAL = "Fisher information per token"
 AVERAGE = "Fisher information\nper token and parameter"
-_WIDTH = 4.9
 
 
 def model_figure(theme: Theme, found: Layers, columns: list[str], above: list[str], below: list[str]) -> Figure:
@@ -23,115 +22,108 @@ def model_figure(theme: Theme, found: Layers, columns: list[str], above: list[st
 
     Tensors outside of the layers, `above` and `below` them, are bars over the whole width.
     """
-    with theme_context(theme):
-        parts = [found.parts[node] for node in columns]
-        outside = {path: found.tensors[path] for path in (*above, *below)}
-        num_layers = len(parts[0].mean)
-        figure = Figure(figsize=(_WIDTH, _height(num_layers + len(outside))), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
-        readings = (("Total", "Fisher information\nper token", False), ("Per parameter", AVERAGE, True))
-        for axes, (title, unit, by_parameter) in zip(panels, readings, strict=True):
-            read = _average if by_parameter else _mean
-            grid = np.stack([read(part) for part in parts], axis=1)
-            bars = {path: float(read(tensor)) for path, tensor in outside.items()}
-            # Norms have so much per parameter that the matrices would look alike; they keep the scale of the totals.
-            scaled = [not by_parameter or "norm" not in node for node in columns]
-            bar_values = [value for path, value in bars.items() if not by_parameter or "norm" not in path]
-            everything = np.concatenate([grid.ravel(), list(bars.values())])
-            shown = _Scale(theme, np.concatenate([grid[:, scaled].ravel(), bar_values]), everything)
-            shown.grid(axes, grid)
-            places = [-len(above) + i for i in range(len(above))] + [num_layers + i for i in range(len(below))]
-            for place, value in zip(places, bars.values(), strict=True):
-                bar = np.full((1, 1), value)
-                shown.grid(axes, bar, (-0.5, len(columns) - 0.5), (place - 0.42, place + 0.42))
-            _ticks(axes, num_layers, dict(zip(places, map(part_name, outside), strict=True)))
-            axes.set_xticks(range(len(columns)), [part_name(node) for node in columns], rotation=90, fontsize=9)
-            axes.set_title(title, fontsize=11)
-            shown.bar(figure, axes, unit)
-        panels[0].set_ylabel("layer, from the input downwards")
-        return figure
+    parts = [found.parts[node] for node in columns]
+    outside = {path: found.tensors[path] for path in (*above, *below)}
+    num_layers = len(parts[0].mean)
+    figure, both = panels(_height(num_layers + len(outside)), 1, 2, sharey=True)
+    readings = (("Total", "Fisher information\nper token", False), ("Per parameter", AVERAGE, True))
+    for axes, (title, unit, by_parameter) in zip(both, readings, strict=True):
+        read = _average if by_parameter else _mean
+        grid = np.stack([read(part) for part in parts], axis=1)
+        bars = {path: float(read(tensor)) for path, tensor in outside.items()}
+        # Norms have so much per parameter that the matrices would look alike; they keep the scale of the totals.
+        scaled = [not by_parameter or "norm" not in node for node in columns]
+        bar_values = [value for path, value in bars.items() if not by_parameter or "norm" not in path]
+        everything = np.concatenate([grid.ravel(), list(bars.values())])
+        shown = _Scale(theme, np.concatenate([grid[:, scaled].ravel(), bar_values]), everything)
+        shown.grid(axes, grid)
+        places = [-len(above) + i for i in range(len(above))] + [num_layers + i for i in range(len(below))]
+        for place, value in zip(places, bars.values(), strict=True):
+            bar = np.full((1, 1), value)
+            shown.grid(axes, bar, (-0.5, len(columns) - 0.5), (place - 0.42, place + 0.42))
+        _ticks(axes, num_layers, dict(zip(places, map(part_name, outside), strict=True)))
+        axes.set_xticks(range(len(columns)), [part_name(node) for node in columns], rotation=90, fontsize=9)
+        axes.set_title(title, fontsize=11)
+        shown.bar(figure, axes, unit)
+    both[0].set_ylabel("layer, from the input downwards")
+    return figure
 
 
 def heads_figure(theme: Theme, found: Layers) -> Figure:
     """Layers x attention heads for the query, key, value and output kernels, on one scale."""
-    with theme_context(theme):
-        kernels = [f"layers/attention/{name}/kernel" for name in "qkvo"]
-        parts = [found.heads[path] for path in kernels]
-        num_layers = len(parts[0].mean)
-        figure = Figure(figsize=(_WIDTH, _height(num_layers)), layout="constrained")
-        panels = figure.subplots(1, 4, sharey=True, width_ratios=[max(2, p.mean.shape[1]) for p in parts])
-        shown = _Scale(theme, np.concatenate([part.mean.ravel() for part in parts]))
-        names = ("query", "key", "value", "output")
-        for axes, part, name in zip(panels, parts, names, strict=True):
-            shown.grid(axes, part.mean)
-            _ticks(axes, num_layers, {})
-            num_heads = part.mean.shape[1]
-            axes.set_xticks(range(0, num_heads, max(1, -(-num_heads // 9))))
-            axes.tick_params(axis="x", labelsize=8)
-            axes.set_xlabel("head", fontsize=9)
-            axes.set_title(name, fontsize=10.5, loc="center")
-        panels[0].set_ylabel("layer, from the input downwards")
-        shown.bar(figure, list(panels), f"{TOTAL}, summed over a head's parameters")
-        return figure
+    kernels = [f"layers/attention/{name}/kernel" for name in "qkvo"]
+    parts = [found.heads[path] for path in kernels]
+    num_layers = len(parts[0].mean)
+    ratios = [max(2, part.mean.shape[1]) for part in parts]
+    figure, four = panels(_height(num_layers), 1, 4, sharey=True, width_ratios=ratios)
+    shown = _Scale(theme, np.concatenate([part.mean.ravel() for part in parts]))
+    names = ("query", "key", "value", "output")
+    for axes, part, name in zip(four, parts, names, strict=True):
+        shown.grid(axes, part.mean)
+        _ticks(axes, num_layers, {})
+        num_heads = part.mean.shape[1]
+        axes.set_xticks(range(0, num_heads, max(1, -(-num_heads // 9))))
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_xlabel("head", fontsize=9)
+        axes.set_title(name, fontsize=10.5, loc="center")
+    four[0].set_ylabel("layer, from the input downwards")
+    shown.bar(figure, four, f"{TOTAL}, summed over a head's parameters")
+    return figure
 
 
 def totals_figure(theme: Theme, found: Layers, level: float) -> Figure:
     """Total and average of every layer, its attention and its MLP, with intervals."""
-    with theme_context(theme):
-        figure = Figure(figsize=(_WIDTH, 6.4), layout="constrained")
-        panels = figure.subplots(2, 1, sharex=True)
-        series = (
-            ("layers", "whole layer", theme.ink, "o-"),
-            ("layers/attention", "attention", theme.blue, "s-"),
-            ("layers/mlp", "MLP", theme.orange, "^-"),
-        )
-        for axes, (title, unit, by_parameter) in zip(
-            panels, (("Total", TOTAL, False), ("Per parameter", AVERAGE, True)), strict=True
-        ):
-            lowest, highest = np.inf, 0.0
-            for path, name, colour, line in series:
-                part = found.parts[path]
-                mean, lower, upper = (x / (part.parameters if by_parameter else 1) for x in part[:3])
-                places = np.arange(len(mean))
-                shown = mean > 0
-                floor = np.maximum(lower, mean / 10)
-                axes.fill_between(places, floor, upper, color=colour, alpha=0.16, linewidth=0)
-                axes.plot(places[shown], mean[shown], line, color=colour, linewidth=1.5, markersize=4, label=name)
-                reached = np.concatenate([mean[shown], floor[np.isfinite(floor) & shown], upper[np.isfinite(upper)]])
-                if reached.size:
-                    lowest, highest = min(lowest, float(reached.min())), max(highest, float(reached.max()))
-            if np.isfinite(lowest) and highest > 0:
-                log_axis(axes, "y", lowest / 1.25, highest * 1.25)
-            axes.set_ylabel(unit)
-            axes.set_title(title)
-        panels[0].legend(loc="best", fontsize=9, frameon=False)
-        interval = f"; band: {100 * level:g}% interval" if found.units >= 2 else ""
-        panels[1].set_xlabel(f"layer{interval}")
-        return figure
+    figure, both = panels(6.4, 2, sharex=True)
+    series = (
+        ("layers", "whole layer", theme.ink, "o-"),
+        ("layers/attention", "attention", theme.blue, "s-"),
+        ("layers/mlp", "MLP", theme.orange, "^-"),
+    )
+    for axes, (title, unit, by_parameter) in zip(
+        both, (("Total", TOTAL, False), ("Per parameter", AVERAGE, True)), strict=True
+    ):
+        lowest, highest = np.inf, 0.0
+        for path, name, colour, line in series:
+            part = found.parts[path]
+            mean, lower, upper = (x / (part.parameters if by_parameter else 1) for x in part[:3])
+            places = np.arange(len(mean))
+            shown = mean > 0
+            floor = np.maximum(lower, mean / 10)
+            axes.fill_between(places, floor, upper, color=colour, alpha=0.16, linewidth=0)
+            axes.plot(places[shown], mean[shown], line, color=colour, linewidth=1.5, markersize=4, label=name)
+            reached = np.concatenate([mean[shown], floor[np.isfinite(floor) & shown], upper[np.isfinite(upper)]])
+            if reached.size:
+                lowest, highest = min(lowest, float(reached.min())), max(highest, float(reached.max()))
+        if np.isfinite(lowest) and highest > 0:
+            log_axis(axes, "y", lowest / 1.25, highest * 1.25)
+        axes.set_ylabel(unit)
+        axes.set_title(title)
+    both[0].legend(loc="best", fontsize=9, frameon=False)
+    interval = f"; band: {100 * level:g}% interval" if found.units >= 2 else ""
+    both[1].set_xlabel(f"layer{interval}")
+    return figure
 
 
 def ratio_figure(
     theme: Theme, here: Layers, there: Layers, columns: list[str], task: str, other: str
 ) -> Figure:  # fmt: skip
     """Layers x parts: information in one task over that in another."""
-    with theme_context(theme):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = np.stack([here.parts[node].mean / there.parts[node].mean for node in columns], axis=1)
-            logs = np.log2(ratios)
-        limit = max(1.0, float(np.max(np.abs(logs[np.isfinite(logs)]), initial=0)))
-        figure = Figure(figsize=(_WIDTH, _height(len(ratios))), layout="constrained")
-        axes = figure.subplots()
-        shown = _Scale(theme, logs, norm=Normalize(-limit, limit), colours="PuOr")
-        shown.grid(axes, logs)
-        _ticks(axes, len(ratios), {})
-        axes.set_xticks(range(len(columns)), [part_name(node) for node in columns], rotation=90)
-        axes.set_ylabel("layer, from the input downwards")
-        axes.set_title(f"{drawable(task)} over {drawable(other)}")
-        ticks = np.arange(-int(limit), int(limit) + 1)
-        ticks = ticks[:: max(1, len(ticks) // 7)]
-        shown.bar(figure, axes, f"ratio of Fisher information, {drawable(task)} / {drawable(other)}",
-                  {float(t): f"{2.0**t:g}" if t >= 0 else f"1/{2**-t}" for t in ticks})  # fmt: skip
-        return figure
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.stack([here.parts[node].mean / there.parts[node].mean for node in columns], axis=1)
+        logs = np.log2(ratios)
+    limit = max(1.0, float(np.max(np.abs(logs[np.isfinite(logs)]), initial=0)))
+    figure, (axes,) = panels(_height(len(ratios)))
+    shown = _Scale(theme, logs, norm=Normalize(-limit, limit), colours="PuOr")
+    shown.grid(axes, logs)
+    _ticks(axes, len(ratios), {})
+    axes.set_xticks(range(len(columns)), [part_name(node) for node in columns], rotation=90)
+    axes.set_ylabel("layer, from the input downwards")
+    axes.set_title(f"{drawable(task)} over {drawable(other)}")
+    ticks = np.arange(-int(limit), int(limit) + 1)
+    ticks = ticks[:: max(1, len(ticks) // 7)]
+    shown.bar(figure, axes, f"ratio of Fisher information, {drawable(task)} / {drawable(other)}",
+              {float(t): f"{2.0**t:g}" if t >= 0 else f"1/{2**-t}" for t in ticks})  # fmt: skip
+    return figure
 
 
 class _Scale:

@@ -25,7 +25,11 @@ def layer_blocks(found: Findings) -> list[Block]:
         picture(
             "layers-model",
             "Heat maps of the Fisher information of every part of every layer, in total and per parameter",
-            lambda theme: layer_plots.model_figure(theme, layers, found.columns, above, below),
+            layer_plots.model_figure,
+            layers,
+            found.columns,
+            above,
+            below,
         ),
         Paragraph(_how(found, layers)),
         _table(found, layers, above, below),
@@ -37,14 +41,17 @@ def layer_blocks(found: Findings) -> list[Block]:
         picture(
             "layers-totals",
             "Fisher information of every layer, its attention and its MLP, with intervals",
-            lambda theme: layer_plots.totals_figure(theme, layers, level),
+            layer_plots.totals_figure,
+            layers,
+            level,
         ),
         Heading("Attention heads"),
         Paragraph(_heads(layers)),
         picture(
             "layers-heads",
             "Heat maps of the Fisher information of every attention head of every layer",
-            lambda theme: layer_plots.heads_figure(theme, layers),
+            layer_plots.heads_figure,
+            layers,
         ),
         Paragraph("All numbers with their intervals are in layers.csv."),
     ]

@@ -9,7 +9,7 @@ import numpy as np
 
 import fisher_jax as fj
 from fisher_jax.cli.page.csv_text import csv_text
-from fisher_jax.cli.report.settings import Settings
+from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.models import DecoderConfig, LanguageModel
 from fisher_jax.welford.estimator import FisherEstimator
 
@@ -48,13 +48,13 @@ class Layers(NamedTuple):
     tokens: float
 
 
-def layer_estimator(model: LanguageModel, settings: Settings) -> FisherEstimator:
+def layer_estimator(model: LanguageModel, settings: ReportSettings) -> FisherEstimator:
     """Sums of squared scores over tensors, attention heads and parts of layers, all from one backward pass.
 
     Random signs (empirical) or sampled labels (true): unbiased estimates of the sums of per-token squares. Sums over
     several tensors are taken of every observation, so that they have intervals of their own.
     """
-    row = jax.ShapeDtypeStruct((1, settings.seq_len - 1), jnp.int32)
+    row = jax.ShapeDtypeStruct((1, settings.row_length - 1), jnp.int32)
     config = model.config
     return fj.group_fisher(
         model.apply,
@@ -101,7 +101,7 @@ def _nodes(path: str) -> list[str]:
     return ["/".join(names[:depth]) for depth in range(1, len(names))]
 
 
-def read_layers(state: Any, model: LanguageModel, settings: Settings) -> Layers:
+def read_layers(state: Any, model: LanguageModel, settings: ReportSettings) -> Layers:
     """Host arrays of the Welford state that `layer_estimator` fills."""
     sizes = part_sizes(model, settings)
     limits = fj.welford.interval(state, level=settings.level)
@@ -109,7 +109,7 @@ def read_layers(state: Any, model: LanguageModel, settings: Settings) -> Layers:
     return Layers(**measured, units=float(fj.welford.count(state)), tokens=float(fj.welford.weight(state)))
 
 
-def part_sizes(model: LanguageModel, settings: Settings) -> dict[str, dict[str, np.ndarray]]:
+def part_sizes(model: LanguageModel, settings: ReportSettings) -> dict[str, dict[str, np.ndarray]]:
     """Numbers of parameters, by the fields of `Layers` and by path."""
     sizes_of = layer_estimator(model, settings).group_sizes
     assert sizes_of is not None

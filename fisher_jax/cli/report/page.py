@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fisher_jax.cli.page.blocks import Block, Contents, Heading, Paragraph, Picture
-from fisher_jax.cli.page.files import digest, page_is_current, remove_pages, write_pages
+from fisher_jax.cli.page.files import page_is_current, remove_pages, write_pages
 from fisher_jax.cli.report.parts import Part, PartStore, file_name
 from fisher_jax.cli.run.choice_error import listed
+from fisher_jax.cli.run.json_files import digest
 
 __all__ = ["FIGURES", "TABLES", "page_of", "remove_report", "report_is_current", "write_report"]
 

@@ -53,7 +53,11 @@ def pair_blocks(pair: Pair) -> list[Block]:
         picture(
             "importance",
             f"Importance in {task} against importance in {other}",
-            lambda theme: plots.comparison_figure(theme, comparison, pair.here, pair.there, pair.vocabulary),
+            plots.comparison_figure,
+            comparison,
+            pair.here,
+            pair.there,
+            pair.vocabulary,
         ),
     ]
     if pair.layers is not None:
@@ -66,7 +70,12 @@ def pair_blocks(pair: Pair) -> list[Block]:
             picture(
                 "layers",
                 f"Heat map of the Fisher information in {task} over that in {other}",
-                lambda theme: layer_plots.ratio_figure(theme, here, there, pair.columns, task, other),
+                layer_plots.ratio_figure,
+                here,
+                there,
+                pair.columns,
+                task,
+                other,
             ),
         ]
     return blocks

@@ -6,16 +6,14 @@ made from: it counts only while the states are the same.
 
 import base64
 import hashlib
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fisher_jax.cli.page.blocks import Block, Heading, Paragraph, Picture, Table
-from fisher_jax.cli.page.files import digest
-from fisher_jax.cli.report.run_state import Progress
-from fisher_jax.cli.run.folder import read_plain, write_atomically
+from fisher_jax.cli.report.store import TaskProgress
+from fisher_jax.cli.run.json_files import digest, read_sealed, write_sealed
 
 __all__ = ["Part", "PartStore", "file_name"]
 
@@ -50,7 +48,7 @@ def file_name(task: str) -> str:
 class PartStore:
     """The parts of one report folder; ``tasks`` are those whose states it holds."""
 
-    def __init__(self, out: Path, tasks: dict[str, Progress]):
+    def __init__(self, out: Path, tasks: dict[str, TaskProgress]):
         self.folder = out / "parts"
         self.tasks = tasks
 
@@ -61,7 +59,7 @@ class PartStore:
 
     def put(self, part: Part) -> None:
         saved = part._asdict() | {"blocks": [_encoded(block) for block in part.blocks]}
-        write_atomically(self._path(part.tasks), json.dumps(saved | {"digest": digest(saved)}))
+        write_sealed(self._path(part.tasks), saved)
 
     def drop(self, task: str) -> None:
         """The part of a task and those of its pairs."""
@@ -79,11 +77,9 @@ class PartStore:
 
     def _read(self, tasks: tuple[str, ...]) -> Part | None:
         try:
-            saved = json.loads(read_plain(self._path(tasks)))
-            if saved.pop("digest") != digest(saved):
-                return None
+            saved = read_sealed(self._path(tasks)) or {}
             part = Part(**saved | {"blocks": [_decoded(block) for block in saved["blocks"]]})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return None  # it is made again from the state
         return part._replace(tasks=tasks)
 

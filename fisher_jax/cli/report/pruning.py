@@ -87,11 +87,7 @@ def prune(
         rows = slice(first, first := first + len(ordering.permutations))
         curves.append(_curve(ordering.name, np.asarray(shares), zeroed[rows], removed[rows], kept[rows], documents))
     return PruningResult(
-        np.asarray(shares),
-        curves,
-        float(zeroed[0, :, 0].mean()),
-        len(targets),
-        len(np.unique(documents)),
+        np.asarray(shares), curves, float(zeroed[0, :, 0].mean()), len(targets), len(np.unique(documents))
     )
 
 
@@ -164,12 +160,7 @@ def _chunks(hidden: np.ndarray, targets: np.ndarray, size: int) -> Iterator[tupl
 
 
 def _curve(
-    name: str,
-    shares: np.ndarray,
-    zeroed: np.ndarray,
-    removed: np.ndarray,
-    kept: np.ndarray,
-    documents: np.ndarray,
+    name: str, shares: np.ndarray, zeroed: np.ndarray, removed: np.ndarray, kept: np.ndarray, documents: np.ndarray
 ) -> Curve:
     """Means over tokens (and repetitions), and their standard errors; arrays are [repetitions, T, S]."""
     everything = np.ones_like(kept[0], dtype=float)

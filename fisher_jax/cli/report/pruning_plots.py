@@ -5,7 +5,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fisher_jax.cli.page.style import Theme, log_axis, percent_axis, spread, theme_context
+from fisher_jax.cli.page.style import Theme, log_axis, panels, percent_axis, spread
 from fisher_jax.cli.report.pruning import Curve, PruningResult
 
 __all__ = ["removed_figure", "zeroed_figure"]
@@ -34,53 +34,49 @@ def _strokes(theme: Theme, name: str) -> dict:
 
 def zeroed_figure(theme: Theme, result: PruningResult) -> Figure:
     """Held-out loss when the logits of pruned rows become 0, and its increase on a logarithmic axis."""
-    with theme_context(theme):
-        figure = Figure(figsize=(4.9, 7.6), layout="constrained")
-        loss, increase = figure.subplots(2, 1)
-        highest = max(float(np.nanmax(curve.zeroed)) for curve in result.curves)
-        lowest = min(float(np.nanmin(curve.zeroed)) for curve in result.curves)
-        for curve in result.curves:
-            _line(loss, theme, result.shares, curve, curve.zeroed, curve.zeroed_error)
-        loss.axhline(result.loss, color=theme.muted, linewidth=1, linestyle=(0, (2, 3)))
-        loss.set_ylim(lowest - 0.12 * (highest - lowest), highest + 0.05 * (highest - lowest))
-        below = result.loss - 0.01 * (highest - lowest)
-        loss.text(0.02, below, f"nothing pruned: {result.loss:.2f}", va="top", fontsize=9, color=theme.muted)
-        loss.set_ylabel("held-out loss, nats per token")
-        loss.set_title("Pruned rows set to zero (logit = 0)")
-        _labels(loss, theme, result.shares, [(c.name, c.zeroed) for c in result.curves])
+    figure, (loss, increase) = panels(7.6, 2)
+    highest = max(float(np.nanmax(curve.zeroed)) for curve in result.curves)
+    lowest = min(float(np.nanmin(curve.zeroed)) for curve in result.curves)
+    for curve in result.curves:
+        _line(loss, theme, result.shares, curve, curve.zeroed, curve.zeroed_error)
+    loss.axhline(result.loss, color=theme.muted, linewidth=1, linestyle=(0, (2, 3)))
+    loss.set_ylim(lowest - 0.12 * (highest - lowest), highest + 0.05 * (highest - lowest))
+    below = result.loss - 0.01 * (highest - lowest)
+    loss.text(0.02, below, f"nothing pruned: {result.loss:.2f}", va="top", fontsize=9, color=theme.muted)
+    loss.set_ylabel("held-out loss, nats per token")
+    loss.set_title("Pruned rows set to zero (logit = 0)")
+    _labels(loss, theme, result.shares, [(c.name, c.zeroed) for c in result.curves])
 
-        floor = 0.01  # a change below this, or for the better, lies on the axis
-        log_axis(increase, "y", floor, max(2 * (highest - result.loss), 10 * floor), compact=True)
-        for curve in result.curves:
-            change, error = curve.zeroed[1:] - result.loss, curve.zeroed_error[1:]
-            _line(increase, theme, result.shares[1:], curve, np.clip(change, floor, None), error)
-        increase.set_ylabel("increase, nats per token (log)")
-        increase.set_title("The same as increase, small ones magnified")
-        for axes in (loss, increase):
-            _share_axis(axes)
-        return figure
+    floor = 0.01  # a change below this, or for the better, lies on the axis
+    log_axis(increase, "y", floor, max(2 * (highest - result.loss), 10 * floor), compact=True)
+    for curve in result.curves:
+        change, error = curve.zeroed[1:] - result.loss, curve.zeroed_error[1:]
+        _line(increase, theme, result.shares[1:], curve, np.clip(change, floor, None), error)
+    increase.set_ylabel("increase, nats per token (log)")
+    increase.set_title("The same as increase, small ones magnified")
+    for axes in (loss, increase):
+        _share_axis(axes)
+    return figure
 
 
 def removed_figure(theme: Theme, result: PruningResult) -> Figure:
     """Loss on kept targets when pruned tokens are impossible, above the share of targets that are kept."""
-    with theme_context(theme):
-        figure = Figure(figsize=(4.9, 7.2), layout="constrained")
-        loss, kept = figure.subplots(2, 1)
-        for curve in result.curves:
-            _line(loss, theme, result.shares, curve, curve.removed, curve.removed_error)
-            kept.plot(result.shares, curve.kept, **_strokes(theme, curve.name))
-        loss.set_ylim(0, result.loss * 1.3)
-        loss.set_ylabel("loss on kept targets, nats per token")
-        loss.set_title("Pruned rows removed (logit = −∞)")
-        kept.set_title("Targets that can still be said")
-        kept.set_ylim(0, 1.03)
-        percent_axis(kept, "y", [0, 0.25, 0.5, 0.75, 1.0])
-        kept.set_ylabel("held-out targets kept")
-        for axes in (loss, kept):
-            _share_axis(axes)
-        _labels(loss, theme, result.shares, [(c.name, c.removed) for c in result.curves])
-        _labels(kept, theme, result.shares, [(c.name, c.kept) for c in result.curves])
-        return figure
+    figure, (loss, kept) = panels(7.2, 2)
+    for curve in result.curves:
+        _line(loss, theme, result.shares, curve, curve.removed, curve.removed_error)
+        kept.plot(result.shares, curve.kept, **_strokes(theme, curve.name))
+    loss.set_ylim(0, result.loss * 1.3)
+    loss.set_ylabel("loss on kept targets, nats per token")
+    loss.set_title("Pruned rows removed (logit = −∞)")
+    kept.set_title("Targets that can still be said")
+    kept.set_ylim(0, 1.03)
+    percent_axis(kept, "y", [0, 0.25, 0.5, 0.75, 1.0])
+    kept.set_ylabel("held-out targets kept")
+    for axes in (loss, kept):
+        _share_axis(axes)
+    _labels(loss, theme, result.shares, [(c.name, c.removed) for c in result.curves])
+    _labels(kept, theme, result.shares, [(c.name, c.kept) for c in result.curves])
+    return figure
 
 
 def _line(axes: Axes, theme: Theme, shares: np.ndarray, curve: Curve, values: np.ndarray, error: np.ndarray) -> None:

@@ -17,17 +17,15 @@ def pruning_blocks(found: Findings) -> list[Block]:
     """Both curves in pictures and tables, or a sentence saying that they were not measured."""
     result = found.pruning
     if result is None:
-        return [
-            Heading("Pruning"),
-            Paragraph("Not measured: no tokens were held out (--held-out-tokens 0)."),
-        ]
+        return [Heading("Pruning"), Paragraph("Not measured: no tokens were held out (--held-out-tokens 0).")]
     return [
         Heading("What pruning costs"),
         Paragraph(_how(found, result)),
         picture(
             "pruning-zeroed",
             "Held-out loss against the share of vocabulary rows set to zero",
-            lambda theme: pruning_plots.zeroed_figure(theme, result),
+            pruning_plots.zeroed_figure,
+            result,
         ),
         Paragraph(
             "A row set to zero is what a pruning mask gives: its logit becomes 0, which is not the same as "
@@ -38,7 +36,8 @@ def pruning_blocks(found: Findings) -> list[Block]:
         picture(
             "pruning-removed",
             "Loss on kept targets, and share of targets kept, against the share of rows removed",
-            lambda theme: pruning_plots.removed_figure(theme, result),
+            pruning_plots.removed_figure,
+            result,
         ),
         Paragraph(
             "With the logit at minus infinity the vocabulary is really smaller. The loss is then over the targets "

@@ -3,10 +3,8 @@
 
 import math
 
-from matplotlib.figure import Figure
-
 from fisher_jax.cli.page.blocks import Block, Heading, Paragraph, Table
-from fisher_jax.cli.page.style import Theme, picture
+from fisher_jax.cli.page.style import picture
 from fisher_jax.cli.report import plots
 from fisher_jax.cli.report.findings import Findings
 from fisher_jax.cli.report.layer_sections import layer_blocks
@@ -49,9 +47,6 @@ def blocks(found: Findings) -> list[Block]:
 def _ranks(found: Findings) -> list[Block]:
     s = found.settings
 
-    def draw(theme: Theme) -> Figure:
-        return plots.rank_figure(theme, found.main, found.other, found.vocabulary, s.kind, s.level)
-
     return [
         Heading("Importance by rank"),
         Paragraph(
@@ -64,7 +59,12 @@ def _ranks(found: Findings) -> list[Block]:
         picture(
             "importance-by-rank",
             "Importance of every vocabulary row, sorted, on logarithmic axes with its interval",
-            draw,
+            plots.rank_figure,
+            found.main,
+            found.other,
+            found.vocabulary,
+            s.kind,
+            s.level,
         ),
     ]
 
@@ -84,7 +84,9 @@ def _frequency(found: Findings) -> list[Block]:
         picture(
             "importance-by-frequency",
             "Importance of every vocabulary row against its number of occurrences",
-            lambda theme: plots.frequency_figure(theme, found.main, found.vocabulary),
+            plots.frequency_figure,
+            found.main,
+            found.vocabulary,
         ),
     ]
 
@@ -106,12 +108,20 @@ def _single_tokens(found: Findings) -> list[Block]:
         picture(
             "most-important",
             "The twenty most important tokens with their intervals",
-            lambda theme: plots.dots_figure(theme, most, main, found.vocabulary, level),
+            plots.dots_figure,
+            most,
+            main,
+            found.vocabulary,
+            level,
         ),
         picture(
             "least-important",
             "The least important tokens with their intervals",
-            lambda theme: plots.dots_figure(theme, least, main, found.vocabulary, level),
+            plots.dots_figure,
+            least,
+            main,
+            found.vocabulary,
+            level,
         ),
     ]
 
@@ -126,25 +136,20 @@ def _columns(found: Findings) -> list[Block]:
             "With --groups param every entry of the head has its own state; here they are summed over the "
             "vocabulary. The importance of a row, above and in importance.csv, is the sum over its columns."
         ),
-        picture(
-            "importance-by-column",
-            "Importance of every column of the head",
-            lambda theme: plots.columns_figure(theme, by_column),
-        ),
+        picture("importance-by-column", "Importance of every column of the head", plots.columns_figure, by_column),
     ]
 
 
 def _method(found: Findings) -> list[Block]:
     s = found.settings
-    units = f"{found.main.units:,.0f} {s.unit}{'' if found.main.units == 1 else 's' if s.unit != 'batch' else 'es'}"
     passes = "forward pass" if found.layers is None else "two forward passes, one backward pass"
     rows = [
         ["model", f"{found.model_name}, {s.dtype}"],
         ["text", f"{describe_sources(s.text)}; task {s.task}"],
         ["tokens", found.packed.choice],
-        ["rows", f"{s.seq_len} tokens each, {s.batch_size} in a batch; a row sees nothing before it"],
+        ["rows", f"{s.row_length} tokens each, {s.batch_size} in a batch; a row sees nothing before it"],
         ["loss", f"{found.loss:.3f} nats per token, perplexity {_perplexity(found.loss)}"],
-        ["observations", units],
+        ["observations", found.units],
         ["kind", KIND_NAMES[s.kind]],
         ["parameters", "all" if s.parameters == "all" else "the head"],
         ["groups of the head", s.groups],

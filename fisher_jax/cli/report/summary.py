@@ -1,64 +1,43 @@
 """The last thing on the terminal: a short table a person wants to read."""
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from pathlib import Path
 
-from fisher_jax._support.printable import printable
+import numpy as np
+
 from fisher_jax.cli.report.findings import Findings, verdict, where
 from fisher_jax.cli.report.parts import Part
-from fisher_jax.cli.report.settings import Settings
-from fisher_jax.cli.run.progress import duration
-from fisher_jax.cli.run.terminal import bold
+from fisher_jax.cli.report.settings import ReportSettings
+from fisher_jax.cli.run.terminal import Terminal, table
 
 __all__ = ["summary", "told_again"]
 
 
-def summary(console: Console, found: Findings, seconds: float) -> None:
+def summary(console: Terminal, found: Findings) -> None:
     """Top tokens, loss, pruning, time, and where the report is."""
-    main = found.main
-    table = Table(box=None, padding=(0, 2), header_style="bold", title_justify="left")
-    table.add_column("token")
-    table.add_column("count", justify="right")
-    table.add_column("importance", justify="right")
-    if main.has_intervals:
-        table.add_column(f"{100 * found.settings.level:g}% interval", justify="right")
+    main, settings = found.main, found.settings
+    header = ["token", "count", "importance", *([f"{100 * settings.level:g}% interval"] * main.has_intervals)]
+    rows = []
     for row in main.order[:10]:
-        cells: list[Text | str] = [Text(found.vocabulary[row]), f"{main.counts[row]:,}", f"{main.mean[row]:.3g}"]
-        if main.has_intervals:
-            cells.append(f"{main.lower[row]:.3g} to {main.upper[row]:.3g}")
-        table.add_row(*cells)
-    console.print()
-    console.print(bold(f"{found.model_name} on {found.settings.task}: what matters most"))
-    console.print(table)
-    console.print()
-    plural = "" if main.units == 1 else "es" if found.settings.unit == "batch" else "s"
-    units = f"{main.units:,.0f} {found.settings.unit}{plural}"
+        interval = [f"{main.lower[row]:.3g} to {main.upper[row]:.3g}"] * main.has_intervals
+        rows.append([found.vocabulary[row], f"{main.counts[row]:,}", f"{main.mean[row]:.3g}", *interval])
     lines = [f"loss {found.loss:.3f} nats per token (perplexity {np.exp(found.loss):.1f}) over {main.tokens:,.0f} "
-             f"tokens, {units}"]  # fmt: skip
+             f"tokens, {found.units}"]  # fmt: skip
     if found.layers is not None:
         lines.append(where(found, found.layers))
     if found.pruning:
         lines.append(verdict(found.pruning))
-    lines += found.comparisons
-    lines.append(f"took {duration(seconds)}, streaming at {found.rate:,.0f} tokens per second")
-    for line in lines:
-        console.print(line)
-    _where(console, found.settings)
+    lines += [*found.comparisons, f"{console.took}, streaming at {found.rate:,.0f} tokens per second"]
+    title = f"{found.model_name} on {settings.task}: what matters most"
+    console.summary(title, lines, _page(settings), table(header, rows))
 
 
-def told_again(console: Console, settings: Settings, part: Part) -> None:
+def told_again(console: Terminal, settings: ReportSettings, part: Part) -> None:
     """For a task that was finished before."""
-    console.print()
-    console.print(bold(part.title))
-    console.print(part.lead)
-    console.print(
+    again = (
         f"the task {settings.task} was finished before: nothing had to be computed (--overwrite measures it again)"
     )
-    _where(console, settings)
+    console.summary(part.title, [part.lead, again], _page(settings))
 
 
-def _where(console: Console, settings: Settings) -> None:
-    path = (settings.out / "report.html").resolve()
-    console.print(Text.assemble("report: ", (printable(str(path)), "bold")))
+def _page(settings: ReportSettings) -> tuple[str, Path]:
+    return "report", settings.out / "report.html"

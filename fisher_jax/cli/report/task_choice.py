@@ -4,28 +4,30 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 
 from fisher_jax._support.errors import InputError
-from fisher_jax.cli.report.run_state import Progress
+from fisher_jax.cli.report.store import TaskProgress
 from fisher_jax.cli.report.task_state import Task, find_task, split_place, tasks_of
 from fisher_jax.cli.run.choice_error import TaskChoiceError, Way, listed
 
 __all__ = ["candidates", "choose", "lacks_layers", "unfinished"]
 
 
-def unfinished(progress: Progress) -> str:
+def unfinished(progress: TaskProgress) -> str:
     """Why a task cannot be read yet, or nothing."""
     if progress.finished:
         return ""
-    return f"is not finished ({progress.batches_done} of {progress.num_batches} batches)"
+    return f"is not finished ({progress.so_far})"
 
 
-def lacks_layers(progress: Progress) -> str:
+def lacks_layers(progress: TaskProgress) -> str:
     """Why a task does not have every tensor, or nothing."""
     if progress.settings["--parameters"] != "all":
         return "was measured without --parameters all"
     return unfinished(progress)
 
 
-def candidates(place: str, task: str | None = None, *, lacks: Callable[[Progress], str] = unfinished) -> list[Task]:
+def candidates(
+    place: str, task: str | None = None, *, lacks: Callable[[TaskProgress], str] = unfinished
+) -> list[Task]:
     """The tasks of `report` or `report:pubmed` that can be read: the named or only one, or all that lack nothing.
 
     What the named or only one lacks is for its reader to say.
@@ -37,12 +39,12 @@ def candidates(place: str, task: str | None = None, *, lacks: Callable[[Progress
     if task is not None and named not in (None, task):
         raise InputError(f"{place} names the task {named!r} and --task {task!r}; give one of them.")
     store = tasks_of(folder)
-    name = task or named or (next(iter(store.tasks)) if len(store.tasks) == 1 else None)
+    name = task or named or (next(iter(store.runs)) if len(store.runs) == 1 else None)
     if name is not None:
         return [find_task(store, name)]
-    found = [find_task(store, name) for name, progress in store.tasks.items() if not lacks(progress)]
+    found = [find_task(store, name) for name, progress in store.runs.items() if not lacks(progress)]
     if not found:
-        reasons = ", ".join(f"{name} {lacks(progress)}" for name, progress in store.tasks.items())
+        reasons = ", ".join(f"{name} {lacks(progress)}" for name, progress in store.runs.items())
         raise InputError(f"no task of {folder} can be used: {reasons}; measure one with fisher-jax report.")
     return found
 

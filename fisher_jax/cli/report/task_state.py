@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fisher_jax._support.errors import InputError
-from fisher_jax.cli.report.run_state import Progress, StateStore
-from fisher_jax.cli.report.settings import Settings
+from fisher_jax.cli.report.settings import ReportSettings
+from fisher_jax.cli.report.store import ReportStore, TaskProgress
 from fisher_jax.models import LanguageModel
 
 __all__ = ["LEVEL", "Task", "check_model", "find_task", "layer_settings", "read_task", "split_place", "tasks_of"]
@@ -18,7 +18,7 @@ class Task(NamedTuple):
 
     folder: Path
     name: str
-    progress: Progress
+    progress: TaskProgress
     arrays: dict[str, Any]  # Welford states by name, and label counts
 
     @property
@@ -36,27 +36,27 @@ def split_place(place: str) -> tuple[Path, str | None]:
     return Path(place[:cut]), place[cut + 1 :]
 
 
-def tasks_of(folder: Path) -> StateStore:
+def tasks_of(folder: Path) -> ReportStore:
     """The states of a report folder, not yet read.
 
     Raises:
         InputError: the folder holds none.
     """
-    store = StateStore(folder)
-    if not store.tasks:
+    store = ReportStore(folder)
+    if not store.runs:
         raise InputError(f"{folder} holds no state; give the folder that `fisher-jax report` wrote.")
     return store
 
 
-def find_task(store: StateStore, name: str) -> Task:
+def find_task(store: ReportStore, name: str) -> Task:
     """A task of a report folder, its arrays not yet read.
 
     Raises:
         InputError: there is no such task.
     """
-    if name not in store.tasks:
-        raise InputError(f"{store.out} has no task {name!r}; it holds {', '.join(store.tasks)}.")
-    return Task(store.out, name, store.tasks[name], {})
+    if name not in store.runs:
+        raise InputError(f"{store.out} has no task {name!r}; it holds {', '.join(store.runs)}.")
+    return Task(store.out, name, store.runs[name], {})
 
 
 def read_task(task: Task) -> Task:
@@ -68,10 +68,10 @@ def read_task(task: Task) -> Task:
     progress = task.progress
     if not progress.finished:
         raise InputError(
-            f"the task {task.name!r} in {task.folder} is not finished ({progress.batches_done} of "
-            f"{progress.num_batches} batches); go on with it first: fisher-jax report --resume."
+            f"the task {task.name!r} in {task.folder} is not finished ({progress.so_far}); go on with it first: "
+            "fisher-jax report --resume."
         )
-    return task._replace(arrays=StateStore(task.folder).restore()[task.name])
+    return task._replace(arrays=ReportStore(task.folder).restore()[task.name])
 
 
 def check_model(task: Task, model: LanguageModel) -> None:
@@ -85,7 +85,7 @@ def check_model(task: Task, model: LanguageModel) -> None:
         )
 
 
-def layer_settings(progress: Progress, level: float = LEVEL) -> Settings:
+def layer_settings(progress: TaskProgress, level: float = LEVEL) -> ReportSettings:
     """Those of a run that matter for reading its layers."""
     saved = progress.settings
-    return Settings(kind=saved["--kind"], unit=saved["--unit"], seq_len=saved["--seq-len"], level=level)
+    return ReportSettings(kind=saved["--kind"], unit=saved["--unit"], row_length=saved["--row-length"], level=level)

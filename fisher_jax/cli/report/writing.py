@@ -9,28 +9,26 @@ from fisher_jax.cli.report.layers import Layers, columns, layers_csv, read_layer
 from fisher_jax.cli.report.page import remove_report, report_is_current, write_report
 from fisher_jax.cli.report.pair_sections import Pair, pair_blocks, pair_line, pair_title
 from fisher_jax.cli.report.parts import Part, PartStore
-from fisher_jax.cli.report.run_state import StateStore
 from fisher_jax.cli.report.sections import blocks
-from fisher_jax.cli.report.settings import Settings
+from fisher_jax.cli.report.settings import KINDS, ReportSettings
+from fisher_jax.cli.report.store import ReportStore
 from fisher_jax.cli.report.task_state import layer_settings
 from fisher_jax.models import LanguageModel
 
 __all__ = ["ReportFolder"]
 
-KINDS = ("empirical", "true")
-
 
 class ReportFolder(NamedTuple):
     """All that the page and the tables are made from."""
 
-    settings: Settings
+    settings: ReportSettings
     model: LanguageModel
-    store: StateStore
+    store: ReportStore
     states: dict[str, dict[str, Any]]  # of every task
 
     @property
     def parts(self) -> PartStore:
-        return PartStore(self.settings.out, self.store.tasks)
+        return PartStore(self.settings.out, self.store.runs)
 
     @property
     def tokens(self) -> list[str]:
@@ -52,7 +50,7 @@ class ReportFolder(NamedTuple):
 
     def _pairs(self) -> list[tuple[str, str]]:
         """The task at hand with each of the others, the one first that was measured first."""
-        names = [name for name, progress in self.store.tasks.items() if progress.finished]
+        names = [name for name, progress in self.store.runs.items() if progress.finished]
         at = names.index(self.settings.task)
         return [(name, names[at]) if i < at else (names[at], name) for i, name in enumerate(names) if i != at]
 
@@ -71,7 +69,7 @@ class ReportFolder(NamedTuple):
         """The files of the task at hand go; those of the others stay."""
         task = self.settings.task
         self.parts.drop(task)
-        others = {name: progress for name, progress in self.store.tasks.items() if name != task}
+        others = {name: progress for name, progress in self.store.runs.items() if name != task}
         if not any(progress.finished for progress in others.values()):
             remove_report(self.settings.out)
             return
@@ -96,7 +94,7 @@ class ReportFolder(NamedTuple):
     def _layers(self, task: str, level: float) -> Layers | None:
         if "layers" not in self.states[task]:
             return None
-        settings = layer_settings(self.store.tasks[task], level)
+        settings = layer_settings(self.store.runs[task], level)
         return read_layers(self.states[task]["layers"], self.model, settings)
 
     def _tables(self, parts: PartStore) -> dict[str, str | None]:

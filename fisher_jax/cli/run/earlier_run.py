@@ -6,12 +6,7 @@ from typing import Any
 
 from fisher_jax._support.errors import InputError
 
-__all__ = ["nothing_saved", "refuse_difference", "refuse_misuse"]
-
-
-def nothing_saved(state: Path) -> bool:
-    """Whether a state folder is not there, or holds no more than what interrupted saves left."""
-    return not state.exists() or (state.is_dir() and all(entry.name.startswith(".") for entry in state.iterdir()))
+__all__ = ["refuse_difference", "refuse_misuse"]
 
 
 def refuse_misuse(

@@ -9,7 +9,7 @@ from typing import Any
 
 from fisher_jax.cli.run.folder import disk_error
 from fisher_jax.cli.run.temporary import temporary_beside
-from fisher_jax.cli.run.terminal import Terminal, headed
+from fisher_jax.cli.run.terminal import Terminal
 from fisher_jax.models import DecoderConfig, Tokenizer, save
 from fisher_jax.models.origin import Origin
 from fisher_jax.models.saving import hf_settings
@@ -72,7 +72,7 @@ def _config_last(path: Path) -> bool:
 def say_written(console: Terminal, out: Path) -> None:
     """The last line of a command that wrote a model."""
     where = f"It loads with fisher_jax.models.load({str(out)!r}), with --model {out} in every command"
-    console.print(headed("written", f"{out}. {where}, and in Hugging Face transformers."))
+    console.say("written", f"{out}. {where}, and in Hugging Face transformers.")
 
 
 def save_model(folder: Path, config: DecoderConfig, params: Any, tokenizer: Tokenizer, origin: Origin) -> None:

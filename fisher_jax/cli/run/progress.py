@@ -5,12 +5,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from fisher_jax.cli.run.terminal import Words
-
-__all__ = ["Live", "StreamProgress", "TimeLeft", "duration"]
+__all__ = ["Live", "StreamProgress", "TimeLeft", "Words", "duration"]
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -29,6 +27,13 @@ class TimeLeft(ProgressColumn):
     def render(self, task: Task) -> Text:
         left = task.fields["left"]
         return Text(f"{duration(left)} left" if left is not None else "", style="cyan")
+
+
+class Words(TextColumn):
+    """A column of a progress bar, which is no markup."""
+
+    def __init__(self, text_format: str):
+        super().__init__(text_format, markup=False)
 
 
 class Live:

@@ -1,21 +1,30 @@
 """The terminal: what is printed is never read as markup, and no control character of a name reaches it."""
 
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import TextColumn
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from fisher_jax._support.printable import printable
+from fisher_jax.cli.run.progress import duration
+from fisher_jax.cli.run.stopping import stop_if_requested
+from fisher_jax.models import LanguageModel
 
-__all__ = ["Terminal", "Words", "bold", "headed"]
+__all__ = ["Terminal", "table"]
 
 
 class Terminal(Console):
-    """A console for words that others chose: a string is one line, and everything unprintable in it an escape."""
+    """A console for words that others chose: a string is one line, and everything unprintable in it an escape.
+
+    It says what is done now, and knows how long each stage took.
+    """
 
     def __init__(self, *, stderr: bool = False):
         # A character that the encoding lacks becomes an escape as well.
@@ -23,6 +32,8 @@ class Terminal(Console):
             sys.stdout.reconfigure(errors="backslashreplace")
         file = None if stderr else sys.stdout
         super().__init__(file=file, stderr=stderr, soft_wrap=True, markup=False, highlight=False, emoji=False)
+        self._began = time.monotonic()
+        self.seconds: dict[str, float] = {}  # of every stage
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*(printable(x) if isinstance(x, str) else x for x in objects), **options)
@@ -36,19 +47,51 @@ class Terminal(Console):
                 lines = segment.text.split("\n")
                 yield Segment("\n".join(map(printable, lines)), segment.style)
 
+    def say(self, heading: str, sentence: str) -> None:
+        """A line that begins with a word in bold."""
+        self.print(Text.assemble((heading, "bold"), f": {printable(sentence)}"))
 
-def bold(sentence: str) -> Text:
-    """A line in bold."""
-    return Text(printable(sentence), style="bold")
+    @contextmanager
+    def stage(self, name: str, sentence: str) -> Iterator[None]:
+        stop_if_requested()
+        self.say(name, sentence)
+        started = time.monotonic()
+        yield
+        stop_if_requested()
+        self.seconds[name] = time.monotonic() - started
+
+    @property
+    def took(self) -> str:
+        """How long all of it took so far, as the beginning of a line."""
+        return f"took {duration(time.monotonic() - self._began)}"
+
+    def say_unread(self, model: LanguageModel) -> None:
+        """The first few files beside a model's weights that are not read, if there are any."""
+        if model.unread:
+            more = f" and {len(model.unread) - 5} more" if len(model.unread) > 5 else ""
+            names = ", ".join(map(repr, model.unread[:5]))
+            self.print(f"  not read, since they are not this model's weights: {names}{more}")
+
+    def summary(
+        self, title: str, lines: Sequence[str], page: tuple[str, Path], shown: Table | None = None
+    ) -> None:  # fmt: skip
+        """The last thing on the terminal: a headline, a table, sentences, and what lies where."""
+        self.print()
+        if title:
+            self.print(Text(printable(title), style="bold"))
+        if shown is not None:
+            self.print(shown)
+            self.print()
+        for line in lines:
+            self.print(line)
+        self.print(Text.assemble(f"{page[0]}: ", (printable(str(page[1].resolve())), "bold")))
 
 
-def headed(heading: str, sentence: str) -> Text:
-    """A line that begins with a word in bold."""
-    return Text.assemble((heading, "bold"), f": {printable(sentence)}")
-
-
-class Words(TextColumn):
-    """A column of a progress bar, which is no markup either."""
-
-    def __init__(self, text_format: str):
-        super().__init__(text_format, markup=False)
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], padding: int = 2) -> Table:
+    """Columns of numbers behind one of names."""
+    made = Table(box=None, padding=(0, padding), header_style="bold")
+    for i, name in enumerate(header):
+        made.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        made.add_row(*map(printable, row))
+    return made

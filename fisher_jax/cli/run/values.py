@@ -16,6 +16,7 @@ __all__ = [
     "MOST",
     "as_task_name",
     "count",
+    "file",
     "file_or_folder",
     "finite",
     "folder",
@@ -144,6 +145,10 @@ def file_or_folder(text: str) -> str:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ArgumentTypeError(f"{_shown(text)} is neither a plain file nor a folder")
     return text
+
+
+def file(text: str) -> Path:
+    return Path(place(text))
 
 
 def folder(text: str) -> Path:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError
-from fisher_jax.cli.run.stopping import stop_requests
+from fisher_jax.cli.run.checkpoints import checkpoints
 from fisher_jax.cli.spectrum.patterns import matching
 from fisher_jax.cli.spectrum.progress import ProductProgress
 from fisher_jax.cli.spectrum.settings import SpectrumSettings
@@ -24,17 +24,9 @@ from fisher_jax.models.layout import flatten, unflatten
 from fisher_jax.text.packing import Rows
 
 __all__ = [
-    "Measured",
-    "Passes",
-    "basis_size",
-    "block_spectra_of",
-    "choose",
-    "density_of",
-    "eigenvalues_of",
-    "one_batch",
-    "operator_of",
-    "time_passes",
-]
+    "Measured", "Passes", "Setup", "basis_size", "block_spectra_of", "choose", "density_of", "eigenvalues_of",
+    "operator_of", "time_passes",
+]  # fmt: skip
 
 Tree = Any
 _BASIS_BYTES = 10 * 2**30
@@ -68,6 +60,38 @@ class Measured(NamedTuple):
     products: int
 
 
+class Setup(NamedTuple):
+    """What the curvature is of."""
+
+    settings: SpectrumSettings
+    model: LanguageModel
+    rows: Rows
+    chosen: dict[str, bool]  # for every parameter by name whether it moves
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the parameters that move."""
+        return {name: leaf.size for name, leaf in flatten(self.model.params).items() if self.chosen[name]}
+
+    @property
+    def dimension(self) -> int:
+        return sum(self.sizes.values())
+
+    @property
+    def moving(self) -> Tree:
+        """The parameters that move, and `None`."""
+        return fj.operators.restrict(self.model.params, unflatten(self.chosen))
+
+    @property
+    def batch(self) -> fj.Batch:
+        """All rows as one batch, filled up with empty rows to whole micro-batches."""
+        rows, size = self.rows, self.settings.batch_size
+        missing = -len(rows.lengths) % size
+        tokens, mask, _ = next(rows.batches(len(rows.lengths)))
+        tokens, mask = (np.pad(x, ((0, missing), (0, 0))) for x in (tokens, mask))
+        return fj.next_token_batch(jnp.asarray(tokens), jnp.asarray(mask))
+
+
 def choose(model: LanguageModel, pattern: str | None) -> dict[str, bool]:
     """For every parameter by name whether it moves.
 
@@ -83,17 +107,10 @@ def choose(model: LanguageModel, pattern: str | None) -> dict[str, bool]:
     return chosen
 
 
-def one_batch(rows: Rows, batch_size: int) -> fj.Batch:
-    """All rows as one batch, filled up with empty rows to whole micro-batches."""
-    count = -(-len(rows.lengths) // batch_size) * batch_size
-    tokens, mask, _ = next(rows.batches(len(rows.lengths)))
-    tokens, mask = (np.pad(x, ((0, count - len(x)), (0, 0))) for x in (tokens, mask))
-    return fj.next_token_batch(jnp.asarray(tokens), jnp.asarray(mask))
-
-
-def operator_of(settings: SpectrumSettings, model: LanguageModel, batch: fj.Batch, chosen: dict[str, bool]) -> Any:
+def operator_of(setup: Setup) -> Any:
+    settings, model = setup.settings, setup.model
     return _OPERATORS[settings.operator](
-        model.apply, fj.categorical, model.params, batch, parameters=unflatten(chosen),
+        model.apply, fj.categorical, model.params, setup.batch, parameters=unflatten(setup.chosen),
         microbatch_size=settings.batch_size, remat=settings.remat,
     )  # fmt: skip
 
@@ -106,63 +123,51 @@ def basis_size(settings: SpectrumSettings, dimension: int) -> int:
     return min(max(least, min(most, _BASIS_BYTES // (4 * dimension))), dimension)
 
 
-def eigenvalues_of(
-    settings: SpectrumSettings,
-    console: Console,
-    matvec: Any,
-    like: Tree,
-    dimension: int,
-    folder: Path,
-    save_every: int,
-) -> Measured:
+def eigenvalues_of(setup: Setup, console: Console, folder: Path, every: float | None) -> Measured:
     """The ends of the spectrum, saved in ``folder`` along the way and when a signal ends the run, if that is wanted.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or a termination signal, after saving.
     """
-    with ProductProgress(console, settings.max_products) as display, stop_requests() as stop_requested:
-        count, stopping = display.counting(matvec), False
-
-        def due(steps: int) -> bool:
-            nonlocal stopping
-            stopping = stop_requested()
-            return stopping or steps % save_every == 0
+    settings, like = setup.settings, setup.moving
+    with ProductProgress(console, settings.max_products) as display, checkpoints(every or 0) as checkpoint:
+        count = display.counting(operator_of(setup))
 
         def apply(v: Tree) -> Tree:
-            if stopping:
-                raise KeyboardInterrupt
+            checkpoint.stop_if_asked()
             return count(v)
 
         found = fj.lanczos(
             apply, like, num_steps=settings.max_products, num_eigenvalues=settings.k,
-            which=settings.which, key=jax.random.key(settings.seed), max_basis=basis_size(settings, dimension),
-            tol=settings.tol, check_every=settings.check_every or None, jit=False, resume=settings.resume,
-            save=folder if save_every else None, save_every=due,
+            which=settings.which, key=jax.random.key(settings.seed), max_basis=basis_size(settings, setup.dimension),
+            tol=settings.tol, check_period=settings.check_every or None, jit=False, resume=settings.resume,
+            save=None if every is None else folder, save_period=lambda steps: checkpoint.due(),
         )  # fmt: skip
         if len(display.seconds) < 2:  # resumed at the end: the one product has compiled, and another is timed
             apply(jax.tree.map(jnp.zeros_like, like))
     return Measured(found, display.per_product, found.num_products)
 
 
-def density_of(settings: SpectrumSettings, console: Console, matvec: Any, like: Tree) -> Measured:
+def density_of(setup: Setup, console: Console) -> Measured:
+    settings = setup.settings
     with ProductProgress(console, settings.probes * settings.density_steps) as display:
         found = fj.spectral_density(
-            display.counting(matvec), like, num_steps=settings.density_steps, num_probes=settings.probes,
+            display.counting(operator_of(setup)), setup.moving, num_steps=settings.density_steps,
+            num_probes=settings.probes,
             key=jax.random.fold_in(jax.random.key(settings.seed), 1), jit=False,
         )  # fmt: skip
     return Measured(found, display.per_product, found.num_products)
 
 
-def time_passes(settings: SpectrumSettings, model: LanguageModel, batch: fj.Batch, chosen: dict[str, bool]) -> Passes:
+def time_passes(setup: Setup) -> Passes:
     """A forward pass, and a forward and backward pass, in the same micro-batches and for the same parameters.
 
     Raises:
         InputError: the loss is not finite.
     """
-    moving = fj.operators.restrict(model.params, unflatten(chosen))
-    parts = jax.tree.map(
-        lambda x: x.reshape(-1, settings.batch_size, *x.shape[1:]), (batch.inputs, batch.targets, batch.weights)
-    )
+    model, moving, batch = setup.model, setup.moving, setup.batch
+    size = setup.settings.batch_size
+    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (batch.inputs, batch.targets, batch.weights))
     forward, total = _seconds(_summed, model.apply, False, moving, model.params, parts)
     mean = float(total) / float(jnp.sum(batch.weights))
     if not math.isfinite(mean):
@@ -198,21 +203,20 @@ def _seconds(function: Any, *arguments: Any) -> tuple[float, Any]:
     return time.monotonic() - started, out
 
 
-def block_spectra_of(
-    settings: SpectrumSettings, model: LanguageModel, batch: fj.Batch, chosen: dict[str, bool]
-) -> dict[str, dict[int | None, Any]]:
+def block_spectra_of(setup: Setup) -> dict[str, dict[int | None, Any]]:
     """``{tensor: {layer, or None where it has none: BlockSpectrum}}``, some tensors at a time to bound the memory.
 
     Of the empirical Fisher if that is the operator, otherwise of the true Fisher, with a label drawn per token.
     """
+    settings, model, batch = setup.settings, setup.model, setup.batch
     weights = _spread(np.asarray(batch.weights), settings.block_tokens)
     number = int(np.sum(weights > 0))
     rows = np.flatnonzero(np.any(weights > 0, axis=1))
     some = fj.Batch(batch.inputs[rows], batch.targets[rows], jnp.asarray(weights[rows]))
-    kind = "empirical" if settings.operator == "empirical-fisher" else "sampled"
+    kind = "empirical" if settings.operator == "empirical-fisher" else "true"
     leaves = flatten(model.params)
     spectra: dict[str, fj.spectra.BlockSpectrum] = {}
-    for names in _passes({name: leaves[name].size for name in chosen if chosen[name]}, number):
+    for names in _passes(setup.sizes, number):
         spectra |= fj.block_spectrum(
             model.apply, fj.categorical, model.params, some, kind=kind, blocks=_slashed,
             stacked=unflatten({name: name.startswith("layers/") for name in leaves}),

@@ -11,12 +11,11 @@ from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
-from fisher_jax.cli.page.style import Theme, log_axis, log_ticks, theme_context
+from fisher_jax.cli.page.style import Theme, log_axis, log_ticks, panels
 
 __all__ = ["blocks_figure", "capacity_figure", "density_curves", "density_figure", "eigenvalues_figure", "short"]
 
 UNIT = "nats per token"
-_WIDTH = 4.9
 
 
 def short(name: str) -> str:
@@ -28,33 +27,31 @@ def short(name: str) -> str:
 
 def eigenvalues_figure(theme: Theme, found: Any, name: str) -> Figure:
     """Sizes of the eigenvalues by rank on a log axis, the bounds of their errors as bars, their signs as marks."""
-    with theme_context(theme):
-        figure = Figure(figsize=(_WIDTH, 3.7), layout="constrained")
-        axes = figure.subplots()
-        there = np.isfinite(found.eigenvalues) & (found.eigenvalues != 0)
-        values, bounds = found.eigenvalues[there], found.residuals[there]
-        if not values.size:
-            axes.text(0.5, 0.5, "no eigenvalue differs from zero", transform=axes.transAxes, ha="center")
-            return figure
-        sizes = np.abs(values)
-        signs = [(values > 0, "o", theme.blue, "positive"), (values < 0, "D", theme.vermillion, "negative")]
-        low, high = float(sizes.min()) / 1.6, float((sizes + bounds).max()) * 1.6
-        log_axis(axes, "y", low, high)
-        for chosen, mark, colour, label in signs:
-            rank = np.arange(1, int(chosen.sum()) + 1)
-            lower = np.clip(sizes[chosen] - bounds[chosen], low, None)
-            axes.vlines(rank, lower, sizes[chosen] + bounds[chosen], color=colour, linewidth=3, alpha=0.45)
-            axes.plot(rank, sizes[chosen], mark, color=colour, markersize=6, label=label)
-        if np.any(values < 0):
-            axes.legend(frameon=False, loc="upper right")
-        axes.text(0.03, 0.05, "bars: bound of the error", transform=axes.transAxes, color=theme.muted, fontsize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(
-            xlabel="rank from its end of the spectrum" if np.any(values < 0) else "rank (1 = largest)",
-            ylabel=f"size of the eigenvalue ({UNIT})" if np.any(values < 0) else f"eigenvalue ({UNIT})",
-            title=f"Eigenvalues of the {name}",
-        )
+    figure, (axes,) = panels(3.7)
+    there = np.isfinite(found.eigenvalues) & (found.eigenvalues != 0)
+    values, bounds = found.eigenvalues[there], found.residuals[there]
+    if not values.size:
+        axes.text(0.5, 0.5, "no eigenvalue differs from zero", transform=axes.transAxes, ha="center")
         return figure
+    sizes = np.abs(values)
+    signs = [(values > 0, "o", theme.blue, "positive"), (values < 0, "D", theme.vermillion, "negative")]
+    low, high = float(sizes.min()) / 1.6, float((sizes + bounds).max()) * 1.6
+    log_axis(axes, "y", low, high)
+    for chosen, mark, colour, label in signs:
+        rank = np.arange(1, int(chosen.sum()) + 1)
+        lower = np.clip(sizes[chosen] - bounds[chosen], low, None)
+        axes.vlines(rank, lower, sizes[chosen] + bounds[chosen], color=colour, linewidth=3, alpha=0.45)
+        axes.plot(rank, sizes[chosen], mark, color=colour, markersize=6, label=label)
+    if np.any(values < 0):
+        axes.legend(frameon=False, loc="upper right")
+    axes.text(0.03, 0.05, "bars: bound of the error", transform=axes.transAxes, color=theme.muted, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(
+        xlabel="rank from its end of the spectrum" if np.any(values < 0) else "rank (1 = largest)",
+        ylabel=f"size of the eigenvalue ({UNIT})" if np.any(values < 0) else f"eigenvalue ({UNIT})",
+        title=f"Eigenvalues of the {name}",
+    )
+    return figure
 
 
 def density_curves(density: Any, floor: float) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
@@ -73,39 +70,37 @@ def density_curves(density: Any, floor: float) -> tuple[np.ndarray, dict[str, np
 
 def density_figure(theme: Theme, density: Any, floor: float, name: str) -> Figure:
     """Share of the eigenvalues per decade of their size; negative ones in a panel of their own."""
-    with theme_context(theme):
-        grid, curves, zero = density_curves(density, floor)
-        lowest = min(0.3 / density.dimension, 1e-3)
-        shown = [sign for sign in ("negative", "positive") if curves[sign].max() > lowest]
-        shown = shown or ["positive"]
-        figure = Figure(figsize=(_WIDTH, 3.9), layout="constrained")
-        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-        colours = {"positive": theme.blue, "negative": theme.vermillion}
-        means = {sign: curves[sign].mean(0) for sign in shown}
-        # Both panels show the sizes where there is something to see.
-        seen = np.flatnonzero(np.any([mean > lowest for mean in means.values()], axis=0))
-        sizes = 10.0**grid
-        low, high = (float(sizes[seen[0]]) / 2, float(sizes[seen[-1]]) * 2) if seen.size else (sizes[0], sizes[-1])
-        highest = 4 * max(float(mean.max()) for mean in means.values())
-        for axes, sign in zip(panels, shown, strict=True):
-            mean, error = means[sign], curves[sign].std(0, ddof=1) / np.sqrt(len(zero))
-            log_axis(axes, "y", lowest, max(highest, 10 * lowest))
-            lower, upper = (np.clip(x, lowest, None) for x in (mean - error, mean + error))
-            axes.fill_between(sizes, lower, upper, color=colours[sign], alpha=0.28, linewidth=0)
-            axes.plot(sizes, np.where(mean > lowest, mean, np.nan), color=colours[sign], linewidth=1.8)
-            _size_axis(axes, low, high, sign == "negative", 8 // len(shown))
-            if len(shown) > 1:
-                axes.set_title(sign.capitalize(), color=colours[sign], fontsize=11)
-            else:
-                axes.set_title(f"All eigenvalues of the {name}")
-        _say_unresolved(panels[-1], density, floor, means.get("positive"), sizes)
-        panels[0].set_ylabel("share of all eigenvalues, per decade")
-        label = f"eigenvalue ({UNIT}), band: standard error over {len(zero)} probes"
-        figure.supxlabel(label, fontsize=10.5)
-        if zero.mean() > 0:
-            said = f"{100 * zero.mean():.3g}% of all below {floor:.1g}"
-            panels[-1].text(0.97, 0.95, said, transform=panels[-1].transAxes, fontsize=9, va="top", ha="right")
-        return figure
+    grid, curves, zero = density_curves(density, floor)
+    lowest = min(0.3 / density.dimension, 1e-3)
+    shown = [sign for sign in ("negative", "positive") if curves[sign].max() > lowest]
+    shown = shown or ["positive"]
+    figure, all_axes = panels(3.9, 1, len(shown), sharey=True)
+    colours = {"positive": theme.blue, "negative": theme.vermillion}
+    means = {sign: curves[sign].mean(0) for sign in shown}
+    # Both panels show the sizes where there is something to see.
+    seen = np.flatnonzero(np.any([mean > lowest for mean in means.values()], axis=0))
+    sizes = 10.0**grid
+    low, high = (float(sizes[seen[0]]) / 2, float(sizes[seen[-1]]) * 2) if seen.size else (sizes[0], sizes[-1])
+    highest = 4 * max(float(mean.max()) for mean in means.values())
+    for axes, sign in zip(all_axes, shown, strict=True):
+        mean, error = means[sign], curves[sign].std(0, ddof=1) / np.sqrt(len(zero))
+        log_axis(axes, "y", lowest, max(highest, 10 * lowest))
+        lower, upper = (np.clip(x, lowest, None) for x in (mean - error, mean + error))
+        axes.fill_between(sizes, lower, upper, color=colours[sign], alpha=0.28, linewidth=0)
+        axes.plot(sizes, np.where(mean > lowest, mean, np.nan), color=colours[sign], linewidth=1.8)
+        _size_axis(axes, low, high, sign == "negative", 8 // len(shown))
+        if len(shown) > 1:
+            axes.set_title(sign.capitalize(), color=colours[sign], fontsize=11)
+        else:
+            axes.set_title(f"All eigenvalues of the {name}")
+    _say_unresolved(all_axes[-1], density, floor, means.get("positive"), sizes)
+    all_axes[0].set_ylabel("share of all eigenvalues, per decade")
+    label = f"eigenvalue ({UNIT}), band: standard error over {len(zero)} probes"
+    figure.supxlabel(label, fontsize=10.5)
+    if zero.mean() > 0:
+        said = f"{100 * zero.mean():.3g}% of all below {floor:.1g}"
+        all_axes[-1].text(0.97, 0.95, said, transform=all_axes[-1].transAxes, fontsize=9, va="top", ha="right")
+    return figure
 
 
 def _say_unresolved(axes: Axes, density: Any, floor: float, mean: np.ndarray | None, sizes: np.ndarray) -> None:
@@ -132,42 +127,40 @@ def _size_axis(axes: Axes, low: float, high: float, negative: bool, most: int) -
 
 def blocks_figure(theme: Theme, spectra: dict[str, dict[int | None, Any]]) -> Figure:
     """Small multiples: a panel per tensor, a line per layer, coloured by depth."""
-    with theme_context(theme):
-        columns = 2 if len(spectra) > 1 else 1
-        rows = -(-len(spectra) // columns)
-        figure = Figure(figsize=(_WIDTH, 1.2 + 1.45 * rows), layout="constrained")
-        panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel())
-        everything = np.concatenate([s.eigenvalues for group in spectra.values() for s in group.values()])
-        high = float(everything.max(initial=0)) or 1.0
-        low = max(float(np.quantile(everything[everything > 0], 0.02)) if np.any(everything > 0) else 0, high * 1e-7)
-        longest = max(len(s.eigenvalues) for group in spectra.values() for s in group.values())
-        layers = max((layer or 0) for group in spectra.values() for layer in group) + 1
-        colours = _colours(theme)
-        for axes, (name, group) in zip(panels, spectra.items(), strict=False):
-            log_axis(axes, "y", low / 2, high * 3)
-            for layer, spectrum in group.items():
-                values = spectrum.eigenvalues
-                colour = theme.vermillion if layer is None else colours(layer / max(layers - 1, 1))
-                rank = np.arange(1, len(values) + 1)
-                axes.plot(rank, np.where(values >= low / 2, values, np.nan), color=colour, linewidth=1.1,
-                          marker="o" if len(values) < 8 else None, markersize=3)  # fmt: skip
-            axes.set_title(short(name), fontsize=10, pad=4)
-            axes.set_xlim(0, longest + 1)
-            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        for axes in panels[len(spectra) :]:
-            axes.set_visible(False)
-        for axes in panels[len(spectra) - columns : len(spectra)]:  # also above an empty place
-            axes.tick_params(labelbottom=True)
-        figure.supylabel(f"eigenvalue ({UNIT})", fontsize=10.5)
-        figure.supxlabel("rank of the eigenvalue within its block", fontsize=10.5)
-        if layers > 1:
-            _layer_bar(figure, panels, colours, layers)
-        return figure
+    columns = 2 if len(spectra) > 1 else 1
+    rows = -(-len(spectra) // columns)
+    figure, all_axes = panels(1.2 + 1.45 * rows, rows, columns, sharex=True, sharey=True)
+    everything = np.concatenate([s.eigenvalues for group in spectra.values() for s in group.values()])
+    high = float(everything.max(initial=0)) or 1.0
+    low = max(float(np.quantile(everything[everything > 0], 0.02)) if np.any(everything > 0) else 0, high * 1e-7)
+    longest = max(len(s.eigenvalues) for group in spectra.values() for s in group.values())
+    layers = max((layer or 0) for group in spectra.values() for layer in group) + 1
+    colours = _colours(theme)
+    for axes, (name, group) in zip(all_axes, spectra.items(), strict=False):
+        log_axis(axes, "y", low / 2, high * 3)
+        for layer, spectrum in group.items():
+            values = spectrum.eigenvalues
+            colour = theme.vermillion if layer is None else colours(layer / max(layers - 1, 1))
+            rank = np.arange(1, len(values) + 1)
+            axes.plot(rank, np.where(values >= low / 2, values, np.nan), color=colour, linewidth=1.1,
+                      marker="o" if len(values) < 8 else None, markersize=3)  # fmt: skip
+        axes.set_title(short(name), fontsize=10, pad=4)
+        axes.set_xlim(0, longest + 1)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    for axes in all_axes[len(spectra) :]:
+        axes.set_visible(False)
+    for axes in all_axes[len(spectra) - columns : len(spectra)]:  # also above an empty place
+        axes.tick_params(labelbottom=True)
+    figure.supylabel(f"eigenvalue ({UNIT})", fontsize=10.5)
+    figure.supxlabel("rank of the eigenvalue within its block", fontsize=10.5)
+    if layers > 1:
+        _layer_bar(figure, all_axes, colours, layers)
+    return figure
 
 
-def _layer_bar(figure: Figure, panels: list[Axes], colours: Colormap, layers: int) -> None:
+def _layer_bar(figure: Figure, all_axes: list[Axes], colours: Colormap, layers: int) -> None:
     bar = figure.colorbar(
-        ScalarMappable(Normalize(0, layers - 1), colours), ax=panels, location="top", aspect=40, fraction=0.04
+        ScalarMappable(Normalize(0, layers - 1), colours), ax=all_axes, location="top", aspect=40, fraction=0.04
     )
     bar.ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     bar.set_label("layer, from input to output", fontsize=9.5)
@@ -176,38 +169,33 @@ def _layer_bar(figure: Figure, panels: list[Axes], colours: Colormap, layers: in
 
 def capacity_figure(theme: Theme, spectra: dict[str, dict[int | None, Any]]) -> Figure:
     """Layers x tensors: the trace on the left, the participation ratio on the right."""
-    with theme_context(theme):
-        stacked = {name: group for name, group in spectra.items() if None not in group}
-        layers = max(layer or 0 for group in stacked.values() for layer in group) + 1
-        readings = (("Trace", UNIT, "trace"), ("Participation ratio", "directions", "participation_ratio"))
-        figure = Figure(figsize=(_WIDTH, float(np.clip(2.3 + 0.19 * layers, 3.2, 9.0))), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
-        colours = _colours(theme)
-        for axes, (title, unit, field) in zip(panels, readings, strict=True):
-            grid = np.array(
-                [
-                    [
-                        getattr(group[layer].capacity, field) if layer in group else np.nan
-                        for group in stacked.values()
-                    ]
-                    for layer in range(layers)
-                ]
-            )
-            norm = _norm(grid, logarithmic=field == "trace")
-            axes.set_facecolor(theme.grid)
-            x, y = np.arange(len(stacked) + 1) - 0.5, np.arange(layers + 1) - 0.5
-            axes.pcolormesh(
-                x, y, np.ma.masked_invalid(grid), norm=norm, cmap=colours, edgecolors=theme.background, linewidth=0.5
-            )
-            axes.grid(visible=False)
-            axes.set_xticks(range(len(stacked)), [short(name) for name in stacked], rotation=90, fontsize=9)
-            axes.set_ylim(layers - 0.5, -0.5)
-            axes.yaxis.set_major_locator(MaxNLocator(min(layers, 15), integer=True))
-            axes.tick_params(length=0)
-            axes.set_title(title, fontsize=11)
-            _bar(figure, axes, norm, colours, unit)
-        panels[0].set_ylabel("layer, from the input downwards" if layers > 8 else "layer")
-        return figure
+    stacked = {name: group for name, group in spectra.items() if None not in group}
+    layers = max(layer or 0 for group in stacked.values() for layer in group) + 1
+    readings = (("Trace", UNIT, "trace"), ("Participation ratio", "directions", "participation_ratio"))
+    figure, both = panels(float(np.clip(2.3 + 0.19 * layers, 3.2, 9.0)), 1, 2, sharey=True)
+    colours = _colours(theme)
+    for axes, (title, unit, field) in zip(both, readings, strict=True):
+        grid = np.array(
+            [
+                [getattr(group[layer].capacity, field) if layer in group else np.nan for group in stacked.values()]
+                for layer in range(layers)
+            ]
+        )
+        norm = _norm(grid, logarithmic=field == "trace")
+        axes.set_facecolor(theme.grid)
+        x, y = np.arange(len(stacked) + 1) - 0.5, np.arange(layers + 1) - 0.5
+        axes.pcolormesh(
+            x, y, np.ma.masked_invalid(grid), norm=norm, cmap=colours, edgecolors=theme.background, linewidth=0.5
+        )
+        axes.grid(visible=False)
+        axes.set_xticks(range(len(stacked)), [short(name) for name in stacked], rotation=90, fontsize=9)
+        axes.set_ylim(layers - 0.5, -0.5)
+        axes.yaxis.set_major_locator(MaxNLocator(min(layers, 15), integer=True))
+        axes.tick_params(length=0)
+        axes.set_title(title, fontsize=11)
+        _bar(figure, axes, norm, colours, unit)
+    both[0].set_ylabel("layer, from the input downwards" if layers > 8 else "layer")
+    return figure
 
 
 def _bar(figure: Figure, axes: Axes, norm: Normalize, colours: Colormap, unit: str) -> None:

@@ -9,8 +9,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn
 
-from fisher_jax.cli.run.progress import Live, duration
-from fisher_jax.cli.run.terminal import Words
+from fisher_jax.cli.run.progress import Live, Words, duration
 
 __all__ = ["ProductProgress", "short_time"]
 

@@ -26,12 +26,7 @@ NAMES = {
     "empirical-fisher": "empirical Fisher matrix",
     "hessian": "Hessian",
 }
-SHORT_NAMES = {
-    "ggn": "GGN",
-    "fisher": "true Fisher",
-    "empirical-fisher": "empirical Fisher",
-    "hessian": "Hessian",
-}
+SHORT_NAMES = {"ggn": "GGN", "fisher": "true Fisher", "empirical-fisher": "empirical Fisher", "hessian": "Hessian"}
 _FORMULAS = {
     "ggn": "the mean over tokens of JᵀHJ, with the Jacobian J of a token's logits in the parameters and the Hessian "
     "H of its loss in the logits. For a softmax it equals the true Fisher matrix. No eigenvalue is negative",
@@ -171,7 +166,7 @@ def _eigenvalues(found: SpectrumFindings) -> list[Block]:
         ),
         picture(
             "spectrum-eigenvalues", f"Eigenvalues of the {name} with bounds of their errors",
-            lambda theme: plots.eigenvalues_figure(theme, s, SHORT_NAMES[found.settings.operator]),
+            plots.eigenvalues_figure, s, SHORT_NAMES[found.settings.operator],
         ),
         Table("Eigenvalues in nats per token", EIGENVALUE_HEADER, eigenvalue_rows(found)),
         Table("What they say together", [], facts(found), left=2),
@@ -199,7 +194,7 @@ def _density(found: SpectrumFindings) -> list[Block]:
         ),
         picture(
             "spectrum-density", "Share of the eigenvalues per decade of their size, on logarithmic axes",
-            lambda theme: plots.density_figure(theme, d, _floor(found), SHORT_NAMES[s.operator]),
+            plots.density_figure, d, _floor(found), SHORT_NAMES[s.operator],
         ),
     ]  # fmt: skip
 
@@ -222,7 +217,7 @@ def _blocks(found: SpectrumFindings) -> list[Block]:
         ),
         picture(
             "spectrum-blocks", "Eigenvalues of every block by rank, a panel per tensor and a line per layer",
-            lambda theme: plots.blocks_figure(theme, found.blocks),
+            plots.blocks_figure, found.blocks,
         ),
     ]  # fmt: skip
     if any(None not in group for group in found.blocks.values()):
@@ -233,7 +228,7 @@ def _blocks(found: SpectrumFindings) -> list[Block]:
             ),
             picture(
                 "spectrum-capacity", "Trace and participation ratio of every layer and tensor as two heat maps",
-                lambda theme: plots.capacity_figure(theme, found.blocks),
+                plots.capacity_figure, found.blocks,
             ),
         ]  # fmt: skip
     return [*parts, _capacity_table(found)]
@@ -266,7 +261,7 @@ def _method(found: SpectrumFindings) -> list[Block]:
         ["model", f"{found.model_name}, {s.dtype}"],
         ["parameters", f"all: {chosen}" if s.parameters is None else f"{s.parameters} matches {chosen}"],
         ["text", f"{describe_sources(s.text)}: {found.tokens:,} tokens of {found.documents:,} documents"],
-        ["rows", f"{found.rows} of at most {s.length} tokens, {s.batch_size} at a time"],
+        ["rows", f"{found.rows} of at most {s.row_length} tokens, {s.batch_size} at a time"],
         ["loss", f"{found.passes.loss:.3f} nats per token"],
         ["normalisation", "mean over tokens, not sum"],
         ["seed", f"{s.seed}"],

@@ -1,14 +1,18 @@
-"""What a finished spectrum keeps in `spectrum.json`: every number, and the settings that they are of."""
+"""What a spectrum keeps in its folder: while it runs the state of `fj.lanczos`, at its end every number."""
 
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import fisher_jax as fj
 from fisher_jax._support.errors import InputError
-from fisher_jax.cli.page.files import digest
-from fisher_jax.cli.run.folder import read_plain, write_atomically
+from fisher_jax.cli.run.earlier_run import refuse_difference, refuse_misuse
+from fisher_jax.cli.run.folder import read_plain
+from fisher_jax.cli.run.json_files import digest, read_facts, read_sealed, write_facts, write_sealed
+from fisher_jax.cli.run.records import UnreadableError
+from fisher_jax.cli.run.temporary import temporary_beside
 from fisher_jax.cli.spectrum.measure import Measured, Passes
 from fisher_jax.cli.spectrum.sections import SpectrumFindings
 from fisher_jax.cli.spectrum.settings import SpectrumSettings
@@ -16,85 +20,129 @@ from fisher_jax.spectra.blocks.capacity import BlockSpectrum, Capacity
 from fisher_jax.spectra.krylov.density import Density
 from fisher_jax.spectra.krylov.summary import Spectrum
 
-__all__ = ["read_facts", "read_finished", "write_finished"]
+__all__ = ["SpectrumStore"]
 
 _FORMAT = "fisher-jax spectrum 1"
 
 
-def write_finished(path: Path, found: SpectrumFindings, facts: dict[str, Any]) -> None:
-    """Floats keep all their digits."""
-    content = {
-        "format": _FORMAT,
-        "facts": facts,
-        "additions": found.settings.additions(),
-        "model_name": found.model_name,
-        "parameters": found.parameters,
-        "tokens": found.tokens,
-        "rows": found.rows,
-        "documents": found.documents,
-        "passes": found.passes._asdict(),
-        "spectrum": _measured(found.spectrum),
-        "basis": found.basis,
-        "density": None if found.density is None else _measured(found.density),
-        "blocks": [[name, layer, _plain(x)] for name, group in found.blocks.items() for layer, x in group.items()],
-        "seconds": found.seconds,
-    }
-    write_atomically(path, json.dumps(content | {"digest": digest(content)}) + "\n")
+class SpectrumStore:
+    """An unfinished run, in ``unfinished/``: its state and the facts that it is of; a finished one: spectrum.json."""
 
+    def __init__(self, out: Path):
+        self.out = out
+        self.state = out / "unfinished" / "lanczos"
+        self._facts = out / "unfinished" / "run.json"
+        self._finished = out / "spectrum.json"
 
-def read_facts(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """(settings, additions) of the finished run, or None where there is none."""
-    content = _content(path)
-    return None if content is None else (content["facts"], content["additions"])
+    def check_before_loading(self, *, resume: bool, overwrite: bool) -> None:
+        there = self._facts.exists() and fj.checkpoint.revision(self.state) > 0
+        finished = self._finished.exists()
+        refuse_misuse(self.out, there=there or finished, finished=finished, resume=resume, overwrite=overwrite)
+        if there and resume:
+            self._unfinished()
 
+    def begin(self, facts: dict[str, Any], *, resume: bool, saving: bool) -> None:
+        """Raises InputError where the saved run is another one."""
+        if resume:
+            refuse_difference(self.out, self._unfinished(), facts)
+            return
+        self._finished.unlink(missing_ok=True)
+        self.drop()
+        if saving:
+            write_facts(self._facts, facts)
 
-def read_finished(path: Path, settings: SpectrumSettings) -> SpectrumFindings:
-    """The findings of `write_finished`, to the bit.
+    def _unfinished(self) -> dict[str, Any]:
+        try:
+            return read_facts(self._facts) or {}
+        except UnreadableError as error:
+            raise InputError(f"{self._facts} is damaged: {error}; give --overwrite to start again.") from None
 
-    Raises:
-        InputError: the file is damaged.
-    """
-    content = _content(path)
-    try:
-        assert content is not None
-        blocks: dict[str, dict[int | None, Any]] = {}
-        for name, layer, saved in content["blocks"]:
-            capacity = Capacity(**saved["capacity"])
-            blocks.setdefault(name, {})[layer] = _of(BlockSpectrum, saved | {"capacity": capacity})
-        return SpectrumFindings(
-            settings,
-            content["model_name"],
-            content["parameters"],
-            content["tokens"],
-            content["rows"],
-            content["documents"],
-            Passes(**content["passes"]),
-            _read_measured(Spectrum, content["spectrum"]),
-            content["basis"],
-            None if content["density"] is None else _read_measured(Density, content["density"]),
-            blocks,
-            content["seconds"],
+    def drop(self) -> None:
+        """The unfinished run goes in one step, so that a process killed here has all of it or nothing."""
+        folder = self.state.parent
+        if folder.exists():
+            aside = temporary_beside(folder)
+            folder.rename(aside)
+            shutil.rmtree(aside)
+
+    def after_interrupt(self) -> str:
+        if fj.checkpoint.revision(self.state):
+            return "interrupted; the same command with --resume goes on from the last save."
+        self.drop()
+        return "interrupted before anything was saved; --checkpoint-every saves along the way."
+
+    @property
+    def digest(self) -> str:
+        """Of all that was found."""
+        return digest(read_plain(self._finished))
+
+    def write(self, found: SpectrumFindings, facts: dict[str, Any]) -> None:
+        content = {
+            "format": _FORMAT,
+            "facts": facts,
+            "additions": found.settings.additions(),
+            "model_name": found.model_name,
+            "parameters": found.parameters,
+            "tokens": found.tokens,
+            "rows": found.rows,
+            "documents": found.documents,
+            "passes": found.passes._asdict(),
+            "spectrum": _measured(found.spectrum),
+            "basis": found.basis,
+            "density": None if found.density is None else _measured(found.density),
+            "blocks": [
+                [name, layer, _plain(x)] for name, group in found.blocks.items() for layer, x in group.items()
+            ],
+            "seconds": found.seconds,
+        }
+        write_sealed(self._finished, content)
+
+    def read_facts(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """(settings, additions) of the finished run, or None where there is none."""
+        content = self._content()
+        return None if content is None else (content["facts"], content["additions"])
+
+    def read(self, settings: SpectrumSettings) -> SpectrumFindings:
+        """The findings of `write`, to the bit.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        content = self._content()
+        try:
+            assert content is not None
+            blocks: dict[str, dict[int | None, Any]] = {}
+            for name, layer, saved in content["blocks"]:
+                capacity = Capacity(**saved["capacity"])
+                blocks.setdefault(name, {})[layer] = _of(BlockSpectrum, saved | {"capacity": capacity})
+            plain = ("model_name", "parameters", "tokens", "rows", "documents", "basis", "seconds")
+            return SpectrumFindings(
+                settings=settings,
+                passes=Passes(**content["passes"]),
+                spectrum=_read_measured(Spectrum, content["spectrum"]),
+                density=None if content["density"] is None else _read_measured(Density, content["density"]),
+                blocks=blocks,
+                **{name: content[name] for name in plain},
+            )
+        except (AssertionError, ValueError, KeyError, TypeError, AttributeError):
+            raise self._damaged() from None
+
+    def _content(self) -> dict[str, Any] | None:
+        try:
+            content = read_sealed(self._finished)
+        except UnreadableError:
+            raise self._damaged() from None
+        whole = content is None or (
+            content.get("format") == _FORMAT and all(isinstance(content.get(x), dict) for x in ("facts", "additions"))
         )
-    except (AssertionError, ValueError, KeyError, TypeError, AttributeError):
-        raise _damaged(path) from None
+        if not whole:
+            raise self._damaged()
+        return content
 
-
-def _content(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(read_plain(path))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError):
-        raise _damaged(path) from None
-    known = isinstance(content, dict) and content.pop("digest", None) == digest(content)
-    known = known and content.get("format") == _FORMAT
-    if not known or not all(isinstance(content.get(name), dict) for name in ("facts", "additions")):
-        raise _damaged(path)
-    return content
-
-
-def _damaged(path: Path) -> InputError:
-    return InputError(f"{path} is not what fisher-jax spectrum wrote; choose another --out, or --overwrite.")
+    def _damaged(self) -> InputError:
+        return InputError(
+            f"{self._finished} is not what fisher-jax spectrum wrote; choose another --out, or --overwrite."
+        )
 
 
 def _measured(measured: Measured) -> dict[str, Any]:

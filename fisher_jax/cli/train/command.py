@@ -4,20 +4,15 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text as Styled
 
 from fisher_jax._support.errors import InputError
-from fisher_jax._support.host_memory import attention_bytes, check_memory
-from fisher_jax._support.printable import printable
-from fisher_jax.cli.page.files import digest, page_is_current, write_pages
-from fisher_jax.cli.run.clock import Clock
+from fisher_jax._support.host_memory import check_memory
+from fisher_jax.cli.page.files import page_is_current, write_pages
 from fisher_jax.cli.run.folder import check_writable
-from fisher_jax.cli.run.progress import duration
-from fisher_jax.cli.run.row_length import row_length
+from fisher_jax.cli.run.json_files import digest
+from fisher_jax.cli.run.row_length import check_attention, row_length
 from fisher_jax.cli.run.run_folder import run_folder
-from fisher_jax.cli.run.terminal import Terminal, bold, headed
+from fisher_jax.cli.run.terminal import Terminal, table
 from fisher_jax.cli.train import sections
 from fisher_jax.cli.train.data import Text, read_text
 from fisher_jax.cli.train.model import Start, start_of, write_model
@@ -25,7 +20,7 @@ from fisher_jax.cli.train.optimizers import TITLES, describe
 from fisher_jax.cli.train.run import train
 from fisher_jax.cli.train.sections import Curve, TrainFindings
 from fisher_jax.cli.train.settings import TrainSettings
-from fisher_jax.cli.train.store import TrainProgress, TrainStore, read_earlier
+from fisher_jax.cli.train.store import ONLY, TrainProgress, TrainStore, read_earlier
 from fisher_jax.models import DecoderConfig
 from fisher_jax.models.functions import abstract_params
 from fisher_jax.text.corpora import describe_sources
@@ -40,24 +35,23 @@ _TRAINING_BYTES = 16  # in memory at least: the parameters, their gradient, and 
 def run(settings: TrainSettings) -> int:
     """Trains, writes the pages and prints the table; the exit code."""
     console = Terminal()
-    clock = Clock(console)
     stores: list[TrainStore] = []
     with run_folder(settings.out, interrupted=lambda: _after_interrupt(stores)):
         stores += _stores(settings)
-        found, nothing = _train_and_write(settings, console, clock, stores)
-    _summary(console, found, clock.total, nothing)
+        found, there_before = _train_and_write(settings, console, stores)
+    _summary(console, found, there_before)
     return 0
 
 
 def _train_and_write(
-    settings: TrainSettings, console: Console, clock: Clock, stores: list[TrainStore]
+    settings: TrainSettings, console: Terminal, stores: list[TrainStore]
 ) -> tuple[TrainFindings, bool]:  # fmt: skip
     """What was found, and whether all of it was there before."""
     earlier = [found for folder in settings.against for found in read_earlier(folder)]
-    start = _start(settings, console, clock)
+    start = _start(settings, console)
     positions, name = start.config.max_positions, str(start.model)
-    settings = replace(settings, seq_len=row_length(settings.seq_len, settings.seq_len_typed, positions, name))
-    with clock.stage("text", describe_sources(settings.text)):
+    settings = replace(settings, row_length=row_length(settings.row_length, positions, name))
+    with console.stage("text", describe_sources(settings.text)):
         text = read_text(settings, start.tokenizer)
         console.print(f"  {sections.text_words(text)}")
     # No step has more rows than there are.
@@ -68,24 +62,24 @@ def _train_and_write(
         (each, store, _progress(each, store, text, parameters, start))
         for each, store in zip(settings.runs(), stores, strict=True)
     ]
-    nothing = _is_there(settings, ours, earlier)
-    for each, store, progress in [] if nothing else ours:
-        _train_one(each, console, clock, start, text, store, progress)
-    found = TrainFindings(settings, start, text, _curves(ours, earlier), clock.seconds)
-    if not nothing:
-        with clock.stage("pages", "pictures and tables"):
+    there_before = _is_there(settings, ours, earlier)
+    for each, store, progress in [] if there_before else ours:
+        _train_one(each, console, start, text, store, progress)
+    found = TrainFindings(settings, start, text, _curves(ours, earlier), console.seconds)
+    if not there_before:
+        with console.stage("pages", "pictures and tables"):
             _write(found)
-    return found, nothing
+    return found, there_before
 
 
 def _after_interrupt(stores: list[TrainStore]) -> str:
-    saved = [store.path for store in stores if store.saved]
+    saved = [store.path for store in stores if store.revision]
     if not saved:
         return "interrupted before the first checkpoint; nothing was saved."
     return f"stopped; the state is saved in {saved[-1]}. Give the same command with --resume to go on."
 
 
-def _start(settings: TrainSettings, console: Console, clock: Clock) -> Start:
+def _start(settings: TrainSettings, console: Terminal) -> Start:
     if settings.init is None:
         start = start_of(settings)
         parameters = _number_of_parameters(start.config)
@@ -94,20 +88,12 @@ def _start(settings: TrainSettings, console: Console, clock: Clock) -> Start:
             f"training {parameters:,} parameters",
             "give a smaller --width or fewer --layers",
         )
-        _check_attention(settings, start.config, 1)  # before the text is read
+        check_attention(start.config, 1, settings.row_length)  # before the text is read
         return start
-    with clock.stage("start", settings.init):
+    with console.stage("start", settings.init):
         start = start_of(settings)
         console.print(f"  from the weights of {start.model}")
     return start
-
-
-def _check_attention(settings: TrainSettings, config: DecoderConfig, rows: int) -> None:
-    check_memory(
-        attention_bytes(config.num_heads, rows, settings.seq_len),
-        f"attention over rows of {settings.seq_len:,} tokens, {rows:,} at a time",
-        "give a smaller --batch-size or --seq-len",
-    )
 
 
 def _stores(settings: TrainSettings) -> list[TrainStore]:
@@ -116,7 +102,8 @@ def _stores(settings: TrainSettings) -> list[TrainStore]:
     stores = [TrainStore(each.out) for each in runs]
     any_there = any(store.earlier is not None for store in stores)
     for each, store in zip(runs, stores, strict=True):
-        store.check_before_loading(each, resume=settings.resume and not (any_there and store.earlier is None))
+        resume = settings.resume and not (any_there and store.earlier is None)
+        store.check_before_loading(ONLY, resume=resume, overwrite=each.overwrite)
     return stores
 
 
@@ -124,17 +111,15 @@ def _number_of_parameters(config: DecoderConfig) -> int:
     return sum(x.size for x in jax.tree.leaves(abstract_params(config)))
 
 
-def _describe_model(settings: TrainSettings, console: Console, config: DecoderConfig) -> int:
+def _describe_model(settings: TrainSettings, console: Terminal, config: DecoderConfig) -> int:
     parameters = _number_of_parameters(config)
-    _check_attention(settings, config, settings.batch_size)
+    check_attention(config, settings.batch_size, settings.row_length)
     check_writable(settings.out, bytes_needed=_BYTES_PER_PARAMETER * parameters * max(len(settings.compare), 1))
-    console.print(
-        headed(
-            "model",
-            f"{parameters:,} parameters: {config.num_layers} layers of width {config.width}, {config.num_heads} "
-            f"heads, vocabulary {config.vocab_size:,}; {settings.batch_size} rows of {settings.seq_len} tokens in a "
-            "step",
-        )
+    console.say(
+        "model",
+        f"{parameters:,} parameters: {config.num_layers} layers of width {config.width}, {config.num_heads} "
+        f"heads, vocabulary {config.vocab_size:,}; {settings.batch_size} rows of {settings.row_length} tokens "
+        "in a step",
     )
     return parameters
 
@@ -144,7 +129,7 @@ def _check_comparable(earlier: list[tuple[str, TrainProgress]], text: Text) -> N
         if progress.held_out != text.packed.held_out.digest():
             raise InputError(
                 f"the run in {folder} was measured on other held-out tokens, so its curve cannot be compared; give "
-                "the same --text, --tokenizer, --seq-len and --held-out-tokens."
+                "the same --text, --tokenizer, --row-length and --held-out-tokens."
             )
 
 
@@ -161,17 +146,17 @@ def _progress(
         parameters=parameters,
         description=describe(settings),
     )
-    return store.begin(settings, fresh)
+    return store.begin(ONLY, fresh, overwrite=settings.overwrite)
 
 
 def _train_one(
-    settings: TrainSettings, console: Console, clock: Clock, start: Start, text: Text, store: TrainStore,
+    settings: TrainSettings, console: Terminal, start: Start, text: Text, store: TrainStore,
     progress: TrainProgress,
 ) -> None:  # fmt: skip
     where = f", going on after step {progress.step:,}" if progress.step else ""
     if progress.finished:
         where = "; this run was finished before, its state is used as it is (--overwrite trains again)"
-    with clock.stage(TITLES[settings.optimizer], f"{settings.steps:,} steps{where}"):
+    with console.stage(TITLES[settings.optimizer], f"{settings.steps:,} steps{where}"):
         params = train(settings, console, start, text, store, progress)
         write_model(settings.out / "model", start, params)
 
@@ -204,22 +189,11 @@ def _write(found: TrainFindings) -> None:
     )
 
 
-def _summary(console: Console, found: TrainFindings, seconds: float, nothing: bool) -> None:
-    """The last thing on the terminal."""
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    for i, name in enumerate(sections.HEADER):
-        table.add_column(name, justify="right" if i else "left")
-    for row in sections.rows(found):
-        table.add_row(*row)
-    console.print()
-    console.print(bold(sections.title(found)))
-    console.print(table)
-    console.print()
-    for line in sections.comparisons(found):
-        console.print(line)
-    if nothing:
-        console.print("finished before: nothing had to be computed (--overwrite trains again)")
-    console.print(f"took {duration(seconds)}")
+def _summary(console: Terminal, found: TrainFindings, there_before: bool) -> None:
+    lines = sections.comparisons(found)
+    if there_before:
+        lines.append("finished before: nothing had to be computed (--overwrite trains again)")
     models = [str(each.out / "model") for each in found.settings.runs()]
-    console.print(f"{'model' if len(models) == 1 else 'models'}: {', '.join(models)}")
-    console.print(Styled.assemble("page: ", (printable(str((found.settings.out / "train.html").resolve())), "bold")))
+    lines += [console.took, f"{'model' if len(models) == 1 else 'models'}: {', '.join(models)}"]
+    shown = table(sections.HEADER, sections.rows(found), padding=1)
+    console.summary(sections.title(found), lines, ("page", found.settings.out / "train.html"), shown)

@@ -60,7 +60,7 @@ def read_text(settings: TrainSettings, tokenizer: Tokenizer) -> Text:
     packed = pack(
         documents(settings.text, split=settings.split_documents),
         tokenizer.encode,
-        seq_len=settings.seq_len + 1,
+        seq_len=settings.row_length + 1,
         max_targets=_ALL,
         held_out_targets=settings.held_out_tokens,
         vocab_size=tokenizer.vocab_size,

@@ -58,7 +58,7 @@ def config_for(settings: TrainSettings, tokenizer: Tokenizer) -> DecoderConfig:
         num_kv_heads=settings.heads,
         head_size=settings.width // settings.heads,
         mlp_size=_MULTIPLE * math.ceil(8 * settings.width / 3 / _MULTIPLE),
-        max_positions=settings.seq_len,
+        max_positions=settings.row_length,
     )
 
 

@@ -69,7 +69,7 @@ def build(settings: TrainSettings, apply_fn: Callable, example: fj.Batch) -> opt
             learning_rate=None if rate is None else schedule(settings, rate),
             damping=damping,
             weight_decay=decay,
-            refresh=fj.Refresh(period=settings.update_freq, factor_decay=0.9),
+            refresh=fj.Refresh(period=settings.update_every, factor_decay=0.9),
             step=None if rate is None else fj.FixedRate(kl_clip=1e-2),
         )
     assert rate is not None
@@ -102,5 +102,5 @@ def describe(settings: TrainSettings) -> str:
         words.append(f"learning rate {rate:g} with warm-up and cosine")
         words += [f"damping {damping:g}"] if damping is not None else []
     if damping is not None:
-        words.append(f"factors renewed every {settings.update_freq} steps")
+        words.append(f"factors renewed every {settings.update_every} steps")
     return ", ".join([*words, f"weight decay {decay:g}"])

@@ -9,30 +9,27 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fisher_jax.cli.page.style import Theme, spread, theme_context
+from fisher_jax.cli.page.style import Theme, panels, spread
 from fisher_jax.cli.train.store import Point, TrainProgress
 
 __all__ = ["loss_figure"]
 
-_WIDTH = 4.9
 _TIMES_MEDIAN = 4.0
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))  # colours repeat from the sixth run on
 
 
 def loss_figure(theme: Theme, curves: Sequence[tuple[str, TrainProgress]], bits_per_nat: float) -> Figure:
     """Held-out loss (thick) and training loss (thin) over steps, and over seconds of training."""
-    with theme_context(theme):
-        figure = Figure(figsize=(_WIDTH, 6.6), layout="constrained")
-        panels = figure.subplots(2, 1, sharey=True)
-        _panel(theme, panels[0], curves, lambda point: point.step)
-        _panel(theme, panels[1], curves, lambda point: point.seconds)
-        panels[0].set(xlabel="step", title="Loss held out (thick), in training (thin)")
-        panels[1].set_xlabel("time in seconds, without compilation and evaluation")
-        for axes in panels:
-            axes.set_ylabel("loss (nats per token)")
-            _bits_axis(axes, bits_per_nat)
-        panels[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        return figure
+    figure, (by_step, by_time) = panels(6.6, 2, sharey=True)
+    _panel(theme, by_step, curves, lambda point: point.step)
+    _panel(theme, by_time, curves, lambda point: point.seconds)
+    by_step.set(xlabel="step", title="Loss held out (thick), in training (thin)")
+    by_time.set_xlabel("time in seconds, without compilation and evaluation")
+    for axes in (by_step, by_time):
+        axes.set_ylabel("loss (nats per token)")
+        _bits_axis(axes, bits_per_nat)
+    by_step.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    return figure
 
 
 def _panel(

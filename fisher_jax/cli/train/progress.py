@@ -5,8 +5,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn
 
-from fisher_jax.cli.run.progress import Live, TimeLeft, duration
-from fisher_jax.cli.run.terminal import Words
+from fisher_jax.cli.run.progress import Live, TimeLeft, Words, duration
 
 __all__ = ["TrainDisplay"]
 

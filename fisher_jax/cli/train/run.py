@@ -13,26 +13,21 @@ from rich.console import Console
 
 import fisher_jax as fj
 from fisher_jax._support.errors import RejectedBatchError
+from fisher_jax.cli.run.checkpoints import checkpoints
 from fisher_jax.cli.run.progress import duration
-from fisher_jax.cli.run.stopping import stop_requests
 from fisher_jax.cli.train.data import Text
 from fisher_jax.cli.train.model import Start
 from fisher_jax.cli.train.optimizers import build
 from fisher_jax.cli.train.progress import TrainDisplay
 from fisher_jax.cli.train.settings import TrainSettings
-from fisher_jax.cli.train.store import Point, TrainProgress, TrainStore
+from fisher_jax.cli.train.store import ONLY, Point, TrainProgress, TrainStore
 from fisher_jax.models import from_config
 
 __all__ = ["train"]
 
 
 def train(
-    settings: TrainSettings,
-    console: Console,
-    start: Start,
-    text: Text,
-    store: TrainStore,
-    progress: TrainProgress,
+    settings: TrainSettings, console: Console, start: Start, text: Text, store: TrainStore, progress: TrainProgress
 ) -> Any:
     """Trains from step `progress.step` on and returns the parameters.
 
@@ -63,10 +58,9 @@ def train(
 
 
 def _loop(settings, console, text, store, progress, state, step, held_out_loss) -> Any:
-    saved_at = time.monotonic()
     bits_per_nat = 1 / (math.log(2) * text.bytes_per_token)
     with (
-        stop_requests() as stop_requested,
+        checkpoints(settings.checkpoint_every) as checkpoint,
         TrainDisplay(console, progress.steps, progress.step, bits_per_nat) as display,
     ):
         display.evaluated(progress.points[-1].held_out_loss)
@@ -84,13 +78,9 @@ def _loop(settings, console, text, store, progress, state, step, held_out_loss) 
                 _add_point(progress, held_out_loss(state["params"]), store)
                 display.evaluated(progress.points[-1].held_out_loss)
             display.update(progress.step, loss, progress.tokens / max(progress.seconds, 1e-9))
-            stopping = stop_requested()
-            due = time.monotonic() - saved_at >= settings.checkpoint_every
-            if stopping or due or progress.finished:
-                store.save(state, progress)
-                saved_at = time.monotonic()
-            if stopping:
-                raise KeyboardInterrupt
+            if checkpoint.due(progress.finished):
+                store.save(ONLY, state, progress)
+            checkpoint.stop_if_asked()
     return state["params"]
 
 

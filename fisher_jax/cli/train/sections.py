@@ -134,7 +134,7 @@ def blocks(found: TrainFindings) -> list[Block]:
         ),
         picture(
             "train-loss", "Held-out and training loss over steps and over time",
-            lambda theme: loss_figure(theme, curves, found.bits_per_nat),
+            loss_figure, curves, found.bits_per_nat,
         ),
         Table("At the end, on held-out text", HEADER, rows(found)),
         *[Paragraph(line) for line in comparisons(found)],
@@ -152,7 +152,7 @@ def _method(found: TrainFindings) -> list[Block]:
         ["parameters", f"{found.curves[0].progress.parameters:,}"],
         ["tokens", f"{'of that model' if s.init else s.tokenizer}, vocabulary {config.vocab_size:,}"],
         ["text", f"{describe_sources(s.text)}: {text_words(found.text)}"],
-        ["a step", f"{s.batch_size} rows of {s.seq_len} tokens; {epochs:.2g} epochs in all"],
+        ["a step", f"{s.batch_size} rows of {s.row_length} tokens; {epochs:.2g} epochs in all"],
         *([curve.name, curve.progress.description] for curve in found.curves),
         *([f"compilation: {curve.name}", duration(curve.progress.compile_seconds)] for curve in found.curves),
         *([f"time: {name}", duration(seconds)] for name, seconds in found.seconds.items()),
@@ -185,13 +185,6 @@ def curve_csv(found: TrainFindings) -> str:
             train = "" if point.train_loss is None else repr(point.train_loss)
             losses = [train, repr(point.held_out_loss), repr(found.bits_per_nat * point.held_out_loss)]
             rows.append(
-                [
-                    curve.folder,
-                    curve.progress.optimizer,
-                    point.step,
-                    point.tokens,
-                    f"{point.seconds:.3f}",
-                    *losses,
-                ]
+                [curve.folder, curve.progress.optimizer, point.step, point.tokens, f"{point.seconds:.3f}", *losses]
             )
     return csv_text(header, rows)

@@ -1,27 +1,25 @@
 """`fisher-jax trim` from start to end: a smaller model on disk, and what that costs."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.printable import readable
-from fisher_jax.cli.page.files import digest
 from fisher_jax.cli.report.orderings import orderings
 from fisher_jax.cli.report.task_choice import candidates, choose
 from fisher_jax.cli.report.task_state import Task, check_model, read_task
 from fisher_jax.cli.run.choice_error import Way
-from fisher_jax.cli.run.folder import write_atomically
+from fisher_jax.cli.run.json_files import digest
 from fisher_jax.cli.run.model_folder import check_can_be_written, model_folder, save_model, say_written
-from fisher_jax.cli.run.model_result import MADE_FROM, read_result
+from fisher_jax.cli.run.model_result import read_result, write_result
 from fisher_jax.cli.run.run_folder import run_folder
-from fisher_jax.cli.run.terminal import Terminal, headed
-from fisher_jax.cli.run.unread import say_unread
+from fisher_jax.cli.run.terminal import Terminal
 from fisher_jax.cli.trim.settings import TrimSettings
 from fisher_jax.models import LanguageModel, load
 from fisher_jax.models.origin import Origin, read_origin
@@ -47,11 +45,11 @@ def run(settings: TrimSettings) -> int:
     with run_folder(settings.out, interrupted=lambda: "interrupted; no model was written."):
         task = None if settings.state is None else task_of(settings.state, settings.task)
         if task is not None:
-            console.print(headed("state", task.place))
-        console.print(headed("model", settings.model))
+            console.say("state", task.place)
+        console.say("model", settings.model)
         model = load(settings.model)
         console.print(f"  {describe(model)}")
-        say_unread(console, model)
+        console.say_unread(model)
         origin = read_origin(settings.model)
         check_can_be_written(model.config, origin)
         if task is not None:
@@ -74,9 +72,8 @@ def made_from(
     settings: TrimSettings, model: LanguageModel, task: Task | None, texts: list[str]
 ) -> dict[str, Any]:  # fmt: skip
     """What decides the result, by the names of a refusal."""
-    options = {f"--{name}": getattr(settings, name) for name in ("keep", "by", "dtype", "documents", "characters")}
     scores = None if task is None else digest(dataclasses.asdict(task.progress))
-    return {**options, "the model": model.fingerprint, "the state": scores, "the text": digest(texts)}
+    return {**settings.fixed(), "the model": model.fingerprint, "the state": scores, "the text": digest(texts)}
 
 
 def trim(
@@ -88,13 +85,11 @@ def trim(
     kept = kept_tokens(vocabulary, order[order < vocabulary.size], settings.keep)
     trimmed = cut_model(model, kept)
     check_texts(model, trimmed, texts)
-    console.print(
-        headed(
-            "cut",
-            f"{len(kept):,} of {vocabulary.size:,} tokens stay, by {NAMES[settings.by]}; among them "
-            f"{len(vocabulary.required):,} single bytes and special tokens, so every text that could be encoded "
-            "still can",
-        )
+    console.say(
+        "cut",
+        f"{len(kept):,} of {vocabulary.size:,} tokens stay, by {NAMES[settings.by]}; among them "
+        f"{len(vocabulary.required):,} single bytes and special tokens, so every text that could be encoded "
+        "still can",
     )
     write(settings, incoming, trimmed, origin.renumbered(kept))
     written = dataclasses.replace(load(incoming, dtype=settings.dtype), name=settings.out.resolve().name)
@@ -104,7 +99,7 @@ def trim(
         f"  on {settings.dtype} weights read back: logits of the kept tokens differ by at most {largest:.1e} from "
         "those of the whole model"
     )
-    console.print(headed("loss", f"{len(texts)} held-out documents of {describe_sources(settings.text)}"))
+    console.say("loss", f"{len(texts)} held-out documents of {describe_sources(settings.text)}")
     before, after = measure_in_pieces([model, written], texts)
     result = summary(before, after)
     for line in told(result):
@@ -116,9 +111,8 @@ def trim(
         "largest_logit_difference": largest,
         "model": model.fingerprint,
         "kept_token_ids": kept.tolist(),
-        MADE_FROM: facts,
     }
-    write_atomically(incoming / "trim.json", json.dumps(content) + "\n")
+    write_result(incoming / "trim.json", content, facts)
 
 
 def task_of(state: str, name: str | None) -> Task:
@@ -170,8 +164,8 @@ def largest_difference(model: LanguageModel, written: LanguageModel, kept: np.nd
     rows = [written.tokenizer.encode(text, special=False)[:64] for text in texts[:2]]
     length = min(map(len, rows))
     short = np.array([row[:length] for row in rows], np.int32)
-    whole = np.asarray(model.apply(model.params, kept[short].astype(np.int32)))[..., kept]
-    return float(np.max(np.abs(whole - np.asarray(written.apply(written.params, short)))))
+    whole = np.asarray(model.apply(model.params, jnp.asarray(kept[short], jnp.int32)))[..., kept]
+    return float(np.max(np.abs(whole - np.asarray(written.apply(written.params, jnp.asarray(short))))))
 
 
 def summary(before: Loss, after: Loss) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def block_plan(problem: Problem, params: Tree, batch: Batch) -> tuple[Program, t
     found = program.structure
     blocks = plan(found, program.leaves, program.paths, rules)
     (out,) = found.outputs
+    check_outputs(out)
     if rules.estimator == "exact_head" and not (
         found.head is not None
         and found.head.is_last

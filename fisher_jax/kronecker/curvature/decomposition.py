@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from fisher_jax._support.outline import outline
 from fisher_jax._support.placement import automatic, mesh_of, spec_of
 from fisher_jax.kronecker.blocks.plan import Block, Rules
 from fisher_jax.kronecker.blocks.problem import Problem
-from fisher_jax.kronecker.curvature.corrected import column_weights, second_moments
+from fisher_jax.kronecker.curvature.eigenvalue_correction import column_weights, second_moments
+from fisher_jax.kronecker.factors.eigen_stacks import eigen_stacks
 from fisher_jax.kronecker.factors.forms import Diagonal, Eigen, Factor, LowRank, diagonal, gram, stored
-from fisher_jax.kronecker.factors.spread import eigen_stacks
 from fisher_jax.kronecker.factors.woodbury import SoftmaxHead, head_matrix, softmax_head
 from fisher_jax.kronecker.statistics.observation import Observation
 
@@ -35,6 +36,9 @@ class BlockFactors(NamedTuple):
     rows: Array | None = None
     diagonal: Array | None = None
     eigenvalues: Array | None = None
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def decompose(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax._support.outline import outline
 from fisher_jax._support.placement import mesh_of
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_arguments
@@ -29,7 +30,7 @@ Tree = Any
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["blocks", "damping"], meta_fields=["plan", "form", "power"]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Factors:
     """Curvature of a model, see `kfac_factors`.
 
@@ -45,6 +46,9 @@ class Factors:
     plan: tuple[Block, ...]
     form: str = "auto"
     power: float = -1.0
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def kfac_factors(

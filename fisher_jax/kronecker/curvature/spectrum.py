@@ -9,6 +9,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from fisher_jax._support.dtypes import wide_dtype
+from fisher_jax._support.outline import outline
 from fisher_jax.kronecker.blocks.plan import Block
 from fisher_jax.kronecker.curvature.factors import BlockFactors, Factors
 from fisher_jax.kronecker.curvature.product import block_product
@@ -41,6 +42,9 @@ class BlockEigenvalues(NamedTuple):
     num_zero: int
     trace: float
 
+    def __repr__(self) -> str:
+        return outline(self)
+
 
 class KFACSpectrum(NamedTuple):
     """What `kfac_spectrum` found.
@@ -57,6 +61,9 @@ class KFACSpectrum(NamedTuple):
     blocks: dict[str, BlockEigenvalues]
     trace: float
     dimension: int
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def kfac_spectrum(factors: Factors, num_eigenvalues: int | None = None, *, key: Any = None) -> KFACSpectrum:

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array
 
 from fisher_jax._support.dtypes import is_floating, wide_dtype
+from fisher_jax._support.outline import outline
 from fisher_jax.batch import Batch
 from fisher_jax.kronecker.optimizer import annealing
 from fisher_jax.kronecker.optimizer.steps import adaptive_step, combine, fixed_step
@@ -42,6 +43,9 @@ class KFACOptimizerState(NamedTuple):
     momentum: Array
     ratio: Array
     annealing: annealing.RateScale
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def kfac(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from fisher_jax._support.outline import outline
 from fisher_jax.kronecker.curvature.decomposition import BlockFactors
 from fisher_jax.kronecker.options import Curvature, Refresh
 from fisher_jax.kronecker.statistics.averaging import averaged
@@ -36,6 +37,9 @@ class KFACState(NamedTuple):
     reasons: Array
     raw: Observation | None = None
     raw_age: Any = None
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def check_together(curvature: Curvature, refresh: Refresh) -> None:

@@ -53,7 +53,7 @@ def adaptive_step(
     def listed(tree):
         return [x for x in aligned(tree, whole)[0] if is_floating(x)]
 
-    tokens, unusable = tokens_of(likelihood, jax.eval_shape(apply_fn, whole, batch.inputs), batch)
+    tokens, bad = tokens_of(likelihood, jax.eval_shape(apply_fn, whole, batch.inputs), batch)
     seen = first_rows(tokens, how.model_rows)
     directions = ([-x for x in listed(natural)], listed(state.velocity))
     model = local_model(
@@ -91,7 +91,7 @@ def adaptive_step(
     moved_damping = jnp.where(due & (falls | rose), moved_damping, damping)
     velocity = combine(lambda v: jnp.where(rose, 0, v), velocity)
     finite = jnp.isfinite(jnp.stack([model.value, rate, momentum, predicted])).all()
-    bad = unusable | rejection.reason_mask(non_finite=~finite)
+    bad = bad | rejection.reason_mask(non_finite=~finite)
     new = state._replace(
         velocity=velocity, damping=moved_damping, learning_rate=rate, momentum=momentum, ratio=ratio,
         annealing=annealed,

@@ -51,9 +51,8 @@ def observe(problem: Problem, program: Program, blocks: tuple[Block, ...], batch
     rules = problem.rules
     (out,) = program.structure.outputs
     tokens, bad = tokens_of(problem.likelihood, out, batch, rules.estimator == "empirical")
-    weights = tokens.weights
     # A real position counts among the inputs of a layer, whether or not its row has a loss.
-    program = program.on(without_padding(batch.inputs, batch.real))
+    program, weights = program.on(without_padding(batch.inputs, batch.real)), tokens.weights
     masks, label_key = _masks(problem, weights, batch, key)
     sampled = rules.estimator in ("sampled", "exact_head")
     if sampled and key is None:

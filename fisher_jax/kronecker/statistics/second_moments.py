@@ -158,7 +158,7 @@ def lookups(tap: Tap, block: Block, masks: Masks) -> tuple[Array, Array, Array]:
 def _shape(tap: Tap) -> tuple[int, ...]:
     """Of what a use meets, along which its tokens lie, without loops."""
     assert tap.inputs is not None
-    return jnp.shape(tap.cotangents if tap.kind == "conv" else tap.inputs[0])
+    return jnp.shape(jnp.asarray(tap.cotangents) if tap.kind == "conv" else tap.inputs[0])
 
 
 def _mask(tap: Tap, block: Block, masks: Masks) -> Array:
@@ -173,8 +173,8 @@ def _mask(tap: Tap, block: Block, masks: Masks) -> Array:
         what = "the weights of the loss" if block.head else "the padding mask Batch.real"
         place = f" at {tap.use.where}" if tap.use.where else ""
         raise ValueError(
-            f"{what} cannot be laid on the tokens of {tap.path}{place}: {error}; treat the parameter with diagonal= in "
-            "fj.Curvature" + ("" if block.head else ", or leave out Batch.real where nothing is padding")
+            f"{what} cannot be laid on the tokens of {tap.path}{place}: {error}; treat the parameter with diagonal= "
+            "of fj.Curvature" + ("" if block.head else ", or leave out Batch.real where nothing is padding")
         ) from None
     return jnp.ones(math.prod(shape[i] for i in input_token_axes(tap.use, len(shape))))
 

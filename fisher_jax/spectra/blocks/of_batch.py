@@ -60,7 +60,7 @@ def block_spectrum(
         top_k: how many eigenvalues are returned, the largest. Blocks with fewer parameters return all they have.
         damping: of the log-determinant and the damped condition number.
         unit: ``"token"`` or ``"sequence"`` (a row of the batch).
-        kind: ``"empirical"`` (the batch's labels) or ``"sampled"`` (labels drawn from the model with ``key``).
+        kind: ``"empirical"`` (the batch's labels) or ``"true"`` (labels drawn from the model with ``key``).
         blocks: ``"parameter"``: every leaf; ``"module"``: leaves that share all of their path but the last key; or a
             function ``path -> name`` of ``jax.tree_util.keystr``'s paths, ``None`` to leave one out.
         stacked: leaves whose leading axis is one of layers (as scanned layers have): one block per layer,
@@ -69,7 +69,7 @@ def block_spectrum(
         parameters: the leaves to look at, chosen in the same way.
         num_samples: labels drawn per token.
         chunk_size: gradients alive at once.
-        key: for ``kind="sampled"``.
+        key: for ``kind="true"``.
 
     Returns:
         ``{name: BlockSpectrum}`` of numpy values, see `BlockSpectrum` and `Capacity`. On the host; not under ``jit``.

@@ -80,13 +80,13 @@ class Setting:
 def check_options(unit: str, kind: str, num_samples: int, chunk_size: int, max_scores: int) -> None:
     if unit not in ("token", "sequence"):
         raise ValueError(f"unit is 'token' or 'sequence', found {unit!r}")
-    if kind not in ("empirical", "sampled"):
-        raise ValueError(f"kind is 'empirical' or 'sampled', found {kind!r}")
+    if kind not in ("empirical", "true"):
+        raise ValueError(f"kind is 'empirical' or 'true', found {kind!r}")
     for name, x in (("num_samples", num_samples), ("chunk_size", chunk_size), ("max_scores", max_scores)):
         if x < 1:
             raise ValueError(f"{name} is at least 1, found {x}")
     if num_samples > 1 and kind == "empirical":
-        raise ValueError("num_samples draws labels: it needs kind='sampled'")
+        raise ValueError("num_samples draws labels: it needs kind='true'")
 
 
 def check_top_k(top_k: int | None, damping: float, largest: int) -> None:
@@ -97,8 +97,8 @@ def check_top_k(top_k: int | None, damping: float, largest: int) -> None:
 
 
 def key_for(kind: str, key: Array | None) -> Array:
-    if kind == "sampled" and key is None:
-        raise ValueError("kind='sampled' draws labels: pass key=")
+    if kind == "true" and key is None:
+        raise ValueError("kind='true' draws labels: pass key=")
     return jax.random.key(0) if key is None else key
 
 

@@ -126,7 +126,7 @@ def test_one_token_per_row_needs_no_gradients():
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     batch = fj.Batch(jnp.asarray(rng.standard_normal((5, 9)), jnp.float32), jnp.array([0, 1, 2, 3, 1]))
     batch = fj.Batch(batch.inputs, batch.targets, jnp.array([1.0, 0.5, 0.0, 2.0, 1.0]))
-    for options in ({}, {"kind": "sampled", "key": jax.random.key(1), "num_samples": 2}):
+    for options in ({}, {"kind": "true", "key": jax.random.key(1), "num_samples": 2}):
         found = fj.block_spectrum(mlp, fj.categorical, params, batch, **options)
         assert [found[path(name)].method for name in "abc"] == ["taps", "gram", "taps"]
         stream = fj.spectra.block_spectra(
@@ -293,7 +293,7 @@ def test_labels_drawn_from_the_model_give_the_true_fisher():
             true = oracle_curvature.dense("fisher", model, "categorical", draw_params("float64"), *data)
         wanted = np.linalg.eigvalsh(true[:3, :3])[::-1]
         found = fj.block_spectrum(
-            model, fj.categorical, draw_params(), fj.Batch(*map(jnp.asarray, data)), kind="sampled", num_samples=2000,
+            model, fj.categorical, draw_params(), fj.Batch(*map(jnp.asarray, data)), kind="true", num_samples=2000,
             key=jax.random.key(0), chunk_size=9, parameters="bias",
         )  # fmt: skip
         np.testing.assert_allclose(found[path("bias")].eigenvalues, wanted, atol=0.06 * wanted[0])
@@ -388,10 +388,10 @@ def test_what_cannot_be_is_said():
     with pytest.raises(ValueError, match="unit is 'token' or 'sequence', found 'row'"):
         run(unit="row")
     with pytest.raises(ValueError, match="kind is"):
-        run(kind="true")
+        run(kind="some")
     with pytest.raises(ValueError, match="pass key="):
-        run(kind="sampled")
-    with pytest.raises(ValueError, match="needs kind='sampled'"):
+        run(kind="true")
+    with pytest.raises(ValueError, match="needs kind='true'"):
         run(num_samples=2)
     with pytest.raises(ValueError, match="chunk_size is at least 1, found 0"):
         run(chunk_size=0)

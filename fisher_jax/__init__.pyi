@@ -62,7 +62,7 @@ from .kronecker.curvature.factors import kfac_factors as kfac_factors, precondit
 # Spectra
 from .spectra.krylov.spectrum import lanczos as lanczos
 from .spectra.krylov.density import spectral_density as spectral_density
-from .spectra.blocks.one_batch import block_spectrum as block_spectrum
+from .spectra.blocks.of_batch import block_spectrum as block_spectrum
 
 # Use
 from .uses.pruning import saliency as saliency, prune_mask as prune_mask

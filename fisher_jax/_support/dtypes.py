@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-__all__ = ["common_dtype", "wide", "wide_dtype"]
+__all__ = ["common_dtype", "is_floating", "wide", "wide_dtype"]
+
+
+def is_floating(x: Any) -> bool:
+    """Whether ``x`` is made of real floating numbers; ``None`` is not."""
+    return x is not None and bool(jnp.issubdtype(jnp.result_type(x), jnp.floating))
 
 
 def common_dtype(*dtypes: Any) -> jnp.dtype:

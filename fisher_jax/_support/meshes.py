@@ -8,17 +8,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from fisher_jax._support.jax_internals import is_traced
+from fisher_jax._support.placement import automatic
 
-__all__ = ["Place", "automatic", "laid_out", "places", "replicated", "spread", "with_all_rows"]
+__all__ = ["Place", "laid_out", "on_mesh_of", "places", "replicated", "replicating", "with_all_rows"]
 
 
-def automatic(function: Callable, *args: Any) -> Any:
+def replicating(function: Callable, *args: Any) -> Any:
     """``function(*args)``, on a mesh with explicit axes with those axes automatic and the result replicated."""
-    mesh = jax.sharding.get_abstract_mesh()
-    explicit = [n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit]
-    if not explicit:
-        return function(*args)
-    return jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=PartitionSpec())(*args)
+    return automatic(function, PartitionSpec(), *args)
 
 
 Place = NamedSharding | None
@@ -63,7 +60,7 @@ def replicated(x: Array) -> Array:
     return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*(None for _ in x.shape))))
 
 
-def spread(tree: Any, like: Any) -> Any:
+def on_mesh_of(tree: Any, like: Any) -> Any:
     """A concrete tree on all devices of the mesh that ``like`` is on, where it is on one."""
     placed = (getattr(x, "sharding", None) for x in jax.tree.leaves(like) if not is_traced(x))
     mesh = next((s.mesh for s in placed if isinstance(s, NamedSharding)), None)

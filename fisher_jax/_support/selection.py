@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fisher_jax._support.dtypes import is_floating
+
 __all__ = ["Selection", "matches", "select"]
 
 Tree = Any
@@ -55,7 +57,7 @@ def select(params: Tree, parameters: Chosen = None) -> Selection:
                 f"parameter {path} has dtype {x.dtype}; store its real and imaginary part as two parameters, or "
                 "leave it out with parameters="
             )
-        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        floating = is_floating(x)
         if want and not floating and parameters is not None:
             raise ValueError(
                 f"parameter {path} has dtype {x.dtype} and cannot be differentiated; leave it out of parameters="

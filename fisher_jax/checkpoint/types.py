@@ -166,8 +166,8 @@ _TABLE = {
         arrays=f"weight count {_REJECTED}",
         static={"names": _names},
     ),
-    "block covariance": StateType("spectra.blocks.kept:Covariance", arrays="sums"),
-    "block rows": StateType("spectra.blocks.kept:Rows", arrays="rows filled lost"),
+    "block covariance": StateType("spectra.blocks.score_storage:Covariance", arrays="sums"),
+    "block rows": StateType("spectra.blocks.score_storage:ScoreRows", arrays="rows filled lost"),
     "block spectrum": StateType(
         "spectra.blocks.capacity:BlockSpectrum",
         arrays="eigenvalues",

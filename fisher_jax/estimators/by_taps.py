@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Array
 
 from fisher_jax._support import meshes, rejection
-from fisher_jax._support.dtypes import wide, wide_dtype
+from fisher_jax._support.dtypes import is_floating, wide, wide_dtype
 from fisher_jax._support.jax_internals import abstract, convolution
 from fisher_jax._tracing.dense import token_axes
 from fisher_jax._tracing.orientation import Grouping
 from fisher_jax._tracing.places import UnfollowedError, input_token_axes, row_ids
-from fisher_jax._tracing.program import Tap, gradient_of_use, is_free, trace, with_ids
+from fisher_jax._tracing.program import Tap, gradient_of_use, trace, with_ids
 from fisher_jax._tracing.provenance import Spec
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import tokens_of, unit_ids
@@ -46,7 +46,7 @@ def by_taps(problem: Problem, params: Tree, batch: Batch, taps: list[Tap], scale
         def value(row):
             found: list = [None] * len(leaves)
             for i, (x, one) in enumerate(zip(leaves, problem.groupings, strict=True)):
-                if one is not None and is_free(x):
+                if one is not None and is_floating(x):
                     own = [(tap, place) for tap, place in zip(taps, places, strict=True) if tap.leaf == i]
                     found[i] = _leaf(x, one, own, row, scale)
             sums = jax.tree.unflatten(treedef, found)
@@ -61,7 +61,7 @@ def by_taps(problem: Problem, params: Tree, batch: Batch, taps: list[Tap], scale
         parts = (jnp.arange(num_rows, dtype=jnp.int32), weights.reshape(num_rows, -1).sum(1), ids)
         return moments_room.finish(jax.lax.scan(step, first, parts)[0])
 
-    moments = meshes.automatic(run, taps, tokens.weights, unit_ids(problem.unit, batch.units, num_rows))
+    moments = meshes.replicating(run, taps, tokens.weights, unit_ids(problem.unit, batch.units, num_rows))
     finite = functools.reduce(
         jnp.logical_and, [jnp.all(jnp.isfinite(jnp.asarray(t.cotangents))) for t in taps], jnp.bool_(True)
     )

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax import groups as groups_room
 from fisher_jax import welford
 from fisher_jax._support import meshes
+from fisher_jax._support.dtypes import is_floating
 from fisher_jax._tracing import orientation
 from fisher_jax._tracing.program import trace
 from fisher_jax._tracing.structure import Structures
@@ -157,7 +157,7 @@ def group_fisher(
         like = jax.eval_shape(lambda p: problem(p).reduce(_floating(p)), params)
         if combine is None:
             like = orientation.as_sharded(grouped(params), params, like)
-        return meshes.spread(welford.init(like, unit=unit), params)
+        return meshes.on_mesh_of(welford.init(like, unit=unit), params)
 
     def observe(params: Tree, batch: Batch, key: Array | None = None, *, taps=None, taps_scale=1.0) -> Moments:
         check_batch(batch)
@@ -189,7 +189,7 @@ def _whole(estimator: str, unit: str) -> bool:
 
 def _floating(tree: Tree) -> Tree:
     """Leaves that are not floating become ``None``."""
-    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, tree)
+    return jax.tree.map(lambda x: x if is_floating(x) else None, tree)
 
 
 def _check(estimator, kind, unit, num_samples, temperature, chunk_size):

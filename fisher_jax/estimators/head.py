@@ -149,7 +149,7 @@ def _from_taps(problem: HeadProblem, params: Tree, batch: Batch, taps: list[Tap]
         first = moments_room.start(jnp.zeros(like.shape, like.dtype), problem.unit, problem.scale)
         return moments_room.finish(jax.lax.scan(step, first, (*rows, ids))[0])
 
-    moments = meshes.automatic(run, hidden, cotangents, weights, ids)
+    moments = meshes.replicating(run, hidden, cotangents, weights, ids)
     finite = jnp.all(jnp.isfinite(cotangents))
     moments = reject_if(moments, bad | rejection.reason_mask(non_finite=~finite))
     return map_values(moments, lambda x: _placed(problem, params, found, x))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax._support.dtypes import wide
+from fisher_jax._support.dtypes import is_floating, wide
 from fisher_jax._support.jax_internals import zeros
 from fisher_jax._tracing.orientation import Grouping
 from fisher_jax._tracing.structure import Structures
@@ -15,7 +15,7 @@ from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import Tokens, log_probs, tokens_of
 from fisher_jax.likelihoods import Likelihood
 
-__all__ = ["Problem", "Split", "is_free", "read", "signed_total", "split", "square", "zeros_like"]
+__all__ = ["Problem", "Split", "read", "signed_total", "split", "square", "zeros_like"]
 
 Tree = Any
 
@@ -72,20 +72,15 @@ class Split(NamedTuple):
     outputs: Callable[[Tree, Any], Array]
 
 
-def is_free(x: Any) -> bool:
-    """Whether a parameter has a gradient."""
-    return bool(jnp.issubdtype(jnp.result_type(x), jnp.floating))
-
-
 def split(apply_fn: Callable, params: Tree) -> Split:
     leaves, treedef = jax.tree.flatten(params)
 
     def outputs(free, inputs):
         moving = iter(jax.tree.leaves(free))
-        joined = [next(moving) if is_free(x) else x for x in leaves]
+        joined = [next(moving) if is_floating(x) else x for x in leaves]
         return apply_fn(jax.tree.unflatten(treedef, joined), inputs)
 
-    return Split(jax.tree.map(lambda x: jnp.asarray(x) if is_free(x) else None, params), outputs)
+    return Split(jax.tree.map(lambda x: jnp.asarray(x) if is_floating(x) else None, params), outputs)
 
 
 def read(problem: Problem, model: Callable, free: Tree, batch: Batch) -> tuple[Tokens, Array, Any]:

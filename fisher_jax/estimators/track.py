@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fisher_jax._support.masked import is_masked
 from fisher_jax.batch import Batch
 from fisher_jax.welford.estimator import FisherEstimator
 from fisher_jax.welford.moments import Moments, map_values
@@ -71,12 +72,12 @@ def track_fisher(estimator: FisherEstimator, period: int = 1) -> optax.GradientT
     ):  # fmt: skip
         del extra
         given = updates if params is None else params
-        whole = not any(map(_is_masked, jax.tree.leaves(given, is_leaf=_is_masked)))
+        whole = not any(map(is_masked, jax.tree.leaves(given, is_leaf=is_masked)))
         params = params if model_params is None else model_params
         if params is None or batch is None:
             missing = "params" if params is None else "batch="
             raise ValueError(f"track_fisher needs {missing}: call update(grads, state, params, batch=batch, key=key)")
-        if any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_masked)):
+        if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
             raise ValueError(
                 "track_fisher was given a part of the parameters (under optax.masked or multi_transform); pass the "
                 "whole tree as model_params="
@@ -99,12 +100,8 @@ def track_fisher(estimator: FisherEstimator, period: int = 1) -> optax.GradientT
 
 def _restrict(moments: Moments, part: Any) -> Moments:
     """Moments of the leaves that are not masked in ``part``."""
-    return map_values(moments, lambda tree: jax.tree.map(_unless_masked, part, tree, is_leaf=_is_masked))
+    return map_values(moments, lambda tree: jax.tree.map(_unless_masked, part, tree, is_leaf=is_masked))
 
 
 def _unless_masked(part: Any, x: Any) -> Any:
-    return part if _is_masked(part) else x
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
+    return part if is_masked(part) else x

@@ -17,7 +17,7 @@ from fisher_jax.exchange import facts as facts_room
 from fisher_jax.uses import reading
 from fisher_jax.uses.trees import check_alike, check_not_negative
 from fisher_jax.welford.moments import Fragment
-from fisher_jax.welford.observed import as_state
+from fisher_jax.welford.per_group import as_state
 from fisher_jax.welford.state import state_in
 
 __all__ = ["describe", "load", "save"]

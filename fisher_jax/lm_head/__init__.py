@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from fisher_jax import groups as groups_room
 from fisher_jax import welford
 from fisher_jax._support import meshes, rejection
-from fisher_jax._support.dtypes import wide_dtype
+from fisher_jax._support.dtypes import is_floating, wide_dtype
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import tokens_of, unit_ids, without_padding
 from fisher_jax.likelihoods import categorical
@@ -121,12 +121,12 @@ def moments(
             mask = mask | rejection.reason_mask(non_finite=broken)
         return tuple(reject_if(found[k], mask) for k in kinds), log_likelihood.reshape(lead)
 
-    each, log_likelihood = meshes.automatic(run, hidden, head, targets, weights, units, bias, log_sum_exp)
+    each, log_likelihood = meshes.replicating(run, hidden, head, targets, weights, units, bias, log_sum_exp)
     result = each[0] if isinstance(kind, str) else each
     return (result, log_likelihood) if with_log_likelihood else result
 
 
-def _rows(hidden, head: Head, targets, weights, units, unit: str, binary: bool) -> tuple[by_token.Rows, Array]:
+def _rows(hidden, head: Head, targets, weights, units, unit: str, binary: bool) -> tuple[by_token.TokenRows, Array]:
     """Tokens in rows of one observation each, cleaned where the weight is 0, and a mask of reasons to reject them."""
     lead = hidden.shape[:-1]
     outputs = jax.ShapeDtypeStruct((*lead, head.total_size), head.dtype)
@@ -138,7 +138,7 @@ def _rows(hidden, head: Head, targets, weights, units, unit: str, binary: bool) 
         labels = jnp.where(active & (targets >= 0), targets, -1).astype(jnp.int32)
     whole = unit in ("token", "batch")
     number = 1 if whole or not lead else lead[0]
-    rows = by_token.Rows(
+    rows = by_token.TokenRows(
         jnp.where(active[..., None], hidden, 0).reshape(number, -1, hidden.shape[-1]),
         labels.reshape(number, -1),
         weights.reshape(number, -1),
@@ -225,7 +225,7 @@ def _check_arrays(hidden, head, bias, log_sum_exp):
             + ("; transpose the head" if head.ndim == 2 and hidden.shape[-1:] == head.shape[:1] else "")
         )
     for name, x in (("hidden", hidden), ("head", head)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        if not is_floating(x):
             raise TypeError(f"{name} is an array of floats, found dtype {x.dtype}")
     lead = hidden.shape[:-1]
     if log_sum_exp is not None and jnp.shape(log_sum_exp) != lead:

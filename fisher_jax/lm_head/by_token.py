@@ -11,13 +11,13 @@ from fisher_jax.lm_head.scores import VALUE_BITS, SquaredScores, squared_scores
 from fisher_jax.lm_head.softmax import Head
 from fisher_jax.welford.moments import Fold, Moments, finish, fold, from_sums, start
 
-__all__ = ["DEFAULT_CHUNK", "Rows", "moments_by_token"]
+__all__ = ["DEFAULT_CHUNK", "TokenRows", "moments_by_token"]
 
 DEFAULT_CHUNK = 64  # tokens; [64, 50k] logits are 12 MB
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-class Rows(NamedTuple):
+class TokenRows(NamedTuple):
     """Tokens in rows; a row lies within one observation (or is a part of a document, or holds all tokens)."""
 
     hidden: Array  # [B, S, H], zero where the weight is
@@ -37,7 +37,7 @@ class _Sums(NamedTuple):
 
 
 def moments_by_token(
-    rows: Rows, head: Head, *, group: str, kinds: tuple[str, ...], unit: str, temperature: float, chunk: int
+    rows: TokenRows, head: Head, *, group: str, kinds: tuple[str, ...], unit: str, temperature: float, chunk: int
 ) -> tuple[dict[str, Moments], Array]:
     """Moments of each kind and the log-likelihood ``[B, S]``."""
     num_rows, length, _ = rows.hidden.shape
@@ -100,7 +100,7 @@ def moments_by_token(
     return {kind: finish(folds[kind]) for kind in kinds}, log_likelihood
 
 
-def _sums_like(rows: Rows, head: Head, group: str, unit: str, rows_at_once: int) -> _Sums:
+def _sums_like(rows: TokenRows, head: Head, group: str, unit: str, rows_at_once: int) -> _Sums:
     shape = {"row": (head.size,), "column": rows.hidden.shape[2:], "tensor": ()}[group]
     array = jax.ShapeDtypeStruct((rows_at_once, *shape), head.dtype)
     if unit != "token":

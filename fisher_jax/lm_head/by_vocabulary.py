@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax.lm_head.by_token import Rows
+from fisher_jax.lm_head.by_token import TokenRows
 from fisher_jax.lm_head.scores import VALUE_BITS
 from fisher_jax.lm_head.softmax import SCALE_BITS, Head, Partition, merge_partitions, partition
 from fisher_jax.welford.moments import Moments, finish, fold, from_sums, start
@@ -24,16 +24,16 @@ def default_chunk(num_tokens: int) -> int:
     return max(64, 2**19 // min(num_tokens, _TOKENS))
 
 
-class Block(NamedTuple):
+class Pieces(NamedTuple):
     """How tokens of one row are cut: ``number`` pieces of ``size``; the last starts early, its overlap is masked."""
 
     number: int
     size: int
 
 
-def cut(length: int) -> Block:
+def cut(length: int) -> Pieces:
     number = math.ceil(length / _TOKENS)
-    return Block(number, math.ceil(length / number))
+    return Pieces(number, math.ceil(length / number))
 
 
 def chunks(head: Head, chunk: int) -> tuple[int, int]:
@@ -42,7 +42,7 @@ def chunks(head: Head, chunk: int) -> tuple[int, int]:
 
 
 def moments_by_vocabulary(
-    rows: Rows, head: Head, *, kinds: tuple[str, ...], unit: str, temperature: float, chunk: int
+    rows: TokenRows, head: Head, *, kinds: tuple[str, ...], unit: str, temperature: float, chunk: int
 ) -> tuple[dict[str, Moments], Array]:
     """Moments ``[V, H]`` of each kind and the log-likelihood ``[B, S]``, for any unit and temperature.
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax.lm_head.by_token import Rows
+from fisher_jax.lm_head.by_token import TokenRows
 from fisher_jax.lm_head.by_vocabulary import chunks, cut, products
 from fisher_jax.lm_head.scores import VALUE_BITS
 from fisher_jax.lm_head.softmax import Head
@@ -32,7 +32,7 @@ class _Seen(NamedTuple):
 
 
 def token_moments(
-    rows: Rows, head: Head, kinds: tuple[str, ...], log_sum_exp: Array, chunk: int
+    rows: TokenRows, head: Head, kinds: tuple[str, ...], log_sum_exp: Array, chunk: int
 ) -> tuple[dict[str, Moments], Array]:
     """Moments ``[V, H]`` of each kind for the unit token, and the log-likelihood ``[B, S]``."""
     hidden = rows.hidden.reshape(-1, rows.hidden.shape[-1])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax._support.dtypes import wide, wide_dtype
+from fisher_jax._support.dtypes import is_floating, wide, wide_dtype
 from fisher_jax._support.meshes import Place, laid_out
 from fisher_jax._support.selection import Selection
 from fisher_jax.batch import Batch
@@ -185,7 +185,7 @@ def _tangent(selection: Selection, moving: Tree, v: Tree) -> Tree:
         )
     paths = [path for path, moves in zip(selection.paths, selection.moves, strict=True) if moves]
     for path, x, w in zip(paths, jax.tree.leaves(v), jax.tree.leaves(moving), strict=True):
-        if jnp.shape(x) != w.shape or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        if jnp.shape(x) != w.shape or not is_floating(x):
             raise ValueError(
                 f"the tangent of {path} is a floating array of shape {list(w.shape)}, found {jnp.result_type(x)} of "
                 f"shape {list(jnp.shape(x))}"

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from fisher_jax._support.dtypes import wide
 from fisher_jax._support.jax_internals import is_traced
+from fisher_jax._support.masked import is_masked
 from fisher_jax.uses import reading
 from fisher_jax.uses.group_sums import per_parameter
 from fisher_jax.uses.pruning import prune_mask
@@ -121,30 +122,26 @@ def _multiply(updates: Tree, state: Any, params: Tree = None, **extra: Any) -> t
     del params, extra
 
     def leaf(update, factor):
-        if _is_masked(update):
+        if is_masked(update):
             return update
         return (wide(update) * factor).astype(jnp.result_type(update))
 
-    return jax.tree.map(leaf, updates, state[0], is_leaf=_is_masked), state
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
+    return jax.tree.map(leaf, updates, state[0], is_leaf=is_masked), state
 
 
 def _part_of(whole: Tree, part: Tree) -> tuple[Tree, Tree]:
     """Under ``optax.masked`` and ``multi_transform``: leaves of the part that is there, as dicts by number."""
-    leaves = jax.tree.leaves(part, is_leaf=_is_masked)
-    if not any(map(_is_masked, leaves)):
+    leaves = jax.tree.leaves(part, is_leaf=is_masked)
+    if not any(map(is_masked, leaves)):
         return whole, part
-    found = jax.tree.map(lambda p, x: None if _is_masked(p) else x, part, whole, is_leaf=_is_masked)
-    return found, jax.tree.map(lambda p: None if _is_masked(p) else p, part, is_leaf=_is_masked)
+    found = jax.tree.map(lambda p, x: None if is_masked(p) else x, part, whole, is_leaf=is_masked)
+    return found, jax.tree.map(lambda p: None if is_masked(p) else p, part, is_leaf=is_masked)
 
 
 def _put_back(factor: Tree, part: Tree) -> Tree:
     """Masked places of ``part`` are masked in the factors."""
     flat = iter(jax.tree.leaves(factor))
-    return jax.tree.map(lambda p: p if _is_masked(p) else next(flat), part, is_leaf=_is_masked)
+    return jax.tree.map(lambda p: p if is_masked(p) else next(flat), part, is_leaf=is_masked)
 
 
 def project_away(tree: Tree, fisher: Any, fraction: float, *, scope: str = "global") -> Tree:
@@ -228,8 +225,8 @@ def protect_important(
         del params, extra
 
         def leaf(x, keep):
-            return x if _is_masked(x) else jnp.where(keep, x, jnp.zeros((), jnp.result_type(x)))
+            return x if is_masked(x) else jnp.where(keep, x, jnp.zeros((), jnp.result_type(x)))
 
-        return jax.tree.map(leaf, updates, state.free, is_leaf=_is_masked), state
+        return jax.tree.map(leaf, updates, state.free, is_leaf=is_masked), state
 
     return optax.GradientTransformationExtraArgs(init, update)

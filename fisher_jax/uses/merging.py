@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax._support.dtypes import wide
+from fisher_jax._support.dtypes import is_floating, wide
 from fisher_jax._support.jax_internals import is_traced
 from fisher_jax.uses import reading
 from fisher_jax.uses.group_sums import beside
@@ -168,7 +168,7 @@ def check_models(params_list: Sequence[Tree]) -> None:
         raise ValueError("there is no model to merge")
     first = named_leaves(params_list[0])
     for name, x in first:
-        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        if not is_floating(x):
             raise ValueError(f"{name} has dtype {jnp.result_type(x)}; only floating parameters can be merged")
     for i, params in enumerate(params_list[1:], 1):
         check_alike(params_list[0], params, "model 0", f"model {i}")

@@ -9,7 +9,7 @@ import numpy as np
 from fisher_jax import welford
 from fisher_jax.uses.multiplicity import q_values
 from fisher_jax.uses.trees import check_alike
-from fisher_jax.welford.observed import Observed, as_state, effective, observed, on_tree
+from fisher_jax.welford.per_group import Observed, as_state, effective, observed, on_tree
 
 __all__ = ["Drift", "Shift", "importance_drift", "importance_shift"]
 

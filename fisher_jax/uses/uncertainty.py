@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisher_jax.uses import reading
-from fisher_jax.welford.observed import effective, observed, on_tree
+from fisher_jax.welford.per_group import effective, observed, on_tree
 
 __all__ = ["DataNeeded", "data_needed", "effective_count", "signal_to_noise"]
 

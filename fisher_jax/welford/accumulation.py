@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax._support import compensated
-from fisher_jax.welford.moments import Fragment, Moments, select
+from fisher_jax.welford.moments import Arithmetic, Fragment, Moments, join_fragments, select, union
 from fisher_jax.welford.state import State, state_in
 
 __all__ = ["add", "closed", "merge"]
@@ -35,18 +35,7 @@ def _chan(mean: Tree, m2: Tree, weight: Array, other_mean: Tree, other_m2: Tree,
     return jax.tree.map(merge_mean, mean, other_mean), jax.tree.map(merge_m2, m2, other_m2, mean, other_mean)
 
 
-def _union(a: State, b: State) -> State:
-    """Finished observations of both; open ones, counts of rejections and static fields are those of ``a``."""
-    mean, m2 = _chan(a.mean, a.m2, a.weight, b.mean, b.m2, b.weight)
-    square_mean, square_m2 = a.square_mean, a.square_m2
-    if square_mean is not None:
-        b_mean, b_m2 = (b.mean, b.m2) if b.square_mean is None else (b.square_mean, b.square_m2)
-        square_mean, square_m2 = _chan(square_mean, square_m2, a.weight_sq, b_mean, b_m2, b.weight_sq)
-    return dataclasses.replace(
-        a, mean=mean, m2=m2, square_mean=square_mean, square_m2=square_m2,
-        weight=compensated.add(a.weight, b.weight), weight_sq=compensated.add(a.weight_sq, b.weight_sq),
-        count=compensated.add(a.count, b.count),
-    )  # fmt: skip
+_PAIRS = Arithmetic(_chan, compensated.add)
 
 
 def _square(weight: Array) -> Array:
@@ -63,13 +52,7 @@ def _close(state: State, observation: Fragment, when=True) -> State:
         weight_sq=_square(weight), count=compensated.from_value(present), open=None, rejected=state.rejected,
         reasons=state.reasons,
     )  # fmt: skip
-    return _union(state, single)
-
-
-def _join(a: Fragment, b: Fragment) -> Fragment:
-    zeros = jax.tree.map(jnp.zeros_like, a.mean)
-    mean, _ = _chan(a.mean, zeros, a.weight, b.mean, zeros, b.weight)
-    return Fragment(mean, compensated.add(a.weight, b.weight), b.unit_id)
+    return union(state, single, _PAIRS)
 
 
 def _as_state(moments: Moments) -> State:
@@ -152,12 +135,12 @@ def add(state: State, moments: Moments) -> State:
         present = moments.first.weight > 0
         same = (compensated.value(opened.weight) > 0) & (opened.unit_id == first.unit_id)
         new = _close(state, opened, when=present & ~same)
-        current = select(same, _join(opened, first), first)
+        current = select(same, join_fragments(opened, first, _PAIRS), first)
         new = _close(new, current, when=moments.several)
         current = select(moments.several, _fragment(moments.last), select(present, current, opened))
-        new = dataclasses.replace(_union(new, _as_state(moments)), open=current)
+        new = dataclasses.replace(union(new, _as_state(moments), _PAIRS), open=current)
     else:
-        new = _union(state, _as_state(moments))
+        new = union(state, _as_state(moments), _PAIRS)
     # An empty batch must change nothing, not even the last bit of a correction.
     keep = (moments.rejected != 0) | ((moments.weight == 0) & _no_fragment(moments))
     new = select(keep, state, new)
@@ -194,9 +177,9 @@ def merge(a: State, b: State) -> State:
         alone = compensated.value(b.weight) == 0
         has_a, has_b = (compensated.value(x.open.weight) > 0 for x in (a, b))
         same = alone & has_a & has_b & (a.open.unit_id == b.open.unit_id)
-        opened = select(same, _join(a.open, b.open), select(has_b, b.open, a.open))
+        opened = select(same, join_fragments(a.open, b.open, _PAIRS), select(has_b, b.open, a.open))
         a = _close(a, a.open, when=has_b & ~same)
-    return dataclasses.replace(_union(a, b), open=opened, rejected=rejected, reasons=reasons)
+    return dataclasses.replace(union(a, b, _PAIRS), open=opened, rejected=rejected, reasons=reasons)
 
 
 def closed(x: Any) -> State:

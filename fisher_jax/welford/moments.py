@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def check_unit(unit: str) -> None:
         raise ValueError(f"unit is one of {', '.join(UNITS)}, found {unit!r}")
 
 
-def chan(mean, m2, weight, other_mean, other_m2, other_weight):
+def plain_chan(mean, m2, weight, other_mean, other_m2, other_weight):
     """Moments of the union of two sets (Chan, Golub and LeVeque 1979), leaf by leaf, in the arrays' own dtype."""
     total = weight + other_weight
     ratio = jnp.where(total > 0, other_weight / jnp.where(total > 0, total, 1), 0)
@@ -110,11 +111,21 @@ def select(flag, if_true, if_false):
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), if_true, if_false)
 
 
-def join_fragments(a: Fragment, b: Fragment) -> Fragment:
+class Arithmetic(NamedTuple):
+    """How moments are merged and weights added: those of a batch as plain numbers, those of a state as pairs."""
+
+    chan: Callable[..., tuple[Tree, Tree]]
+    add: Callable[[Array, Array], Array]
+
+
+PLAIN = Arithmetic(plain_chan, operator.add)
+
+
+def join_fragments(a: Fragment, b: Fragment, by: Arithmetic = PLAIN) -> Fragment:
     """Both as parts of the observation that ``b`` belongs to."""
     zeros = jax.tree.map(jnp.zeros_like, a.mean)
-    mean, _ = chan(a.mean, zeros, a.weight, b.mean, zeros, b.weight)
-    return Fragment(mean, a.weight + b.weight, b.unit_id)
+    mean, _ = by.chan(a.mean, zeros, a.weight, b.mean, zeros, b.weight)
+    return Fragment(mean, by.add(a.weight, b.weight), b.unit_id)
 
 
 class Fold:
@@ -150,14 +161,11 @@ def close(moments: Moments, observation: Fragment, when=True) -> Moments:
     """Count a finished observation."""
     weight = jnp.where(when, observation.weight, 0)
     zeros = jax.tree.map(jnp.zeros_like, observation.mean)
-    mean, m2 = chan(moments.mean, moments.m2, moments.weight, observation.mean, zeros, weight)
-    square_mean, square_m2 = chan(
-        moments.square_mean, moments.square_m2, moments.weight_sq, observation.mean, zeros, weight**2
-    )
-    return dataclasses.replace(
-        moments, mean=mean, m2=m2, square_mean=square_mean, square_m2=square_m2, weight=moments.weight + weight,
-        weight_sq=moments.weight_sq + weight**2, count=moments.count + (weight > 0).astype(moments.count.dtype),
+    single = dataclasses.replace(
+        moments, mean=observation.mean, m2=zeros, square_mean=observation.mean, square_m2=zeros, weight=weight,
+        weight_sq=weight**2, count=(weight > 0).astype(moments.count.dtype),
     )  # fmt: skip
+    return union(moments, single)
 
 
 def fold(carry: Fold, total: Tree, weight: Array, unit_id: Array) -> Fold:
@@ -294,13 +302,16 @@ def of_tokens(values: Tree, weights: Array) -> Moments:
     )  # fmt: skip
 
 
-def union(a: Moments, b: Moments) -> Moments:
-    """Moments of the observations of both, which have no fragments, by Chan's formula."""
-    mean, m2 = chan(a.mean, a.m2, a.weight, b.mean, b.m2, b.weight)
-    square_mean, square_m2 = chan(a.square_mean, a.square_m2, a.weight_sq, b.square_mean, b.square_m2, b.weight_sq)
+def union(a: Any, b: Any, by: Arithmetic = PLAIN) -> Any:
+    """Finished observations of both moments, or states, by Chan's formula; all else is that of ``a``."""
+    mean, m2 = by.chan(a.mean, a.m2, a.weight, b.mean, b.m2, b.weight)
+    square_mean, square_m2 = a.square_mean, a.square_m2
+    if square_mean is not None:
+        b_mean, b_m2 = (b.mean, b.m2) if b.square_mean is None else (b.square_mean, b.square_m2)
+        square_mean, square_m2 = by.chan(square_mean, square_m2, a.weight_sq, b_mean, b_m2, b.weight_sq)
     return dataclasses.replace(
-        a, mean=mean, m2=m2, square_mean=square_mean, square_m2=square_m2, weight=a.weight + b.weight,
-        weight_sq=a.weight_sq + b.weight_sq, count=a.count + b.count,
+        a, mean=mean, m2=m2, square_mean=square_mean, square_m2=square_m2, weight=by.add(a.weight, b.weight),
+        weight_sq=by.add(a.weight_sq, b.weight_sq), count=by.add(a.count, b.count),
     )  # fmt: skip
 
 

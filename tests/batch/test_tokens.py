@@ -131,7 +131,7 @@ UNLABELLED = {
     "sequence, true": estimator("sequence", kind="true"),
     "kfac_factors, sampled": kfac_factors("sampled"),
     "kfac_factors, ggn": kfac_factors("ggn"),
-    "block_spectrum, sampled": block_spectrum("sequence", "sampled"),
+    "block_spectrum, true": block_spectrum("sequence", "true"),
     "ggn": operator("ggn"),
     "ggn, kept": operator("ggn", keep_linearization=True),
 }

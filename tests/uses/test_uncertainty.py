@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 import fisher_jax as fj
-from fisher_jax.welford.observed import as_state
+from fisher_jax.welford.per_group import as_state
 from tests.uses.heavy_tails import documents, state
 
 

@@ -12,7 +12,7 @@ from fisher_jax.cli.report.layers import Layers, on_parts, part_sizes, read_laye
 from fisher_jax.cli.report.task_state import LEVEL, Task, layer_settings
 from fisher_jax.models import LanguageModel
 from fisher_jax.uses.shift import MIN_EFFECTIVE
-from fisher_jax.welford.observed import effective, observed
+from fisher_jax.welford.per_group import effective, observed
 
 __all__ = ["FEW", "NEVER", "TINY", "Change", "LayerShift", "RowShift", "Total", "layer_shift", "row_shift"]
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from fisher_jax._support.dtypes import wide_dtype
+from fisher_jax._support.dtypes import is_floating, wide_dtype
 from fisher_jax._support.outline import outline
 from fisher_jax.batch import Batch
 from fisher_jax.kronecker.optimizer import annealing
-from fisher_jax.kronecker.optimizer.steps import adaptive_step, combine, fixed_step, moves
+from fisher_jax.kronecker.optimizer.steps import adaptive_step, combine, fixed_step
 from fisher_jax.kronecker.optimizer.transformation import KFACState, at, natural_gradients
 from fisher_jax.kronecker.options import Adaptive, Curvature, FixedRate, Refresh, check_option
 from fisher_jax.likelihoods import Likelihood, categorical
@@ -127,7 +127,7 @@ def kfac(
     momentum = 0.5 if momentum is None else momentum
 
     def init(params: Tree) -> KFACOptimizerState:
-        velocity = jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x.dtype)) if moves(x) else x, params)
+        velocity = jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x.dtype)) if is_floating(x) else x, params)
         first = at(damping, jnp.zeros((), jnp.int32))
         kept, rate, share, ratio = (jnp.full((), x, jnp.float32) for x in (first, 0.0, 0.0, 1.0))
         return KFACOptimizerState(init_factors(params), velocity, kept, rate, share, ratio, annealing.start())
@@ -165,7 +165,9 @@ def kfac(
             new = new._replace(damping=used)
         good = (factors.rejected == state.factors.rejected) & (factors.age >= 0)
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b).astype(b.dtype), tuple(new)[1:], tuple(state)[1:])
-        move = jax.tree.map(lambda u, g: jnp.where(good, u, 0).astype(g.dtype) if moves(g) else g, move, updates)
+        move = jax.tree.map(
+            lambda u, g: jnp.where(good, u, 0).astype(g.dtype) if is_floating(g) else g, move, updates
+        )
         return move, KFACOptimizerState(factors, *kept)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -5,17 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from fisher_jax._support.masked import is_masked
 from fisher_jax.kronecker.blocks.problem import Problem
 
 __all__ = ["aligned", "restricted", "shapes", "whole"]
 
 Tree = Any
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
 
 
 def shapes(tree: Tree) -> Tree:
@@ -25,7 +21,7 @@ def shapes(tree: Tree) -> Tree:
 def whole(params: Tree, instead: Tree, where: str) -> Tree:
     """``instead`` where it is given, else ``params``, which must then be all of them."""
     found = params if instead is None else instead
-    if any(map(_is_masked, jax.tree.leaves(found, is_leaf=_is_masked))):
+    if any(map(is_masked, jax.tree.leaves(found, is_leaf=is_masked))):
         raise ValueError(
             "scale_by_kfac sees a part of the parameters (under optax.masked or multi_transform), and the model "
             f"needs all of them in {where}"

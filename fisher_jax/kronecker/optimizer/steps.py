@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from fisher_jax._support import rejection
-from fisher_jax._support.dtypes import wide
+from fisher_jax._support.dtypes import is_floating, wide
 from fisher_jax.batch.tokens import tokens_of
 from fisher_jax.kronecker.optimizer import annealing
 from fisher_jax.kronecker.optimizer.quadratic import best_step, local_model, loss, tree_dot
 from fisher_jax.kronecker.optimizer.rows import first_rows
 from fisher_jax.kronecker.optimizer.transformation import aligned, at
 
-__all__ = ["adaptive_step", "combine", "fixed_step", "moves"]
+__all__ = ["adaptive_step", "combine", "fixed_step"]
 
 Tree = Any
 _LARGEST = 1e4
@@ -41,8 +41,8 @@ def adaptive_step(
     """The minimiser of the quadratic model along the natural gradient and the last update."""
     leaves, treedef = jax.tree.flatten(whole)
     part, _ = aligned(params, whole)
-    moving = [x for x in part if moves(x)]
-    places = [i for i, x in enumerate(part) if moves(x)]
+    moving = [x for x in part if is_floating(x)]
+    places = [i for i, x in enumerate(part) if is_floating(x)]
 
     def whole_with(moved):
         full = list(leaves)
@@ -51,7 +51,7 @@ def adaptive_step(
         return jax.tree.unflatten(treedef, full)
 
     def listed(tree):
-        return [x for x in aligned(tree, whole)[0] if moves(x)]
+        return [x for x in aligned(tree, whole)[0] if is_floating(x)]
 
     tokens, bad = tokens_of(likelihood, jax.eval_shape(apply_fn, whole, batch.inputs), batch)
     seen = first_rows(tokens, how.model_rows)
@@ -99,18 +99,14 @@ def adaptive_step(
     return velocity, new, bad
 
 
-def moves(x: Any) -> bool:
-    return x is not None and bool(jnp.issubdtype(x.dtype, jnp.floating))
-
-
 def _floating(tree: Tree) -> Tree:
-    return [x for x in jax.tree.leaves(tree) if moves(x)]
+    return [x for x in jax.tree.leaves(tree) if is_floating(x)]
 
 
 def combine(function: Callable, first: Tree, *rest: Tree) -> Tree:
     """Leaf by leaf in at least float32; what is not floating stays."""
 
     def leaf(x, *others):
-        return function(*(wide(y) for y in (x, *others))) if moves(x) else x
+        return function(*(wide(y) for y in (x, *others))) if is_floating(x) else x
 
     return jax.tree.map(leaf, first, *rest)

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array
 
 from fisher_jax._support import rejection
+from fisher_jax._support.dtypes import is_floating
 from fisher_jax._support.jax_internals import zeros
 from fisher_jax._support.placement import mesh_of
 from fisher_jax.batch import Batch
@@ -179,7 +180,7 @@ def natural_gradients(
         bad = on_any_device(bad | rejection.reason_mask(non_finite=~finite), axis_name)
         found = solve(plan, state.blocks, leaves, damping, curvature.form, curvature.power)
         ready = state.age >= 0
-        found = [jnp.where(ready, x, jnp.zeros_like(x)) if _is_floating(x) else x for x in found]
+        found = [jnp.where(ready, x, jnp.zeros_like(x)) if is_floating(x) else x for x in found]
         state = state._replace(rejected=state.rejected + (bad != 0).astype(jnp.int32), reasons=state.reasons | bad)
         return jax.tree.unflatten(treedef, [x for x in found if x is not None]), state
 
@@ -189,10 +190,6 @@ def natural_gradients(
 def at(value: Any, step: Array) -> Any:
     """The value of a schedule at this update; a number or an array as it is."""
     return value(step) if callable(value) else value
-
-
-def _is_floating(x: Any) -> bool:
-    return x is not None and bool(jnp.issubdtype(x.dtype, jnp.floating))
 
 
 def _check_shapes(batch: Batch, example: Batch) -> None:

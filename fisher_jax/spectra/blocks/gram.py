@@ -14,12 +14,12 @@ from jaxtyping import Array
 
 from fisher_jax._support.dtypes import wide, wide_dtype
 from fisher_jax._support.jax_internals import lookup
-from fisher_jax._support.meshes import automatic
+from fisher_jax._support.meshes import replicating
 from fisher_jax._tracing.dense import matrices
 from fisher_jax._tracing.taps import Tap, capture
 from fisher_jax.batch.tokens import Tokens
-from fisher_jax.spectra.blocks.partition import Block
-from fisher_jax.spectra.blocks.scores import Problem, row_loss
+from fisher_jax.spectra.blocks.partition import ParameterBlock
+from fisher_jax.spectra.blocks.scores import Scoring, row_loss
 
 __all__ = ["grams", "smaller"]
 
@@ -27,7 +27,7 @@ Tree = Any
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def smaller(problem: Problem, params: Tree, part: Tokens, blocks: tuple[Block, ...]) -> list[int]:
+def smaller(problem: Scoring, params: Tree, part: Tokens, blocks: tuple[ParameterBlock, ...]) -> list[int]:
     """Places of the blocks whose taps take less memory than their scores and than their covariance."""
     # Shapes alone, without the places on a mesh that arrays have.
     arguments = (params, part, jax.eval_shape(lambda: _keys(problem, part, jax.random.key(0))))
@@ -47,7 +47,7 @@ def smaller(problem: Problem, params: Tree, part: Tokens, blocks: tuple[Block, .
     return found
 
 
-def _only_tap(taps: list[Tap], block: Block, sizes: list[int]) -> Tap | None:
+def _only_tap(taps: list[Tap], block: ParameterBlock, sizes: list[int]) -> Tap | None:
     """The tap of a block that is one leaf with one use of a known form, whole and in layers only."""
     own = [tap for tap in taps if tap.leaf in block.leaves]
     if len(block.leaves) != 1 or len(own) != 1:
@@ -65,21 +65,23 @@ def _only_tap(taps: list[Tap], block: Block, sizes: list[int]) -> Tap | None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def grams(problem: Problem, blocks: tuple[Block, ...], params: Tree, part: Tokens, key: Array) -> list[Array]:
+def grams(
+    problem: Scoring, blocks: tuple[ParameterBlock, ...], params: Tree, part: Tokens, key: Array
+) -> list[Array]:
     """For every block the Gram matrices ``[layers, N, N]`` of all rows' scores."""
 
     def run(params, part, key):
         by_leaf = {tap.leaf: tap for tap in _taps(problem, params, part, _keys(problem, part, key))}
         return [_gram(by_leaf[block.leaves[0]], block) for block in blocks]
 
-    return automatic(run, params, part, key)
+    return replicating(run, params, part, key)
 
 
-def _keys(problem: Problem, part: Tokens, key: Array) -> Array:
+def _keys(problem: Scoring, part: Tokens, key: Array) -> Array:
     return jax.random.split(key, problem.num_samples * part.weights.shape[0])
 
 
-def _taps(problem: Problem, params: Tree, part: Tokens, keys: Array) -> list[Tap]:
+def _taps(problem: Scoring, params: Tree, part: Tokens, keys: Array) -> list[Tap]:
     """Taps with a leading axis of rows, once for every sample."""
     moving = problem.selection.restrict(params)
     repeated = jax.tree.map(lambda x: jnp.concatenate([x] * problem.num_samples), part)
@@ -93,7 +95,7 @@ def _taps(problem: Problem, params: Tree, part: Tokens, keys: Array) -> list[Tap
     return jax.vmap(row)(repeated, jax.random.key_data(keys))
 
 
-def _gram(tap: Tap, block: Block) -> Array:
+def _gram(tap: Tap, block: ParameterBlock) -> Array:
     assert tap.inputs is not None
     assert tap.cotangents is not None
     loops = len(tap.use.loops)

@@ -16,14 +16,14 @@ from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import log_probs
 from fisher_jax.likelihoods import Likelihood
 
-__all__ = ["Block", "Blocks", "partition"]
+__all__ = ["Blocks", "ParameterBlock", "partition"]
 
 Tree = Any
 Grouping = str | Callable[[str], str | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class ParameterBlock:
     """Leaves that form one block, or, where they are stacked, one block per layer.
 
     Attributes:
@@ -58,7 +58,7 @@ class Blocks:
     """The moving leaves and their blocks."""
 
     selection: Selection
-    blocks: tuple[Block, ...]
+    blocks: tuple[ParameterBlock, ...]
 
 
 def partition(
@@ -93,7 +93,7 @@ def partition(
             )
         (layers,) = lengths
         size = sum(math.prod(shapes[i]) for i in group) // (layers or 1)
-        found.append(Block(name, tuple(place[i] for i in group), layers, size))
+        found.append(ParameterBlock(name, tuple(place[i] for i in group), layers, size))
     moves = tuple(i in place for i in range(len(chosen.moves)))
     return Blocks(dataclasses.replace(chosen, moves=moves), tuple(found))
 

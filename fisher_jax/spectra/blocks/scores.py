@@ -9,17 +9,17 @@ from jax.sharding import AxisType
 from jaxtyping import Array
 
 from fisher_jax._support import passes
-from fisher_jax._support.meshes import automatic
+from fisher_jax._support.meshes import replicating
 from fisher_jax._support.selection import Selection
 from fisher_jax.batch.tokens import Tokens, log_probs
 from fisher_jax.likelihoods import Likelihood
 
-__all__ = ["Problem", "check_layout", "fold", "row_loss", "takes_whole_rows"]
+__all__ = ["Scoring", "check_layout", "fold", "row_loss", "takes_whole_rows"]
 
 Tree = Any
 
 
-class Problem(NamedTuple):
+class Scoring(NamedTuple):
     """What is scored, and how. A score is ``sqrt(w_t) s_t``, or ``sum_t w_t s_t / sqrt(w_u)`` of a sequence."""
 
     apply_fn: Callable
@@ -38,7 +38,7 @@ class _Row(NamedTuple):
     key: Array
 
 
-def takes_whole_rows(problem: Problem, weights: Array) -> bool:
+def takes_whole_rows(problem: Scoring, weights: Array) -> bool:
     """Whether a row has one score: sequences, and tokens that stand alone in their row."""
     return problem.unit == "sequence" or weights.size == weights.shape[0]
 
@@ -50,7 +50,7 @@ def check_layout(apply_fn: Callable, params: Tree, inputs: Any) -> None:
         return
 
     def outputs_of_a_row(params, inputs):
-        return automatic(lambda p, x: apply_fn(p, jax.tree.map(lambda x: x[:1], x)), params, inputs)
+        return replicating(lambda p, x: apply_fn(p, jax.tree.map(lambda x: x[:1], x)), params, inputs)
 
     try:
         jax.eval_shape(outputs_of_a_row, params, inputs)
@@ -62,7 +62,7 @@ def check_layout(apply_fn: Callable, params: Tree, inputs: Any) -> None:
         ) from error
 
 
-def fold(problem: Problem, params: Tree, part: Tokens, key: Array, absorb: Callable, carry: Any) -> Any:
+def fold(problem: Scoring, params: Tree, part: Tokens, key: Array, absorb: Callable, carry: Any) -> Any:
     """``carry = absorb(carry, leaves, live)`` over all scores.
 
     ``leaves`` are the moving leaves' scores ``[chunk, ...]``, zero where not ``live``. Every row runs alone.
@@ -82,7 +82,7 @@ def fold(problem: Problem, params: Tree, part: Tokens, key: Array, absorb: Calla
     return _by_token(problem, params, row, samples * rows, absorb, carry)
 
 
-def _by_row(problem: Problem, params: Tree, row: Callable, number: int, absorb: Callable, carry: Any) -> Any:
+def _by_row(problem: Scoring, params: Tree, row: Callable, number: int, absorb: Callable, carry: Any) -> Any:
     """One backward pass per row, ``chunk_size`` of them together."""
     chunk = min(problem.chunk_size, number)
 
@@ -101,7 +101,7 @@ def _by_row(problem: Problem, params: Tree, row: Callable, number: int, absorb: 
     return jax.lax.scan(step, carry, jnp.arange(0, number, chunk))[0]
 
 
-def row_loss(problem: Problem, params: Tree, moving: Tree, part: Tokens, key: Array) -> Array:
+def row_loss(problem: Scoring, params: Tree, moving: Tree, part: Tokens, key: Array) -> Array:
     """The scalar whose gradient is the score of a row."""
     outputs = problem.apply_fn(problem.selection.join(moving, params), part.inputs)
     targets, weights = _targets(problem, outputs, part, key), part.weights
@@ -113,7 +113,7 @@ def row_loss(problem: Problem, params: Tree, moving: Tree, part: Tokens, key: Ar
     return jnp.sum(jnp.sqrt(weights / problem.num_samples) * log_probs(problem.likelihood, outputs, targets, weights))
 
 
-def _by_token(problem: Problem, params: Tree, row: Callable, number: int, absorb: Callable, carry: Any) -> Any:
+def _by_token(problem: Scoring, params: Tree, row: Callable, number: int, absorb: Callable, carry: Any) -> Any:
     """One forward pass per row, and one backward pass for each of its tokens that counts, ``chunk_size`` together."""
 
     def step(carry, i):
@@ -145,7 +145,7 @@ def _by_token(problem: Problem, params: Tree, row: Callable, number: int, absorb
     return jax.lax.scan(step, carry, jnp.arange(number))[0]
 
 
-def _targets(problem: Problem, outputs: Array, part: Tokens, key: Array) -> Any:
+def _targets(problem: Scoring, outputs: Array, part: Tokens, key: Array) -> Any:
     if problem.kind == "empirical":
         return part.targets
     return problem.likelihood.sample(key, jax.lax.stop_gradient(outputs))

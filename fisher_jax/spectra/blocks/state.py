@@ -12,13 +12,13 @@ from jaxtyping import Array
 from fisher_jax._support import compensated, rejection
 from fisher_jax._support.dtypes import common_dtype, wide_dtype
 from fisher_jax._support.errors import RejectedBatchError
-from fisher_jax._support.meshes import automatic
+from fisher_jax._support.meshes import replicating
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import Tokens, tokens_of
-from fisher_jax.spectra.blocks import kept
+from fisher_jax.spectra.blocks import score_storage
 from fisher_jax.spectra.blocks.capacity import BlockSpectrum, spectrum
-from fisher_jax.spectra.blocks.partition import Block
-from fisher_jax.spectra.blocks.scores import Problem, fold
+from fisher_jax.spectra.blocks.partition import ParameterBlock
+from fisher_jax.spectra.blocks.scores import Scoring, fold
 
 __all__ = [
     "BlockSpectraState",
@@ -54,7 +54,7 @@ class BlockSpectraState:
         names: static, for every block the names of its layers' spectra.
     """
 
-    kept: tuple[kept.Kept, ...]
+    kept: tuple[score_storage.Kept, ...]
     traces: tuple[Array, ...]
     weight: Array
     count: Array
@@ -68,8 +68,8 @@ class BlockSpectraState:
 class Setting:
     """What is known before any number is; static, and equal for equal choices, so that nothing recompiles."""
 
-    problem: Problem
-    blocks: tuple[Block, ...]
+    problem: Scoring
+    blocks: tuple[ParameterBlock, ...]
     max_scores: int
 
     @property
@@ -102,9 +102,9 @@ def key_for(kind: str, key: Array | None) -> Array:
     return jax.random.key(0) if key is None else key
 
 
-def tokens(problem: Problem, params: Tree, batch: Batch) -> tuple[Tokens, Array]:
+def tokens(problem: Scoring, params: Tree, batch: Batch) -> tuple[Tokens, Array]:
     # As the rows will run: a model that looks sharded tokens up may name no place for them there.
-    outputs = jax.eval_shape(lambda p, x: automatic(problem.apply_fn, p, x), params, batch.inputs)
+    outputs = jax.eval_shape(lambda p, x: replicating(problem.apply_fn, p, x), params, batch.inputs)
     part, bad = tokens_of(problem.likelihood, outputs, batch, problem.kind == "empirical")
     if part.weights.ndim == 0:
         raise ValueError("outputs are [rows, ..., K], found [K] without rows")
@@ -118,7 +118,7 @@ def tokens(problem: Problem, params: Tree, batch: Batch) -> tuple[Tokens, Array]
     return part, bad
 
 
-def count_scores(problem: Problem, weights: Array) -> Array:
+def count_scores(problem: Scoring, weights: Array) -> Array:
     """Scores that count."""
     active = weights > 0
     active = active.reshape(active.shape[0], -1).any(1) if problem.unit == "sequence" else active
@@ -131,7 +131,7 @@ def init(setting: Setting, params: Tree) -> BlockSpectraState:
     for block in setting.blocks:
         dtype = wide_dtype(*(leaves[i].dtype for i in block.leaves))
         layers = block.layers or 1
-        held.append(kept.keep(layers, block.size, setting.max_scores, setting.chunk, dtype))
+        held.append(score_storage.keep(layers, block.size, setting.max_scores, setting.chunk, dtype))
         traces.append(jnp.zeros((2, layers), dtype))
     dtype = common_dtype(*(x.dtype for x in traces))
     return BlockSpectraState(
@@ -143,7 +143,7 @@ def init(setting: Setting, params: Tree) -> BlockSpectraState:
 
 @jax.jit
 def update(setting: Setting, state: BlockSpectraState, params: Tree, batch: Batch, key: Array) -> BlockSpectraState:
-    return automatic(lambda *arguments: _add(setting, *arguments), state, params, batch, key)
+    return replicating(lambda *arguments: _add(setting, *arguments), state, params, batch, key)
 
 
 def _add(setting: Setting, state: BlockSpectraState, params: Tree, batch: Batch, key: Array) -> BlockSpectraState:
@@ -154,10 +154,12 @@ def _add(setting: Setting, state: BlockSpectraState, params: Tree, batch: Batch,
         found = []
         for block, held, trace in zip(setting.blocks, *carry, strict=True):
             scores = block.vectors(leaves)
-            found.append((kept.absorb(held, scores, live, setting.max_scores), trace + kept.trace(scores)))
+            found.append(
+                (score_storage.absorb(held, scores, live, setting.max_scores), trace + score_storage.trace(scores))
+            )
         return tuple(zip(*found, strict=True))
 
-    begun = tuple(map(kept.begin, state.kept)), tuple(jnp.zeros_like(x[0]) for x in state.traces)
+    begun = tuple(map(score_storage.begin, state.kept)), tuple(jnp.zeros_like(x[0]) for x in state.traces)
     held, traces = fold(problem, params, part, key, absorb, begun)
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in traces]))
     bad = bad | rejection.reason_mask(non_finite=~finite)
@@ -167,7 +169,7 @@ def _add(setting: Setting, state: BlockSpectraState, params: Tree, batch: Batch,
 
     new = dataclasses.replace(
         state,
-        kept=tuple(map(kept.combine, state.kept, held)),
+        kept=tuple(map(score_storage.combine, state.kept, held)),
         traces=tuple(map(add, state.traces, traces)),
         weight=add(state.weight, part.total_weight),
         count=add(state.count, count_scores(problem, part.weights)),
@@ -184,13 +186,13 @@ def finalize(
     weight, num_scores = (float(np.sum(np.asarray(x, np.float64))) for x in (state.weight, state.count))
     if not num_scores:
         raise RejectedBatchError("the stream is empty: no token has any weight, and a mean over none is not defined")
-    sizes = [(x.sums if isinstance(x, kept.Covariance) else x.rows).shape[-1] for x in state.kept]
+    sizes = [(x.sums if isinstance(x, score_storage.Covariance) else x.rows).shape[-1] for x in state.kept]
     check_top_k(top_k, damping, max(sizes) if largest is None else largest)
     options: dict[str, Any] = {"top_k": top_k, "damping": damping}
     spectra: dict[str, BlockSpectrum] = {}
     for names, held, pair, size in zip(state.names, state.kept, state.traces, sizes, strict=True):
         traces = np.sum(np.asarray(pair, np.float64), 0) / weight
-        if isinstance(held, kept.Covariance):
+        if isinstance(held, score_storage.Covariance):
             matrix, method, lost = compensated.value(held.sums), "covariance", np.zeros(traces.size)
         else:
             rows = held.rows[:, : int(held.filled)]

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import scipy.special
 
-from fisher_jax.spectra.krylov import process, sweeps
+from fisher_jax.spectra.krylov import basis_passes, process
 from fisher_jax.spectra.krylov.layout import layout_of, product, random_vector
 
 __all__ = ["Density", "LogDensity", "spectral_density"]
@@ -123,7 +123,7 @@ def spectral_density(
         (0.75, 1.0)
     """
     layout = layout_of(like)
-    host = sweeps.on_host(storage, layout)
+    host = basis_passes.on_host(storage, layout)
     if num_steps < 1 or num_probes < 1:
         raise ValueError(f"num_steps and num_probes are at least 1, found {num_steps} and {num_probes}")
     if width is not None and not width > 0:
@@ -133,7 +133,7 @@ def spectral_density(
         process.rules_for(layout, matvec_dtype, basis_dtype)._replace(go_on=False),
     )
     rows = min(num_steps, layout.size)
-    basis = sweeps.allocate(layout, rows, basis_dtype, host)
+    basis = basis_passes.allocate(layout, rows, basis_dtype, host)
     nodes, weights, products = np.zeros((num_probes, rows)), np.zeros((num_probes, rows)), 0
     noise = -1.0  # measured once
     for probe in range(num_probes):

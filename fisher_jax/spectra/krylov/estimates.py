@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from fisher_jax._support.errors import InputError
-from fisher_jax.spectra.krylov import process, sweeps
+from fisher_jax.spectra.krylov import basis_passes, process
 from fisher_jax.spectra.krylov.density import standard_error
 from fisher_jax.spectra.krylov.layout import Layout, layout_of, product, random_vector
 
@@ -95,17 +95,17 @@ def frobenius_norm(
 
 def _estimate(matvec, like, num_products: int, key, storage: str, jit: bool, squared: bool) -> Estimate:
     layout = layout_of(like)
-    host = sweeps.on_host(storage, layout)
+    host = basis_passes.on_host(storage, layout)
     if num_products < 4:
         raise ValueError(f"num_products is at least 4, found {num_products}")
     kept = min(num_products // 3, layout.size)
     apply = product(matvec, layout, jit)
-    basis = sweeps.allocate(layout, kept, None, host)
+    basis = basis_passes.allocate(layout, kept, None, host)
     basis, size = _range(basis, apply, kept, key, layout)
     exact = 0.0
     for row in range(size):
-        w = _finite(basis, apply(sweeps.combine(basis, np.eye(size)[row])))
-        exact += sweeps.dot(basis, w, w) if squared else float(sweeps.project(basis, w, size)[row])
+        w = _finite(basis, apply(basis_passes.combine(basis, np.eye(size)[row])))
+        exact += basis_passes.dot(basis, w, w) if squared else float(basis_passes.project(basis, w, size)[row])
     found: list[float] = []
     for probe in range(num_products - kept - size if size < layout.size else 0):
         found.append(_probe(basis, apply, size, jax.random.fold_in(key, kept + probe), layout, squared))
@@ -120,13 +120,13 @@ def _range(basis, apply: Callable, kept: int, key, layout: Layout):
     size, largest = 0, 0.0
     for draw in range(kept):
         w = _finite(basis, apply(random_vector(jax.random.fold_in(key, draw), layout, "normal")))
-        before = math.sqrt(sweeps.dot(basis, w, w))
+        before = math.sqrt(basis_passes.dot(basis, w, w))
         if before == 0:
             continue
         largest = max(largest, before)
         _, w, norm = process.orthogonalise(basis, w, np.zeros(max(size, 1)), lambda _: 0.0)
         if norm > 32 * layout.eps * largest:
-            basis, _ = sweeps.write(basis, w, 1 / norm, size)
+            basis, _ = basis_passes.write(basis, w, 1 / norm, size)
             size += 1
     return basis, size
 
@@ -136,12 +136,12 @@ def _probe(basis, apply: Callable, size: int, key, layout: Layout, squared: bool
     drawn = process.on(basis, random_vector(key, layout, "normal"))
     _, u, norm = process.orthogonalise(basis, drawn, np.zeros(max(size, 1)), lambda _: 0.0)
     w = _finite(basis, apply(list(u)))
-    found = sweeps.dot(basis, w, w) if squared else sweeps.dot(basis, u, w)
+    found = basis_passes.dot(basis, w, w) if squared else basis_passes.dot(basis, u, w)
     return found * (layout.size - size) / norm**2
 
 
 def _finite(basis, w):
     w = process.on(basis, w)
-    if not math.isfinite(sweeps.dot(basis, w, w)):
+    if not math.isfinite(basis_passes.dot(basis, w, w)):
         raise InputError("a product has NaN or infinite entries; the loss or a derivative of it is not finite")
     return w

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.tree_util import Partial
 from jaxtyping import Array
 
-from fisher_jax._support.dtypes import common_dtype, wide_dtype
+from fisher_jax._support.dtypes import common_dtype, is_floating, wide_dtype
 from fisher_jax._support.jax_internals import is_traced
 
 __all__ = ["Layout", "layout_of", "product", "random_vector"]
@@ -62,7 +62,7 @@ def layout_of(like: Tree) -> Layout:
                 f"{name} of `like` has dtype {x.dtype}; eigenvalues are computed over real vectors: store real and "
                 "imaginary part as two leaves, or put None in its place"
             )
-        kept.append(x if jnp.issubdtype(x.dtype, jnp.floating) else None)
+        kept.append(x if is_floating(x) else None)
     paths = tuple(jax.tree_util.keystr(p) for (p, _), x in zip(flat, kept, strict=True) if x is not None)
     moving = jax.tree.unflatten(jax.tree.structure(like), kept)
     leaves, treedef = jax.tree.flatten(moving)

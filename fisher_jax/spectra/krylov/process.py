@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisher_jax._support.errors import InputError
-from fisher_jax.spectra.krylov import sweeps
+from fisher_jax.spectra.krylov import basis_passes
+from fisher_jax.spectra.krylov.basis_passes import Basis
 from fisher_jax.spectra.krylov.layout import Layout, Vector, random_vector
-from fisher_jax.spectra.krylov.sweeps import Basis
 
 __all__ = [
     "Process",
@@ -92,7 +92,7 @@ class Process(NamedTuple):
 def start(basis: Basis, key: Any, vector: Vector, drawn: bool = True) -> Process:
     """A process with ``vector`` as its first direction, ``drawn`` at random or given."""
     rows = basis.rows
-    vector, _, norm = sweeps.subtract(basis, on(basis, vector), np.zeros(1))
+    vector, _, norm = basis_passes.subtract(basis, on(basis, vector), np.zeros(1))
     if not (math.isfinite(norm) and norm > 0):
         raise InputError(f"the start vector has norm {norm}; wanted a finite vector that is not zero")
     return Process(
@@ -109,12 +109,12 @@ def on(basis: Basis, vector: Vector) -> Vector:
 def step(state: Process, product: Callable[[Vector], Vector], rules: Rules) -> Process:
     """One product. Consumes the basis."""
     j = state.size
-    basis, v = sweeps.write(state.basis, state.pending, 1 / state.beta, j)
+    basis, v = basis_passes.write(state.basis, state.pending, 1 / state.beta, j)
     matrix, coupling = state.matrix.copy(), np.zeros_like(state.coupling)
     matrix[j, :j] = state.coupling[:j]
     w = on(basis, product(v))
     predicted = matrix[j, : j + 1].copy()
-    predicted[j] = sweeps.dot(basis, v, w)
+    predicted[j] = basis_passes.dot(basis, v, w)
     del v
     column, w, norm = orthogonalise(basis, w, predicted, lambda x: rules.breakdown * max(state.scale, x))
     if not np.isfinite(norm):
@@ -166,11 +166,11 @@ def at_least(rules: Rules, noise: float) -> Rules:
 def deviation(state: Process, product: Callable[[Vector], Vector], coordinates: np.ndarray) -> float:
     """``|A y - (V G + w c^T) t|`` for ``y = V t``: noise of the products, of storage and of the recurrence."""
     m = state.size
-    w = on(state.basis, product(sweeps.combine(state.basis, coordinates)))
+    w = on(state.basis, product(basis_passes.combine(state.basis, coordinates)))
     expected = float(state.coupling[:m] @ coordinates)
     if state.beta > 0 and expected:
         w = [x - np.asarray(expected / state.beta, x.dtype) * p for x, p in zip(w, state.pending, strict=True)]
-    return sweeps.subtract(state.basis, w, state.matrix[:m, :m] @ coordinates)[2]
+    return basis_passes.subtract(state.basis, w, state.matrix[:m, :m] @ coordinates)[2]
 
 
 def orthogonalise(basis: Basis, w: Vector, predicted: np.ndarray, small: Callable[[float], float]):
@@ -182,16 +182,16 @@ def orthogonalise(basis: Basis, w: Vector, predicted: np.ndarray, small: Callabl
     the last one is the one that finds nothing beyond rounding (Daniel, Gragg, Kaufman and Stewart 1976: two passes
     are enough unless next to nothing remains).
     """
-    w, rest, before = sweeps.subtract(basis, w, predicted)
+    w, rest, before = basis_passes.subtract(basis, w, predicted)
     column = predicted + rest
     little = np.linalg.norm(rest) <= _LITTLE * before
-    w, rest, norm = sweeps.subtract(basis, w, rest, measure=not little)
+    w, rest, norm = basis_passes.subtract(basis, w, rest, measure=not little)
     size = math.hypot(float(np.linalg.norm(column)), norm)
     for _ in range(4 if not little else 0):
         if not np.linalg.norm(rest) > 4 * basis.layout.eps * norm:
             break
         column = column + rest
-        w, rest, norm = sweeps.subtract(basis, w, rest)
+        w, rest, norm = basis_passes.subtract(basis, w, rest)
         if norm <= small(size) * 1e-3:
             break
     return column, w, norm
@@ -199,7 +199,7 @@ def orthogonalise(basis: Basis, w: Vector, predicted: np.ndarray, small: Callabl
 
 def _explain_nan(state: Process, product: Callable, basis: Basis, j: int) -> None:
     """Which leaf it was, at the price of one more product."""
-    again = product(sweeps.combine(basis, np.eye(j + 1)[j]))
+    again = product(basis_passes.combine(basis, np.eye(j + 1)[j]))
     layout = basis.layout
     bad = [p or "the vector" for p, x in zip(layout.paths, again, strict=True) if not np.all(np.isfinite(x))]
     where = f"in {', '.join(bad[:4])}" if bad else "somewhere (a second product with the same vector was finite)"
@@ -278,7 +278,7 @@ def restart(state: Process, kept: np.ndarray) -> Process:
     matrix[range(k), range(k)] = values[kept]
     coupling[:k] = state.coupling[:m] @ turn
     return state._replace(
-        basis=sweeps.rotate(state.basis, turn), size=k, matrix=matrix, coupling=coupling, left=_joined(aside),
+        basis=basis_passes.rotate(state.basis, turn), size=k, matrix=matrix, coupling=coupling, left=_joined(aside),
         restarts=state.restarts + 1,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fisher_jax import checkpoint
 from fisher_jax._support.errors import InputError
-from fisher_jax.spectra.krylov import process, sweeps
+from fisher_jax.spectra.krylov import basis_passes, process
 from fisher_jax.spectra.krylov.layout import Layout, layout_of, product, random_vector
 from fisher_jax.spectra.krylov.process import Process
 from fisher_jax.spectra.krylov.summary import ENDS, Plan, Spectrum, ends, summarise
@@ -106,7 +106,7 @@ def lanczos(
         ([3.0, 1.0], 2.0, True)
     """
     layout = layout_of(like)
-    host = sweeps.on_host(storage, layout)
+    host = basis_passes.on_host(storage, layout)
     rows = _check(layout, num_steps, num_eigenvalues, which, max_basis, tol, save, resume)
     if check_period is not None and check_period < 1:
         raise ValueError(f"check_period is at least 1, or None, found {check_period}")
@@ -121,7 +121,7 @@ def lanczos(
     if resume:
         state = _restore(save, layout, rows, basis_dtype, host, key, facts)
     else:
-        basis = sweeps.allocate(layout, rows, basis_dtype, host)
+        basis = basis_passes.allocate(layout, rows, basis_dtype, host)
         first = random_vector(key, layout, "normal") if start is None else _leaves(start, layout)
         state = process.start(basis, key, first, drawn=start is None)
         del basis, first
@@ -213,7 +213,7 @@ def _restore(folder: Any, layout: Layout, rows: int, dtype: Any, on_host: bool, 
     places = [None] * len(layout.places) if on_host else layout.places
     vector = zip(layout.shapes, layout.work, places, strict=True)
     like = {
-        "basis": sweeps.empty_like(layout, rows, dtype, on_host),
+        "basis": basis_passes.empty_like(layout, rows, dtype, on_host),
         "pending": [jax.ShapeDtypeStruct(shape, work, sharding=place) for shape, work, place in vector],
         "key": key,
         "numbers": {n: {"matrix": square, "left": square, "coupling": row}.get(n, one) for n in _NUMBERS},
@@ -227,5 +227,5 @@ def _restore(folder: Any, layout: Layout, rows: int, dtype: Any, on_host: bool, 
         n: int(x) if n in whole else bool(x) if n in logical else float(x) if x.ndim == 0 else x
         for n, x in saved["numbers"].items()
     }
-    basis = sweeps.Basis(saved["basis"], layout, rows, on_host)
+    basis = basis_passes.Basis(saved["basis"], layout, rows, on_host)
     return Process(basis=basis, pending=saved["pending"], key=saved["key"], **numbers)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisher_jax.spectra.krylov import process, sweeps
+from fisher_jax.spectra.krylov import basis_passes, process
 from fisher_jax.spectra.krylov.process import Process, Rules
 
 __all__ = ["ENDS", "Plan", "Spectrum", "ends", "summarise"]
@@ -172,14 +172,14 @@ def _eigenvectors(state: Process, coordinates: np.ndarray, entries: np.ndarray) 
     found = np.where((entries >= 0)[None, :], coordinates[:, np.maximum(entries, 0)], 0.0)
     basis, layout = state.basis, state.basis.layout
     if len(entries) > basis.rows:  # both ends of a small space: entries repeat
-        rotated = sweeps.rotate(basis, coordinates)
+        rotated = basis_passes.rotate(basis, coordinates)
         index = np.maximum(entries, 0)
         rows = [x[index] * (entries >= 0).reshape(-1, *[1] * (x.ndim - 1)) for x in rotated.leaves]
     else:
-        rotated = sweeps.rotate(basis, found)
+        rotated = basis_passes.rotate(basis, found)
         rows = []
         while rotated.leaves:
             rows.append(rotated.leaves.pop(0)[: len(entries)])
     out = [jnp.asarray(x).astype(work) for x, work in zip(rows, layout.work, strict=True)]
-    places = [sweeps.stacked(place) for place in layout.places]
+    places = [basis_passes.stacked(place) for place in layout.places]
     return layout.tree([x if p is None else jax.device_put(x, p) for x, p in zip(out, places, strict=True)])

@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse.linalg
 
 import fisher_jax as fj
-from fisher_jax.spectra.krylov import sweeps
+from fisher_jax.spectra.krylov import basis_passes
 from tests.spectra.krylov import operators_of_known_spectrum as known
 
 EPS = float(np.finfo(np.float32).eps)
@@ -250,7 +250,9 @@ def test_a_run_stops_when_all_have_converged_where_that_is_asked_for():
 def test_a_step_reads_the_basis_twice(monkeypatch):
     """Memory is what a step waits for: one pass predicts and measures, one takes away what was measured."""
     passes = []
-    subtract = sweeps.subtract
-    monkeypatch.setattr(sweeps, "subtract", lambda *args, **kw: passes.append(len(args[2])) or subtract(*args, **kw))
+    subtract = basis_passes.subtract
+    monkeypatch.setattr(
+        basis_passes, "subtract", lambda *args, **kw: passes.append(len(args[2])) or subtract(*args, **kw)
+    )
     run(known.dense(known.SPECTRA["bulk"]), num_steps=40, num_eigenvalues=3, verify=False)
     assert len(passes) <= 2 * 40 + 2

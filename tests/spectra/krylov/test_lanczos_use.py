@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fisher_jax as fj
-from fisher_jax.spectra.krylov import layout, process, sweeps
+from fisher_jax.spectra.krylov import basis_passes, layout, process
 from tests.spectra.krylov import operators_of_known_spectrum as known
 
 KEY = jax.random.key(1)
@@ -165,13 +165,13 @@ def test_sums_over_many_entries_lose_nothing(storage):
     """2**25 equal terms: a plain float32 sum stops growing at 2**24."""
     size = 1 << 25
     space = layout.layout_of({"a": jax.ShapeDtypeStruct((size,), jnp.float32)})
-    basis = sweeps.allocate(space, 1, None, storage == "host")
+    basis = basis_passes.allocate(space, 1, None, storage == "host")
     ones = [np.ones(size, np.float32)] if storage == "host" else [jnp.ones(size)]
-    basis, stored = sweeps.write(basis, [x.copy() for x in ones], 0.3, 0)  # consumes the vector
+    basis, stored = basis_passes.write(basis, [x.copy() for x in ones], 0.3, 0)  # consumes the vector
     value = float(np.float32(0.3))
-    assert sweeps.project(basis, ones, 1)[0] == pytest.approx(size * value, rel=3e-6)
-    assert sweeps.dot(basis, stored, stored) == pytest.approx(size * value**2, rel=3e-6)
-    left, rest, norm = sweeps.subtract(basis, stored, np.array([0.5]))
+    assert basis_passes.project(basis, ones, 1)[0] == pytest.approx(size * value, rel=3e-6)
+    assert basis_passes.dot(basis, stored, stored) == pytest.approx(size * value**2, rel=3e-6)
+    left, rest, norm = basis_passes.subtract(basis, stored, np.array([0.5]))
     assert norm == pytest.approx(value / 2 * size**0.5, rel=3e-6)
     assert rest[0] == pytest.approx(size * value**2 / 2, rel=3e-6)
     assert float(left[0][-1]) == pytest.approx(value / 2, rel=3e-6)
@@ -183,22 +183,24 @@ def test_passes_over_blocks_equal_whole_products(storage):
     rng = np.random.default_rng(0)
     shapes = {"a": (3, 7001), "b": (5,), "c": ()}
     space = layout.layout_of({k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()})
-    basis, rows = sweeps.allocate(space, 7, None, storage == "host"), []
+    basis, rows = basis_passes.allocate(space, 7, None, storage == "host"), []
     for row in range(7):
         vector = [rng.standard_normal(s).astype(np.float32) for s in shapes.values()]
         rows.append(np.concatenate([x.reshape(-1) for x in vector]).astype(np.float64))
-        basis, _ = sweeps.write(basis, vector if storage == "host" else [jnp.asarray(x) for x in vector], 1.0, row)
+        basis, _ = basis_passes.write(
+            basis, vector if storage == "host" else [jnp.asarray(x) for x in vector], 1.0, row
+        )
     stack, coefficients = np.stack(rows), rng.standard_normal(6)
 
     def flat(leaves):
         return np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in leaves])
 
-    np.testing.assert_allclose(flat(sweeps.combine(basis, coefficients)), coefficients @ stack[:6], atol=1e-4)
+    np.testing.assert_allclose(flat(basis_passes.combine(basis, coefficients)), coefficients @ stack[:6], atol=1e-4)
     vector = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes.values()]
     x = flat(vector)
-    np.testing.assert_allclose(sweeps.project(basis, vector, 6), stack[:6] @ x, atol=1e-3)
-    copy, _, same = sweeps.subtract(basis, [jnp.array(x) for x in vector], coefficients, measure=False)
-    left, rest, norm = sweeps.subtract(basis, vector, coefficients)
+    np.testing.assert_allclose(basis_passes.project(basis, vector, 6), stack[:6] @ x, atol=1e-3)
+    copy, _, same = basis_passes.subtract(basis, [jnp.array(x) for x in vector], coefficients, measure=False)
+    left, rest, norm = basis_passes.subtract(basis, vector, coefficients)
     assert same == pytest.approx(norm, rel=1e-6)
     np.testing.assert_allclose(flat(copy), flat(left), atol=1e-6)
     wanted = x - coefficients @ stack[:6]
@@ -206,11 +208,11 @@ def test_passes_over_blocks_equal_whole_products(storage):
     np.testing.assert_allclose(rest, stack[:6] @ wanted, rtol=1e-5, atol=1e-2)
     assert norm == pytest.approx(np.linalg.norm(wanted), rel=1e-6)
     few = np.array([0.5, 0, 0, -2.0])  # what is not zero is little: another way on the host
-    once, rest, _ = sweeps.subtract(basis, [jnp.asarray(x) for x in left], few)
+    once, rest, _ = basis_passes.subtract(basis, [jnp.asarray(x) for x in left], few)
     np.testing.assert_allclose(flat(once), wanted - few @ stack[:4], atol=1e-5)
     np.testing.assert_allclose(rest, stack[:4] @ (wanted - few @ stack[:4]), rtol=1e-5, atol=1e-2)
     turn = rng.standard_normal((7, 4))
-    turned = sweeps.rotate(basis, turn)
+    turned = basis_passes.rotate(basis, turn)
     for row in range(4):
         np.testing.assert_allclose(flat(x[row] for x in turned.leaves), turn[:, row] @ stack, atol=1e-4)
     assert all(not np.any(np.asarray(x)[4:]) for x in turned.leaves)
@@ -226,7 +228,7 @@ def test_what_is_left_of_a_vector_is_orthogonal_to_rounding(left, known_before):
     coefficients = rng.standard_normal(8)
     w = (coefficients @ rows[:8] + left * rows[8]).astype(np.float32)
     space = layout.layout_of({"a": jax.ShapeDtypeStruct((3000,), jnp.float32)})
-    basis = sweeps.Basis([rows[:8].copy()], space, 8, True)
+    basis = basis_passes.Basis([rows[:8].copy()], space, 8, True)
     column, (found,), norm = process.orthogonalise(basis, [w], known_before * coefficients, lambda size: 1e-6 * size)
     found = found.astype(np.float64)
     assert norm == pytest.approx(np.linalg.norm(found), rel=1e-6)

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from fisher_jax._support import compensated
 
-__all__ = ["Covariance", "Kept", "Rows", "absorb", "begin", "combine", "keep", "trace"]
+__all__ = ["Covariance", "Kept", "ScoreRows", "absorb", "begin", "combine", "keep", "trace"]
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -22,7 +22,7 @@ class Covariance(NamedTuple):
     sums: Array
 
 
-class Rows(NamedTuple):
+class ScoreRows(NamedTuple):
     """The scores themselves, as long as they fit; then directions that stand for them (frequent directions).
 
     Attributes:
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
     lost: Array
 
 
-Kept = Covariance | Rows
+Kept = Covariance | ScoreRows
 
 
 def keep(layers: int, size: int, max_scores: int, chunk: int, dtype) -> Kept:
@@ -44,7 +44,7 @@ def keep(layers: int, size: int, max_scores: int, chunk: int, dtype) -> Kept:
     if size <= max_scores:
         return Covariance(jnp.zeros((2, layers, size, size), dtype))
     rows = jnp.zeros((layers, max_scores + chunk, size), dtype)
-    return Rows(rows, jnp.zeros((), jnp.int32), jnp.zeros(layers, dtype))
+    return ScoreRows(rows, jnp.zeros((), jnp.int32), jnp.zeros(layers, dtype))
 
 
 def begin(kept: Kept) -> Kept:
@@ -67,10 +67,10 @@ def absorb(kept: Kept, scores: Array, live: Array, capacity: int) -> Kept:
     zero = jnp.zeros_like(kept.filled)
     rows = jax.lax.dynamic_update_slice(kept.rows, scores[:, front], (zero, kept.filled, zero))
     filled = kept.filled + jnp.sum(live, dtype=jnp.int32)
-    return jax.lax.cond(filled > capacity, _shrink, lambda x: x, Rows(rows, filled, kept.lost))
+    return jax.lax.cond(filled > capacity, _shrink, lambda x: x, ScoreRows(rows, filled, kept.lost))
 
 
-def _shrink(kept: Rows) -> Rows:
+def _shrink(kept: ScoreRows) -> ScoreRows:
     """Half as many directions, every squared length less the first that is left out.
 
     Ghashami, Liberty, Phillips and Woodruff 2016, "Frequent Directions", algorithm 2.2: with ``m`` directions left,
@@ -90,7 +90,7 @@ def _shrink(kept: Rows) -> Rows:
 
     # One layer after the other: batches of LAPACK can wait for each other for ever on few cores.
     rows, shift = jax.lax.map(one, kept.rows)
-    return Rows(rows, jnp.full_like(kept.filled, directions), kept.lost + shift)
+    return ScoreRows(rows, jnp.full_like(kept.filled, directions), kept.lost + shift)
 
 
 def trace(scores: Array) -> Array:

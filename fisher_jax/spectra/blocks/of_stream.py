@@ -12,7 +12,7 @@ from fisher_jax.likelihoods import Likelihood, categorical
 from fisher_jax.spectra.blocks import state as state_room
 from fisher_jax.spectra.blocks.capacity import BlockSpectrum
 from fisher_jax.spectra.blocks.partition import Grouping, partition
-from fisher_jax.spectra.blocks.scores import Problem, check_layout
+from fisher_jax.spectra.blocks.scores import Scoring, check_layout
 from fisher_jax.spectra.blocks.state import BlockSpectraState, Setting
 
 __all__ = ["BlockSpectra", "block_spectra"]
@@ -89,7 +89,7 @@ def block_spectra(
 
     def setting(params: Tree) -> Setting:
         found = partition(params, blocks, stacked, parameters, apply_fn, likelihood, example)
-        problem = Problem(apply_fn, likelihood, found.selection, unit, kind, num_samples, chunk_size)
+        problem = Scoring(apply_fn, likelihood, found.selection, unit, kind, num_samples, chunk_size)
         return Setting(problem, found.blocks, max_scores)
 
     def init(params: Tree) -> BlockSpectraState:

@@ -14,8 +14,8 @@ from fisher_jax.likelihoods import Likelihood
 from fisher_jax.spectra.blocks import gram
 from fisher_jax.spectra.blocks import state as state_room
 from fisher_jax.spectra.blocks.capacity import BlockSpectrum
-from fisher_jax.spectra.blocks.partition import Block, Grouping, partition
-from fisher_jax.spectra.blocks.scores import Problem, check_layout, takes_whole_rows
+from fisher_jax.spectra.blocks.partition import Grouping, ParameterBlock, partition
+from fisher_jax.spectra.blocks.scores import Scoring, check_layout, takes_whole_rows
 
 __all__ = ["block_spectrum"]
 
@@ -94,7 +94,7 @@ def block_spectrum(
     found = partition(params, blocks, stacked, parameters, apply_fn, likelihood, batch)
     largest = max(block.size for block in found.blocks)
     state_room.check_top_k(top_k, damping, largest)
-    problem = Problem(apply_fn, likelihood, found.selection, unit, kind, num_samples, chunk_size)
+    problem = Scoring(apply_fn, likelihood, found.selection, unit, kind, num_samples, chunk_size)
     key = state_room.key_for(kind, key)
     part, bad = state_room.tokens(problem, params, batch)
     require_usable(bad, part.total_weight)
@@ -115,7 +115,7 @@ def block_spectrum(
     return {name: spectra[name] for name in names}
 
 
-def _without(problem: Problem, rest: tuple[Block, ...]) -> tuple[Problem, tuple[Block, ...]]:
+def _without(problem: Scoring, rest: tuple[ParameterBlock, ...]) -> tuple[Scoring, tuple[ParameterBlock, ...]]:
     """The same blocks, with only their own leaves moving."""
     selection = problem.selection
     moving = [i for i, moves in enumerate(selection.moves) if moves]

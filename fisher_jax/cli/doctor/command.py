@@ -19,8 +19,6 @@ from fisher_jax.cli.doctor.settings import DoctorSettings
 from fisher_jax.cli.run.compiler import without_faulty_fusions
 from fisher_jax.cli.run.stopping import EXIT_CODE, stop_if_requested
 
-__all__ = ["report", "run"]
-
 _WIDTH = 79
 _REST = 3.0  # seconds for what comes after the last check
 _NOT_RUN = "not run"

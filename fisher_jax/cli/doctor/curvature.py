@@ -11,8 +11,6 @@ from fisher_jax.cli.doctor.loops import by_path
 from fisher_jax.cli.doctor.records import Check
 from fisher_jax.cli.doctor.subject import Subject
 
-__all__ = ["CHECKS"]
-
 Leaves = dict[str, np.ndarray]
 _BLOCKS = r"attention_norm|\['k'\]"
 _DENSE_LIMIT = 1024  # parameters of a block above which the dense inverse is taken by its two factors

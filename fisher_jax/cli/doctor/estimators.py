@@ -13,8 +13,6 @@ from fisher_jax.cli.doctor.loops import by_path
 from fisher_jax.cli.doctor.records import Check
 from fisher_jax.cli.doctor.subject import Subject
 
-__all__ = ["CHECKS", "statistics", "summary"]
-
 Leaves = dict[str, np.ndarray]
 
 

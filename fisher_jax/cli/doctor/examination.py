@@ -11,8 +11,6 @@ from fisher_jax.cli.doctor.arithmetic import PRODUCTS, REDUCED, precision_of_pro
 from fisher_jax.cli.doctor.records import NOT_RUN, WRONG, Check, Record, examine
 from fisher_jax.cli.doctor.subject import Subject, make_subject
 
-__all__ = ["THREAD", "examination", "in_time", "planned"]
-
 THREAD = "checks of fisher-jax doctor"
 _TICK = 0.1  # seconds between two looks at the clock, which Ctrl-C waits for as well
 _NAN = float("nan")

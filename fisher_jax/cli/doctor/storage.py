@@ -11,8 +11,6 @@ import fisher_jax as fj
 from fisher_jax.cli.doctor.records import Check
 from fisher_jax.cli.doctor.subject import Subject
 
-__all__ = ["CHECKS"]
-
 Leaves = dict[str, np.ndarray]
 
 

@@ -2,6 +2,4 @@
 
 from fisher_jax.cli.doctor import arithmetic, closed_form, curvature, estimators, storage
 
-__all__ = ["CHECKS"]
-
 CHECKS = (*arithmetic.CHECKS, *estimators.CHECKS, *closed_form.CHECKS, *curvature.CHECKS, *storage.CHECKS)

@@ -27,8 +27,6 @@ from fisher_jax.models.origin import Origin, read_origin
 from fisher_jax.text.bits_per_byte import Loss, bits_per_byte, difference, measure_in_pieces
 from fisher_jax.text.held_out import held_out
 
-__all__ = ["run"]
-
 TITLES = {"fisher": "Fisher information", "uniform": "equal weights", "magnitude": "magnitude"}
 
 

@@ -17,11 +17,6 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullL
 
 from fisher_jax.cli.page.blocks import Picture
 
-__all__ = [
-    "WIDTH", "Theme", "drawable", "log_axis", "log_ticks", "panels", "percent_axis", "picture", "spread",
-    "theme_context",
-]  # fmt: skip
-
 
 class Theme(NamedTuple):
     """Colours of one background; the hues are those of Okabe and Ito."""

@@ -27,8 +27,6 @@ from fisher_jax.models import LanguageModel, load
 from fisher_jax.text.corpora import describe_sources, documents
 from fisher_jax.text.packing import Packed, Rows, longest_document, pack
 
-__all__ = ["run"]
-
 OTHER_KIND = {"empirical": "true", "true": "empirical"}
 # One Welford state in float32 per row or entry, with its corrections, twice on disk while it is replaced.
 _STATE_BYTES = 2 * 40

@@ -11,8 +11,6 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from fisher_jax.cli.page.style import Theme, drawable, log_axis, log_ticks, panels
 from fisher_jax.cli.report.layers import Layers, Measured, part_name
 
-__all__ = ["heads_figure", "model_figure", "ratio_figure", "totals_figure"]
-
 TOTAL = "Fisher information per token"
 AVERAGE = "Fisher information\nper token and parameter"
 

@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["SHARES", "Ordering", "orderings", "prune_levels"]
-
 # Shares of the vocabulary rows that are pruned, in the pictures and tables.
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 

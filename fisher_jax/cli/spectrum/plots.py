@@ -13,8 +13,6 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 
 from fisher_jax.cli.page.style import Theme, log_axis, log_ticks, panels
 
-__all__ = ["blocks_figure", "capacity_figure", "density_curves", "density_figure", "eigenvalues_figure", "short"]
-
 UNIT = "nats per token"
 
 

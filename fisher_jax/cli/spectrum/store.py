@@ -20,8 +20,6 @@ from fisher_jax.spectra.blocks.capacity import BlockSpectrum, Capacity
 from fisher_jax.spectra.krylov.density import Density
 from fisher_jax.spectra.krylov.summary import Spectrum
 
-__all__ = ["SpectrumStore"]
-
 _FORMAT = "fisher-jax spectrum 1"
 
 

@@ -27,8 +27,6 @@ from fisher_jax.text.bits_per_byte import Loss, bits_per_byte, difference, measu
 from fisher_jax.text.corpora import describe_sources
 from fisher_jax.text.held_out import held_out
 
-__all__ = ["run"]
-
 NAMES = {
     "empirical": "Group Fisher, empirical",
     "true": "Group Fisher, exact true",

@@ -2,7 +2,7 @@
 
 One run measures everything side by side: the ways are interleaved, round after round, and medians are printed. On the
 head they are divided by one product ``U X`` with ``U [V, T]`` and ``X [T, H]``, the unit that a natural gradient of
-the factor's own tokens needs at least once. In training they are divided by an AdamW step; of ``update_freq`` steps
+the factor's own tokens needs at least once. In training they are divided by an AdamW step; of ``PERIOD`` steps
 one refreshes all factors. What a cap on the tokens of the head's factor costs in quality is the loss on Wikipedia
 after equal steps from equal starts, with words for tokens; adaptive K-FAC, so that nothing is tuned for one of them.
 
@@ -37,7 +37,7 @@ from fisher_jax.kronecker.factors import tikhonov
 from fisher_jax.text import corpora
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-DAMPING, UPDATE_FREQ = 1e-3, 10
+DAMPING, PERIOD = 1e-3, 10
 CAPS = (64, 128, 512, 1024)  # of a batch with 1,024 tokens: the last is no cap
 FIRST_DAMPING, ADAMW_RATES = 0.1, (1e-3, 3e-3, 1e-2, 3e-2)
 STAGES = {  # small and real sizes
@@ -89,7 +89,7 @@ def bench_head(vocabulary, width, tokens, rounds):
     scale = vocabulary / small
     dense_name = f"dense factor of {small} outputs"
     build_general, build_pushed = (seconds[f"build and apply, {way}"] for way in ("any gradient", "push-through"))
-    saved = (build_general - build_pushed) / (build_general + (UPDATE_FREQ - 1) * seconds["apply to any gradient"])
+    saved = (build_general - build_pushed) / (build_general + (PERIOD - 1) * seconds["apply to any gradient"])
     return {
         "vocabulary": vocabulary, "width": width, "tokens": tokens, "seconds": seconds,
         "push-through saves of ten updates": saved,
@@ -134,7 +134,7 @@ def transformer(vocabulary, width, layers, heads, seed=1):
 
 
 def bench_training(vocabulary, width, layers, rows, length, token_caps, rounds):
-    """AdamW's step beside K-FAC's, with a refresh and without; ``update_freq`` steps have one refresh."""
+    """AdamW's step beside K-FAC's, with a refresh and without; ``PERIOD`` steps have one refresh."""
     apply_fn, params = transformer(vocabulary, width, layers, heads=4)
     tokens = jax.random.randint(jax.random.key(2), (rows, length + 1), 0, vocabulary)
     batch = fj.next_token_batch(tokens)
@@ -156,7 +156,13 @@ def bench_training(vocabulary, width, layers, rows, length, token_caps, rounds):
         return lambda state: step(params, state, batch, jax.random.key(3))
 
     def chained(cap):
-        natural = fj.scale_by_kfac(apply_fn, example=batch, damping=DAMPING, update_freq=UPDATE_FREQ, token_cap=cap)
+        natural = fj.scale_by_kfac(
+            apply_fn,
+            example=batch,
+            damping=DAMPING,
+            curvature=fj.Curvature(token_cap=cap),
+            refresh=fj.Refresh(period=PERIOD),
+        )
         return optax.chain(natural, optax.trace(0.9), optax.scale_by_learning_rate(0.1))
 
     adamw = optax.with_extra_args_support(optax.adamw(1e-3))
@@ -176,13 +182,13 @@ def bench_training(vocabulary, width, layers, rows, length, token_caps, rounds):
     found = {}
     for cap in token_caps:
         refresh, between = (seconds[f"cap {cap}, {x}"] / seconds["AdamW"] for x in ("refresh", "between"))
-        amortised = (refresh + (UPDATE_FREQ - 1) * between) / UPDATE_FREQ
+        amortised = (refresh + (PERIOD - 1) * between) / PERIOD
         found[str(cap)] = {
             "refresh": refresh, "between": between, "amortised": amortised, "state MiB": states[cap]
         }  # fmt: skip
     return {
         "vocabulary": vocabulary, "width": width, "layers": layers, "rows": rows, "length": length,
-        "parameters": sum(x.size for x in jax.tree.leaves(params)), "update_freq": UPDATE_FREQ, "seconds": seconds,
+        "parameters": sum(x.size for x in jax.tree.leaves(params)), "period": PERIOD, "seconds": seconds,
         "refresh from own taps": seconds[f"cap {token_caps[0]}, refresh from the step's own taps"] / seconds["AdamW"],
         "in AdamW steps, by token cap": found,
     }  # fmt: skip
@@ -240,7 +246,9 @@ def bench_quality(vocabulary, width, layers, rows, length, token_caps, seeds, st
     example = jax.tree.map(lambda x: x[0], train)
 
     def natural(cap):
-        run = runner(lambda damping: fj.kfac(None, apply_fn, example=example, token_cap=cap, damping=damping))
+        run = runner(
+            lambda damping: fj.kfac(apply_fn, example=example, damping=damping, curvature=fj.Curvature(token_cap=cap))
+        )
         found = losses(run, FIRST_DAMPING, range(seeds))
         print(f"token cap {cap}: {[round(x, 4) for x in found]}", flush=True)
         return found
@@ -291,7 +299,7 @@ def of_training(training):
     )
     yield from (
         "",
-        f"In AdamW steps ({training['seconds']['AdamW']:.2f} s); of {UPDATE_FREQ} steps one refreshes.",
+        f"In AdamW steps ({training['seconds']['AdamW']:.2f} s); of {PERIOD} steps one refreshes.",
         "",
     )
     yield from ("| token cap | refresh | between | **amortised** | state |", "|---:|---:|---:|---:|---:|")

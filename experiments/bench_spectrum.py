@@ -198,7 +198,7 @@ def bench_torch(args):
     ones = jax.tree.map(jnp.ones_like, params)
 
     def eigenvalues():
-        options = {"num_steps": 100, "num_eigenvalues": k, "check_every": 5, "key": jax.random.key(0)}
+        options = {"num_steps": 100, "num_eigenvalues": k, "check_period": 5, "key": jax.random.key(0)}
         return fj.lanczos(matvec, params, **options).eigenvalues
 
     jobs = {"product": lambda: apply(matvec, ones), f"eigenvalues {k}": eigenvalues}

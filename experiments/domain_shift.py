@@ -92,7 +92,7 @@ def strongest(model, shift, a, b, number=12):
     for text in (a, b):
         measured_state = state(*text, "empirical")
         means.append(np.asarray(fj.welford.mean(measured_state), np.float64))
-        bounds.append([np.asarray(x, np.float64) for x in fj.welford.confidence_interval(measured_state)])
+        bounds.append([np.asarray(x, np.float64) for x in fj.welford.interval(measured_state)])
     found = np.where(shift.q < LEVEL, shift.difference, 0.0)
     order = np.argsort(found)
     chosen = [int(i) for i in [*order[::-1][:number], *order[:number][::-1]] if found[i] != 0]

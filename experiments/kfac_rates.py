@@ -24,7 +24,7 @@ import fisher_jax as fj
 SEEDS, STEPS, EVERY = (1, 2, 3, 4, 5), 250, 10
 FREE = {"rate_scale": 1.0, "max_momentum": None}
 LOOKS = {
-    f"{rows}, looked at {when}": FREE | {"adapt_every": every, "model_rows": number}
+    f"{rows}, looked at {when}": FREE | {"adapt_period": every, "model_rows": number}
     for rows, number in (("8 rows of 16", 8), ("all rows", None))
     for when, every in (("every fifth step", 5), ("every step", 1))
 }

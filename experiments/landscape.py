@@ -90,7 +90,7 @@ def top(problem, params, rows, kind, products, key, count=3, start=None):
     batch = fj.next_token_batch(rows)
     matvec = getattr(fj.operators, kind)(problem.apply_fn, fj.categorical, params, batch)
     return fj.lanczos(
-        matvec, params, num_steps=products, num_eigenvalues=count, key=key, check_every=5, tol=1e-2, start=start,
+        matvec, params, num_steps=products, num_eigenvalues=count, key=key, check_period=5, tol=1e-2, start=start,
         eigenvectors=True, verify=False,
     )  # fmt: skip
 
@@ -138,7 +138,7 @@ def trajectories(problem, setting):
     example = jax.eval_shape(fj.next_token_batch, rows)
     makes = {
         "AdamW": adamw(setting.steps, 0.95, 0.01)(setting.rate),
-        "K-FAC": fj.kfac(None, problem.apply_fn, example=example, update_freq=10, factor_decay=0.5),
+        "K-FAC": fj.kfac(problem.apply_fn, example=example, refresh=fj.Refresh(period=10, factor_decay=0.5)),
     }
 
     def runner(tx):
@@ -222,7 +222,14 @@ def judge_of(problem):
     @jax.jit
     def factors(params, rows, key):
         batch = fj.next_token_batch(rows)
-        return fj.kfac_factors(problem.apply_fn, params, batch, fisher="sampled", policy="never", key=key)
+        return fj.kfac_factors(
+            problem.apply_fn,
+            fj.categorical,
+            params,
+            batch,
+            key=key,
+            curvature=fj.Curvature(estimator="sampled", policy="never"),
+        )
 
     @jax.jit
     def judge(params, old, new, rows, damping):

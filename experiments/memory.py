@@ -94,7 +94,11 @@ def diagonal(lean=None, groups="param", decay=None):
 
 def kfac(storage=None):
     def way(model):
-        tx = fj.scale_by_kfac(model.apply, example=model.batch, token_cap=CAP, storage=storage, fisher="sampled")
+        tx = fj.scale_by_kfac(
+            model.apply,
+            example=model.batch,
+            curvature=fj.Curvature(token_cap=CAP, factor_dtype=storage, estimator="sampled"),
+        )
 
         def update(state, params, batch, key):
             # The parameters stand in for the gradient, which is there in any case.

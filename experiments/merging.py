@@ -55,7 +55,9 @@ class Pair(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="floor")
 def fisher_merge(base, models, fishers, share, length, floor):
-    return fj.merge_task_vectors(base, models, fishers, scale=length, scales=[share, 1 - share], floor=floor)
+    return fj.continual.merge_task_vectors(
+        base, models, fishers, scale=length, scales=[share, 1 - share], floor=floor
+    )
 
 
 def merges(pair):

@@ -151,7 +151,7 @@ def by_input_factor(base, tuned, inputs, outputs, ridge):
 
 @jax.jit
 def solved(tuned, factors):
-    return fj.merge_kfac(tuned, factors, max_steps=60, tolerance=1e-3)
+    return fj.kfac_tools.merge_kfac(tuned, factors, max_steps=60, tolerance=1e-3)
 
 
 def by_kfac(base, tuned, factors, damping):
@@ -230,9 +230,9 @@ def pair(setting, data, seed):
         "empirical Fisher": tree(f[0][0] for f in found),
         "true Fisher": tree(f[0][1] for f in found),
         "empirical Fisher of rows": tree(fj.welford.mean(f[1]) for f in found),
-        "empirical Fisher of rows, shrunk": tree(fj.shrunk_mean(f[1]) for f in found),
+        "empirical Fisher of rows, shrunk": tree(fj.stats.shrunk_mean(f[1]) for f in found),
         "empirical Fisher of rows, few tokens": tree(map(fj.welford.mean, few)),
-        "empirical Fisher of rows, few tokens, shrunk": tree(map(fj.shrunk_mean, few)),
+        "empirical Fisher of rows, few tokens, shrunk": tree(map(fj.stats.shrunk_mean, few)),
     }
     inputs = [input_factor(b) for b in seen]
     outputs = list(zip(*(output_diagonals(p, b) for p, b in zip(tuned, seen, strict=True)), strict=True))
@@ -251,4 +251,11 @@ def pair(setting, data, seed):
 
 @functools.partial(jax.jit, static_argnames=("fisher", "token_cap"))
 def factors_of(params, batch, fisher, token_cap, key):
-    return fj.kfac_factors(apply_fn, params, batch, fisher=fisher, token_cap=token_cap, key=key)
+    return fj.kfac_factors(
+        apply_fn,
+        fj.categorical,
+        params,
+        batch,
+        key=key,
+        curvature=fj.Curvature(estimator=fisher, token_cap=token_cap),
+    )

@@ -118,7 +118,14 @@ def small_model():
     @functools.partial(jax.jit, static_argnames="fisher")
     def factors(params, rows, key, fisher):
         batch = fj.next_token_batch(rows)
-        return fj.kfac_factors(functions.apply, params, batch, fisher=fisher, policy="never", key=key)
+        return fj.kfac_factors(
+            functions.apply,
+            fj.categorical,
+            params,
+            batch,
+            key=key,
+            curvature=fj.Curvature(estimator=fisher, policy="never"),
+        )
 
     return Small(
         lambda params: (params, tx.init(params)),
@@ -168,7 +175,7 @@ def pair(model, setting, texts, seed):
 
 @jax.jit
 def merged_by_kfac(models, factors, share):
-    return fj.merge_kfac(models, factors, scales=[share, 1 - share], max_steps=200, tolerance=1e-4)
+    return fj.kfac_tools.merge_kfac(models, factors, scales=[share, 1 - share], max_steps=200, tolerance=1e-4)
 
 
 def kfac_merge(base, models, factors, damping):
@@ -195,7 +202,7 @@ def small_fishers(model, models, rows, setting, seed):
         "magnitude": tuple(jax.tree.map(jnp.square, p) for p in models),
         "empirical Fisher": tuple(map(fj.welford.mean, empirical)),
         "true Fisher": tuple(map(fj.welford.mean, true)),
-        "empirical Fisher, shrunk": tuple(map(fj.shrunk_mean, empirical)),
+        "empirical Fisher, shrunk": tuple(map(fj.stats.shrunk_mean, empirical)),
         "empirical Fisher of few tokens": tuple(map(fj.welford.mean, few)),
-        "empirical Fisher of few tokens, shrunk": tuple(map(fj.shrunk_mean, few)),
+        "empirical Fisher of few tokens, shrunk": tuple(map(fj.stats.shrunk_mean, few)),
     }

@@ -58,13 +58,13 @@ def falling(step):
 
 
 KFAC = {
-    256: dict(update_freq=10, factor_decay=0.5, model_rows=64, min_momentum=0.8, max_momentum=0.8, rate_scale=falling,
-              adapt_every=5),
-    TRAIN: dict(update_freq=2, factor_decay=0.8, model_rows=375, factor_rows=512, max_momentum=None, rate_scale=1.0,
-           adapt_every=5),
+    256: dict(period=10, factor_decay=0.5, model_rows=64, min_momentum=0.8, max_momentum=0.8, rate_scale=falling,
+              adapt_period=5),
+    TRAIN: dict(period=2, factor_decay=0.8, model_rows=375, factor_rows=512, max_momentum=None, rate_scale=1.0,
+           adapt_period=5),
 }  # fmt: skip
 TRIES = [{"damping": d} for d in (0.01, 0.03, 0.1, 0.3, 1.0)]
-FIXED = dict(update_freq=5, factor_decay=0.5)
+FIXED = dict(period=5, factor_decay=0.5)
 FIXED_GRID = [
     {"rate": 0.1, "damping": d, "kl_clip": c, "momentum": m}
     for d in (0.003, 0.01, 0.03, 0.1) for c in (1e-3, 1e-2, 1e-1) for m in (0.0, 0.5, 0.9)
@@ -166,8 +166,8 @@ def adamw_horizons(sizes, task):
 def variants(sizes, task, target, save):
     """One change at a time from the adaptive setting at batch 256: steps to the target, the loss at the end."""
     base, length = KFAC[256], sizes.kfac_steps[0]
-    plans = {f"refresh every {n}": {"update_freq": n} for n in sizes.periods}
-    plans |= {f"{f} Fisher": {"fisher": f} for f in ("empirical", "ggn")}
+    plans = {f"refresh every {n}": {"period": n} for n in sizes.periods}
+    plans |= {f"{f} Fisher": {"estimator": f} for f in ("empirical", "ggn")}
     plans |= {"factors of one batch": {"factor_decay": None}}
     plans |= {"factors of one batch, EK-FAC": {"factor_decay": None, "eigenvalue_correction": True}}
     free = {"min_momentum": None, "max_momentum": None}

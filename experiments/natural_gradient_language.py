@@ -66,11 +66,11 @@ class Setting(NamedTuple):
 SETTINGS = {
     "bytes": Setting(
         2, 32, 3_000_000, 64, 600, 300, 10, (1, 2, 3, 4, 5), (3e-3, 1e-2, 2e-2, 3e-2), (0.1,),
-        dict(update_freq=20, factor_decay=0.5),
+        dict(period=20, factor_decay=0.5),
     ),
     "head": Setting(
         1, 16, 1_500_000, 32, 200, 160, 10, (1, 2, 3), (3e-3, 1e-2, 3e-2), (0.1,),
-        dict(update_freq=10, token_cap=256, min_damping=0.01), (2, 10),
+        dict(period=10, token_cap=256, min_damping=0.01), (2, 10),
     ),
 }  # fmt: skip
 
@@ -159,7 +159,7 @@ def timing(results, setting, task):
     rounds, steps = setting.rounds
     makes = {
         "adamw": adamw(steps, 0.95, 0.01),
-        "kfac": natural(setting, task, refresh_ramp=None),
+        "kfac": natural(setting, task, ramp=None),
     }
     trainers = {n: Trainer(task, m, setting.batch, steps, steps, watch=False) for n, m in makes.items()}
     numbers = {n: results[n]["chosen"] for n in trainers}

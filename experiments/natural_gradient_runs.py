@@ -1,5 +1,6 @@
 """What the experiments on natural gradients share: a task, a compiled training run, grids, steps and seconds."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -127,13 +128,25 @@ def sgd(steps):
 
 
 def kfac(task, batch, steps=None, **options):
-    """Adaptive; with ``steps`` a fixed rate, its schedule that of AdamW."""
+    """Adaptive; with ``steps`` a fixed rate, its schedule that of AdamW. Options are fields of K-FAC's, by name."""
     shape = None if steps is None else optax.warmup_cosine_decay_schedule(0.0, 1.0, max(steps // 10, 1), steps)
 
     def make(rate=None, **numbers):
-        chosen = {"example": task.example(batch)} | options | numbers
-        found = None if shape is None else lambda step: rate * shape(step)
-        return fj.kfac(found, task.apply_fn, task.likelihood, **chosen)
+        chosen = options | numbers
+
+        def fields(kind):
+            return kind(**{f.name: chosen.pop(f.name) for f in dataclasses.fields(kind) if f.name in chosen})
+
+        return fj.kfac(
+            task.apply_fn,
+            task.likelihood,
+            example=task.example(batch),
+            learning_rate=None if shape is None else lambda step: rate * shape(step),
+            curvature=fields(fj.Curvature),
+            refresh=fields(fj.Refresh),
+            step=fields(fj.Adaptive if shape is None else fj.FixedRate),
+            **chosen,
+        )
 
     return make
 

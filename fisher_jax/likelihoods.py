@@ -50,6 +50,8 @@ def _categorical_factor(outputs: Array, k: Array) -> Array:
 
 
 def _integer_in_range(outputs: Array, targets: Array) -> Array:
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise TypeError(f"targets are integer labels, found dtype {targets.dtype}")
     return (targets >= 0) & (targets < outputs.shape[-1])
 
 

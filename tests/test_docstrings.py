@@ -48,7 +48,7 @@ FUNCTIONS = {name: found for name, found in public_functions() if inspect.isrout
 def test_the_search_finds_the_library():
     assert {"check", "ema", "next_token_batch", "welford.add", "lm_head.moments"} <= set(FUNCTIONS)
     names = {found.name for found in EXAMPLES}
-    assert {"fisher_jax.welford.accumulation.add", "fisher_jax.batch.next_token_batch"} <= names
+    assert {"fisher_jax.welford.accumulation.add", "fisher_jax.batch.batch.next_token_batch"} <= names
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -81,3 +81,12 @@ def test_only_models_texts_and_the_command_line_know_files():
             assert not [
                 x for x in imported if x.startswith(("fisher_jax.cli", "fisher_jax.models", "fisher_jax.text"))
             ]
+
+
+@pytest.mark.parametrize(
+    "sentence", ["weights have one value per", "do not fit {", "units have one id per row", "apply_fn returns one",
+                 "negative_weight=~", "target_out_of_range=jnp", "in_range(outputs"]
+)  # fmt: skip
+def test_batches_are_validated_in_one_room(sentence):
+    files = [f for f in (ROOT / "fisher_jax").rglob("*.py") if sentence in f.read_text(encoding="utf-8")]
+    assert [file.parent.name for file in files if file.name != "likelihoods.py"] == ["batch"], files

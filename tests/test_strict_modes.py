@@ -150,7 +150,7 @@ for operator in (fj.operators.ggn, fj.operators.fisher, fj.operators.empirical_f
 @case
 def blocks(dtype):
     apply_fn, params, batch = decoder(dtype)
-    stream = fj.block_spectra(apply_fn, fj.categorical, example=batch)
+    stream = fj.spectra.block_spectra(apply_fn, fj.categorical, example=batch)
     return stream.update, (stream.init(params), params, batch)
 
 
@@ -167,16 +167,18 @@ def kfac_step(dtype, make, **options):
 
 for name, options in {
     "kfac_directions": {},
-    "kfac_directions_of_sampled_labels": {"fisher": "sampled"},
-    "kfac_directions_of_the_exact_head": {"fisher": "exact_head"},
-    "kfac_directions_corrected": {"eigenvalue_correction": True, "policy": "all"},
-    "kfac_directions_corrected_in_eigenbases": {"eigenvalue_correction": True, "policy": "never"},
-    "kfac_directions_reduced": {"shared": "reduce"},
-    "kfac_directions_averaged": {"factor_decay": 0.9, "statistics_freq": 2},
+    "kfac_directions_of_sampled_labels": {"curvature": fj.Curvature(estimator="sampled")},
+    "kfac_directions_of_the_exact_head": {"curvature": fj.Curvature(estimator="exact_head")},
+    "kfac_directions_corrected": {"curvature": fj.Curvature(eigenvalue_correction=True, policy="all")},
+    "kfac_directions_corrected_in_eigenbases": {
+        "curvature": fj.Curvature(eigenvalue_correction=True, policy="never")
+    },
+    "kfac_directions_reduced": {"curvature": fj.Curvature(shared="reduce")},
+    "kfac_directions_averaged": {"refresh": fj.Refresh(factor_decay=0.9, statistics_period=2)},
 }.items():
     CASES[name] = functools.partial(kfac_step, make=fj.scale_by_kfac, **options)
-CASES["kfac_at_a_fixed_rate"] = functools.partial(kfac_step, make=functools.partial(fj.kfac, 0.1))
-CASES["kfac_adaptive"] = functools.partial(kfac_step, make=functools.partial(fj.kfac, None))
+CASES["kfac_at_a_fixed_rate"] = functools.partial(kfac_step, make=fj.kfac, learning_rate=0.1)
+CASES["kfac_adaptive"] = functools.partial(kfac_step, make=fj.kfac)
 
 
 @case
@@ -184,7 +186,7 @@ def kfac_factors_and_inverse(dtype):
     apply_fn, params, batch = decoder(dtype)
 
     def step(params, batch, grads, key):
-        factors = fj.kfac_factors(apply_fn, params, batch, damping=0.1, key=key)
+        factors = fj.kfac_factors(apply_fn, fj.categorical, params, batch, damping=0.1, key=key)
         return fj.precondition(factors, grads)
 
     return step, (params, batch, jax.tree.map(jnp.sin, params), jax.random.key(2))
@@ -197,9 +199,19 @@ def kfac_as_a_matrix(dtype):
     def step(params, batch, key):
         found = {}
         for policy in ("never", "all"):
-            factors = fj.kfac_factors(apply_fn, params, batch, damping=0.1, key=key, policy=policy)
+            factors = fj.kfac_factors(
+                apply_fn, fj.categorical, params, batch, damping=0.1, key=key, curvature=fj.Curvature(policy=policy)
+            )
             found[policy] = fj.operators.kfac(factors)(jax.tree.map(jnp.cos, params))
-        exact = fj.kfac_factors(apply_fn, params, batch, damping=0.1, key=key, fisher="exact_head")
+        exact = fj.kfac_factors(
+            apply_fn,
+            fj.categorical,
+            params,
+            batch,
+            damping=0.1,
+            key=key,
+            curvature=fj.Curvature(estimator="exact_head"),
+        )
         return found, fj.operators.kfac(exact)(jax.tree.map(jnp.cos, params))
 
     return step, (params, batch, jax.random.key(2))
@@ -223,7 +235,7 @@ def layers_in_a_scan(dtype):
     fisher = fj.group_fisher(layered, example=batch, groups=fj.groups.row, estimator="sequence")
 
     def step(params, batch, key):
-        factors = fj.kfac_factors(layered, params, batch, damping=0.1, key=key)
+        factors = fj.kfac_factors(layered, fj.categorical, params, batch, damping=0.1, key=key)
         loss = lambda params: jnp.sum(layered(params, batch.inputs) ** 2)  # noqa: E731
         return fisher.observe(params, batch, None), fj.precondition(factors, params), fj.capture(loss)(params)
 
@@ -234,7 +246,7 @@ def layers_in_a_scan(dtype):
 def steps_that_spare_what_matters(dtype):
     _, params, _ = decoder(dtype)
     fisher = jax.tree.map(lambda x: jnp.square(x.astype(jnp.float32)), params)
-    tx = optax.chain(fj.scale_by_fisher(fisher, damping=1e-2), fj.protect_important(fisher, 0.1))
+    tx = optax.chain(fj.continual.scale_by_fisher(fisher, damping=1e-2), fj.continual.protect_important(fisher, 0.1))
 
     def step(grads, state, params):
         updates, state = tx.update(grads, state, params)
@@ -255,13 +267,13 @@ def reading_a_state(dtype):
         both = fj.welford.merge(one, two)
         both = fj.welford.add(both, fj.welford.observe(rows))
         by_row = fj.welford.observe(rows, unit="sequence")
-        weights = fj.shrunk_mean(by_row), fj.merge_params([params, params], [fj.welford.mean(one)] * 2)
+        weights = fj.stats.shrunk_mean(by_row), fj.merge_params([params, params], [fj.welford.mean(one)] * 2)
         plain = fj.welford.merge(fj.welford.plain(one), fj.welford.plain(two))
         return (
             weights,
             fj.welford.variance(plain),
             fj.welford.mean(both),
-            fj.welford.variance(both, kind="frequency"),
+            fj.welford.variance(both, weighting="frequency"),
             fj.welford.standard_error(both),
         )
 

@@ -28,6 +28,7 @@ __all__ = [
     "Remat",
     "abstract",
     "bind",
+    "branches",
     "broadcast_axes",
     "called",
     "contraction",
@@ -43,12 +44,15 @@ __all__ = [
     "opened",
     "permutation",
     "rematerialised",
+    "repetition",
     "run",
     "slice_bounds",
     "stacked",
+    "struct",
     "unstacked",
     "unstacked_axis",
     "user_line",
+    "walk",
     "zeros",
 ]  # fmt: skip
 
@@ -82,8 +86,15 @@ def opened(traced: Any) -> tuple[Body, list]:
     return Body(list(jaxpr.constvars), list(jaxpr.invars), list(jaxpr.eqns), list(jaxpr.outvars)), values
 
 
-def run(body: Body, values: Sequence[Any]) -> list:
-    """Evaluate a body on values for its `Body.inputs`; what is no longer needed is dropped on the way."""
+def walk(body: Body, values: Sequence[Any], meet: Callable[[Any, list], list]) -> list:
+    """Go through a body equation by equation: ``meet(equation, its operands) -> its results``.
+
+    Args:
+        values: whatever stands for its `Body.inputs`; what is no longer needed is dropped on the way.
+
+    Returns:
+        What stands for its results. A number that is written into the program is given as it is.
+    """
     env = dict(zip(body.inputs, values, strict=True))
     wanted = {atom for atom in body.results if not is_literal(atom)}
     last = {atom: i for i, eqn in enumerate(body.equations) for atom in eqn.invars if not is_literal(atom)}
@@ -92,11 +103,16 @@ def run(body: Body, values: Sequence[Any]) -> list:
         return atom.val if is_literal(atom) else env[atom]
 
     for i, eqn in enumerate(body.equations):
-        env |= zip(eqn.outvars, bind(eqn, list(map(read, eqn.invars))), strict=True)
+        env |= zip(eqn.outvars, meet(eqn, list(map(read, eqn.invars))), strict=True)
         for atom in {x for x in eqn.invars if not is_literal(x)} - wanted:
             if last[atom] == i:
                 del env[atom]
     return list(map(read, body.results))
+
+
+def run(body: Body, values: Sequence[Any]) -> list:
+    """Evaluate a body on values for its `Body.inputs`."""
+    return walk(body, values, bind)
 
 
 def is_literal(atom: Any) -> bool:
@@ -120,8 +136,26 @@ def inside(eqn: Any) -> Any:
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if name in eqn.params:
             body, _ = opened(eqn.params[name])
-            return eqn.params[name] if len(body.arguments) == len(eqn.invars) else None
+            same = _shapes(body.arguments) == _shapes(eqn.invars) and _shapes(body.results) == _shapes(eqn.outvars)
+            return eqn.params[name] if same else None
     return None
+
+
+def _shapes(atoms: Sequence[Any]) -> list[Any]:
+    return [getattr(atom.aval, "shape", None) for atom in atoms]
+
+
+def branches(eqn: Any) -> Sequence[Any] | None:
+    """The traced functions of which a ``jax.lax.cond`` runs one on its operands but the first; else ``None``."""
+    return eqn.params["branches"] if eqn.primitive.name == "cond" else None
+
+
+def repetition(eqn: Any) -> tuple[Any, int, int] | None:
+    """Of a ``jax.lax.while_loop`` the traced body, how many operands its condition has, and how many constants the
+    body has; else ``None``."""
+    if eqn.primitive.name != "while":
+        return None
+    return eqn.params["body_jaxpr"], eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +252,11 @@ def slice_bounds(eqn: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int,
     return eqn.params["start_indices"], eqn.params["limit_indices"], eqn.params["strides"]
 
 
+def _numbers(options: Mapping[str, Any]) -> Any:
+    """Which axes do what in a product, a lookup or a convolution, in JAX's own words."""
+    return options["dimension_numbers"]
+
+
 class Contraction(NamedTuple):
     """Axes of a ``dot_general``, for its first and its second operand."""
 
@@ -227,7 +266,7 @@ class Contraction(NamedTuple):
 
 def contraction(options: Mapping[str, Any]) -> Contraction:
     """Which axes a ``dot_general`` contracts and which it keeps apart; its options are those of the equation."""
-    contracted, batch = options["dimension_numbers"]
+    contracted, batch = _numbers(options)
     return Contraction(*((tuple(left), tuple(right)) for left, right in (contracted, batch)))
 
 
@@ -236,12 +275,19 @@ class Lookup(NamedTuple):
 
     Attributes:
         axes: of the operand, that indices point into.
+        collapsed: axes of the operand along which one entry is taken, and that go.
+        batching, index_batching: axes of the operand, and of the indices, that are gone through together.
+        sizes: of a slice, by axis of the operand.
         whole: whether whole slices along one axis are picked, and that axis goes, as in an embedding.
         offset: axes of the output that are those of a slice; the others are those of the indices.
         clips: whether an index out of range means the nearest row.
     """
 
     axes: tuple[int, ...]
+    collapsed: tuple[int, ...]
+    batching: tuple[int, ...]
+    index_batching: tuple[int, ...]
+    sizes: tuple[int, ...]
     whole: bool
     offset: tuple[int, ...]
     clips: bool
@@ -249,11 +295,13 @@ class Lookup(NamedTuple):
 
 def lookup(options: Mapping[str, Any], operand: tuple[int, ...]) -> Lookup:
     """What a ``gather`` picks from an operand of this shape."""
-    numbers, sizes = options["dimension_numbers"], options["slice_sizes"]
-    axes = tuple(numbers.start_index_map)
-    whole = len(axes) == 1 and axes == tuple(numbers.collapsed_slice_dims) and not numbers.operand_batching_dims
+    numbers, sizes = _numbers(options), tuple(options["slice_sizes"])
+    axes, collapsed = tuple(numbers.start_index_map), tuple(numbers.collapsed_slice_dims)
+    batching = tuple(numbers.operand_batching_dims), tuple(numbers.start_indices_batching_dims)
+    whole = len(axes) == 1 and axes == collapsed and not batching[0]
     whole = whole and all(sizes[i] == n for i, n in enumerate(operand) if i != axes[0])
-    return Lookup(axes, whole, tuple(numbers.offset_dims), options["mode"] == jax.lax.GatherScatterMode.CLIP)
+    clips = options["mode"] == jax.lax.GatherScatterMode.CLIP
+    return Lookup(axes, collapsed, *batching, sizes, whole, tuple(numbers.offset_dims), clips)
 
 
 class Convolution(NamedTuple):
@@ -280,7 +328,7 @@ class Convolution(NamedTuple):
 
 def convolution(options: Mapping[str, Any]) -> Convolution:
     """Axes, groups and window of a ``conv_general_dilated``."""
-    numbers = options["dimension_numbers"]
+    numbers = _numbers(options)
     specs = (tuple(numbers.lhs_spec), tuple(numbers.rhs_spec), tuple(numbers.out_spec))
     groups = options["feature_group_count"], options["batch_group_count"]
     # Uses that were saved keep no window.
@@ -303,7 +351,11 @@ def user_line(eqn: Any) -> str:
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array, with its sharding on an Explicit mesh and the manual axes that it varies over."""
-    kind = jax.typeof(x)
+    return struct(jax.typeof(x))
+
+
+def struct(kind: Any) -> jax.ShapeDtypeStruct:
+    """The same of a type, as `jax.typeof` gives it and variables of a traced function have it."""
     return jax.ShapeDtypeStruct(
         kind.shape, kind.dtype, sharding=_named(kind.sharding), manual_axis_type=kind.manual_axis_type
     )

@@ -1,14 +1,14 @@
-"""A dense use as a plain product: inputs and cotangents of its taps as ``[tokens, in]`` and ``[tokens, out]``."""
+"""Which axes of a use are tokens, and a dense use as a plain product: ``[tokens, in]`` and ``[tokens, out]``."""
 
 import math
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax._support.jax_internals import contraction
+from fisher_jax._support.jax_internals import contraction, convolution, lookup
 from fisher_jax._tracing.provenance import Use
 
-__all__ = ["matrices", "operand_axes"]
+__all__ = ["matrices", "operand_axes", "token_axes"]
 
 
 def operand_axes(use: Use) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -38,3 +38,17 @@ def matrices(use: Use, inputs: tuple[Array, ...], cotangents: Array) -> tuple[Ar
     g = jnp.transpose(cotangents, (*first, *token_axes, *own_axes))
     units = math.prod(use.operand.shape[i] for i in outputs)
     return a.reshape(lead, tokens, width), g.reshape(lead, tokens, units)
+
+
+def token_axes(use: Use, ndim: int) -> tuple[int, ...]:
+    """Axes of the output of a product, lookup or convolution, of ``ndim`` axes, along which tokens lie, in
+    `matrices`' order."""
+    if use.kind == "embedding":
+        offset = lookup(use.options, use.operand.shape).offset
+        return tuple(i for i in range(ndim) if i not in offset)
+    if use.kind == "conv":
+        batch, _, *space = convolution(use.options).outputs
+        return (batch, *space)
+    apart, _, outputs = operand_axes(use)
+    first = len(apart) + (len(outputs) if use.index == 0 else 0)
+    return tuple(range(first, first + ndim - len(apart) - len(outputs)))

@@ -50,16 +50,13 @@ class Grouping:
         return self.finish(jnp.sum(squares, [i for i in range(squares.ndim) if i not in self.keep]))
 
 
-def groupings(
-    groups: Any, params: Tree, specs: Callable[[], list[Spec]] | None, average: bool
-) -> list[Grouping | None]:
+def groupings(groups: Any, params: Tree, specs: Callable[[], list[Spec]] | None) -> list[Grouping | None]:
     """For every leaf how its squares are reduced; ``None`` for a leaf that is not floating.
 
     Args:
         groups: see ``fj.group_fisher``.
         params: arrays or ``jax.ShapeDtypeStruct``s.
         specs: finds all uses of the parameters in a traced loss; ``None`` without an example.
-        average: divide by the number of entries in a group.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     several = isinstance(groups, Mapping)
@@ -81,7 +78,6 @@ def groupings(
             continue
         names = jax.tree_util.keystr(path), _slashed(path)
         own = {k: _leaf(*names, x, c, [s for s in found if s.leaf == i]) for k, c in choice.items()}
-        own = {k: _averaged(one, x) if average else one for k, one in own.items()}
         heads += [(one.head_dim, one.path) for one in own.values() if one.head_dim]
         result.append(_several(names[0], own) if several else own[""])
     if any(isinstance(c, Heads) for choice in chosen for c in choice.values()):
@@ -222,13 +218,6 @@ def _check_heads(sizes: dict[int, str], leaves: list) -> None:
             f"no parameter is a query, key, value or output kernel by its name (the first are {names}); give "
             "fj.groups.head(..., query=, key=, value=, output=) patterns"
         )
-
-
-def _averaged(one: Grouping, x: Any) -> Grouping:
-    def finish(sums: Array) -> Tree:
-        return jax.tree.map(lambda s, n: s / n.astype(s.dtype), one.finish(sums), _count(one, x))
-
-    return dataclasses.replace(one, finish=finish)
 
 
 def _count(one: Grouping, x: Any) -> Tree:

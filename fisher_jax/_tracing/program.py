@@ -1,4 +1,4 @@
-"""A traced loss, and its derivative with respect to perturbations at the uses of its parameters."""
+"""A traced function, and its derivative with respect to perturbations at the uses of its parameters."""
 
 import dataclasses
 import functools
@@ -11,11 +11,23 @@ import numpy as np
 from jaxtyping import Array
 
 from fisher_jax._support.jax_internals import zeros
-from fisher_jax._tracing.provenance import Use, View
-from fisher_jax._tracing.recorder import Recorder, zero
+from fisher_jax._tracing.ids import Carried, Lost
+from fisher_jax._tracing.provenance import Spec, Use, View
+from fisher_jax._tracing.replay import Replay, zero
+from fisher_jax._tracing.structure import Structure, Structures
 from fisher_jax._tracing.tracing import evaluate
 
-__all__ = ["Program", "Tap", "differentiate", "frozen", "gradient_of_use", "trace"]
+__all__ = [
+    "Program",
+    "Tap",
+    "differentiate",
+    "frozen",
+    "gradient_of_use",
+    "is_free",
+    "real_scalar",
+    "trace",
+    "with_ids",
+]
 
 Tree = Any
 
@@ -50,23 +62,53 @@ class Tap:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A traced loss, ready to run with perturbations."""
+    """A traced function of parameters and arguments, with its structure.
 
+    Attributes:
+        structure: of the program.
+        traced: the function of all leaves and arguments.
+        followed: for every parameter whether it is followed, or data.
+        leaves, treedef, paths: the parameters.
+        arguments: those that are traced.
+        shape: of the function's result, a tree of ``jax.ShapeDtypeStruct``s.
+    """
+
+    structure: Structure
     traced: Any
+    followed: tuple[bool, ...]
     leaves: list
-    arguments: list
+    treedef: Any
     paths: list[str]
-    followed: list[bool]
-    probe: Recorder
+    arguments: list
+    shape: Tree
 
-    def run(self, leaves: list, arguments: list, recorder: Recorder) -> Array:
+    @property
+    def specs(self) -> list[Spec]:
+        return self.structure.specs
+
+    def on(self, *args: Any) -> "Program":
+        """The same program on other arguments of the same types, all of them arrays."""
+        return dataclasses.replace(self, arguments=list(map(_array, jax.tree.leaves(args))))
+
+    def __call__(self) -> Tree:
+        """What the function returns."""
+        way = Replay(self.structure.survey, iter(()), lambda leaf: False, None)
+        return self.replayed(self.leaves, self.arguments, way)
+
+    def replayed(self, leaves: list, arguments: list, way: Any) -> Tree:
+        """The function, in which ``way`` meets every use of a parameter."""
         views = [View.of(x, i) if self.followed[i] else x for i, x in enumerate(leaves)]
-        (value,) = evaluate(self.traced, [*views, *arguments], recorder)
-        return jnp.asarray(recorder.generic(value, None))
+        values = [jnp.asarray(way.generic(x, None)) for x in evaluate(self.traced, [*views, *arguments], way)]
+        return jax.tree.unflatten(jax.tree.structure(self.shape), values)
 
 
 _SCALARS = (bool, int, float, complex)
 _ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+
+
+def is_free(x: Any) -> bool:
+    """Whether a parameter has a gradient."""
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.floating))
 
 
 def _is_array(x: Any) -> bool:
@@ -80,14 +122,24 @@ def _array(x: Any) -> Any:
 
 
 def trace(
-    loss_fn: Callable,
+    function: Callable,
     params: Tree,
     args: tuple,
-    kwargs: dict,
-    reduce: Callable[[Tap], Tree] | None = None,
-    follow: Callable[[int], bool] = lambda leaf: True,
+    kwargs: dict | None = None,
+    structures: Structures | None = None,
+    lead: tuple[int, ...] | None = (),
+    check: Callable[[Any], Any] = lambda result: result,
+    follow: Callable[[str], bool] = lambda path: True,
 ) -> Program:
-    """Trace the loss, and probe it for uses of the leaves to ``follow``."""
+    """Trace a function of parameters, and find its structure, or know it from before.
+
+    Args:
+        structures: of this function, held by who calls it again.
+        lead: rows, and positions of a row, along the leading axes of the arguments; ``None``: those of the outputs.
+        check: what the function returns is passed through it while it is traced.
+        follow: says of a path whether it is followed; other leaves are data.
+    """
+    kwargs = {} if kwargs is None else kwargs
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [jax.tree_util.keystr(path) for path, _ in with_paths]
     leaves = [_parameter(path, x) for path, (_, x) in zip(paths, with_paths, strict=True)]
@@ -104,22 +156,17 @@ def trace(
     traced = [not isinstance(x, _SCALARS) for _, x in flat]
     arguments = [_array(x) for (_, x), is_traced in zip(flat, traced, strict=True) if is_traced]
 
-    def loss(leaves, arguments):
+    def of_arrays(leaves, arguments):
         moving = iter(arguments)
         values = [next(moving) if is_traced else x for (_, x), is_traced in zip(flat, traced, strict=True)]
         positional, named = jax.tree.unflatten(args_tree, values)
-        return _real_scalar(loss_fn(jax.tree.unflatten(treedef, leaves), *positional, **named))
+        return check(function(jax.tree.unflatten(treedef, leaves), *positional, **named))
 
-    made = jax.make_jaxpr(loss)(leaves, arguments)
-    followed = [bool(jnp.issubdtype(x.dtype, jnp.floating)) and follow(i) for i, x in enumerate(leaves)]
-
-    def kept(leaf: int, use: Use, inputs: tuple, cotangent: Array) -> Tree:
-        assert reduce is not None
-        return reduce(Tap(paths[leaf], use.kind, leaf, use, inputs, cotangent))
-
-    program = Program(made, leaves, arguments, paths, followed, Recorder(kept if reduce else None))
-    jax.eval_shape(lambda leaves, arguments: program.run(leaves, arguments, program.probe), leaves, arguments)
-    return program
+    made, shape = jax.make_jaxpr(of_arrays, return_shape=True)(leaves, arguments)
+    structures = Structures() if structures is None else structures
+    followed = tuple(is_free(x) and follow(path) for path, x in zip(paths, leaves, strict=True))
+    structure = structures.of(made, followed, lead)
+    return Program(structure, made, followed, leaves, treedef, paths, arguments, shape)
 
 
 def _parameter(path: str, x: Any) -> Any:
@@ -142,7 +189,8 @@ def _name(path: tuple) -> str:
     return f"argument {name}{jax.tree_util.keystr(path[2:])}"
 
 
-def _real_scalar(value: Any) -> Any:
+def real_scalar(value: Any) -> Any:
+    """The value of a loss, checked."""
     if not isinstance(value, _SCALARS + _ARRAYS):
         raise ValueError(f"the loss returns one real number, found {type(value).__name__}: return the number alone")
     if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
@@ -152,31 +200,69 @@ def _real_scalar(value: Any) -> Any:
 
 
 def differentiate(
-    program: Program, gradients: Callable[[int], bool] = lambda leaf: False
+    program: Program,
+    objective: Callable[[Tree], Array] = lambda value: value,
+    *,
+    reduce: Callable[[Tap], Tree] | None = None,
+    follow: Callable[[int], bool] = lambda leaf: True,
+    gradients: Callable[[int], bool] = lambda leaf: False,
 ) -> tuple[Array, list, list[Tap]]:
-    """Value, gradients of the leaves whose index is in ``gradients``, and taps, from one backward pass."""
-    probe = program.probe
-    moves = [bool(jnp.issubdtype(x.dtype, jnp.floating)) and gradients(i) for i, x in enumerate(program.leaves)]
+    """``objective`` of the program's result, gradients of leaves, and taps, from one backward pass.
+
+    Args:
+        objective: a real number from what the program returns.
+        reduce: what is kept of a tap, formed inside the backward pass.
+        follow: leaves that have taps.
+        gradients: leaves that have gradients.
+    """
+    specs = [spec for spec in program.specs if follow(spec.leaf)]
+    moves = [is_free(x) and gradients(i) for i, x in enumerate(program.leaves)]
+
+    def tap(spec: Spec) -> Tap:
+        return Tap(program.paths[spec.leaf], spec.use.kind, spec.leaf, spec.use)
+
+    def kept(spec: Spec, inputs: tuple, cotangent: Array) -> Tree:
+        assert reduce is not None
+        return reduce(dataclasses.replace(tap(spec), inputs=inputs, cotangents=cotangent))
+
+    keep = None if reduce is None else kept
 
     def loss(perturbations, moving):
         following = iter(moving)
         leaves = [next(following) if moved else x for x, moved in zip(program.leaves, moves, strict=True)]
-        recorder = probe.replay(perturbations)
-        return program.run(leaves, program.arguments, recorder), recorder.inputs
+        way = Replay(program.structure.survey, iter(perturbations), follow, keep)
+        return objective(program.replayed(leaves, program.arguments, way)), way.inputs
 
     moving = [x for x, moved in zip(program.leaves, moves, strict=True) if moved]
-    value, pullback, inputs = jax.vjp(loss, [zero(spec) for spec in probe.specs], moving, has_aux=True)
+    value, pullback, inputs = jax.vjp(loss, [zero(spec, keep) for spec in specs], moving, has_aux=True)
     found, moved_grads = pullback(jnp.ones_like(value))
     taps = []
-    for index, (spec, result) in enumerate(zip(probe.specs, found, strict=True)):
-        tap = Tap(program.paths[spec.leaf], spec.use.kind, spec.leaf, spec.use)
-        if probe.reduce is None:
-            taps.append(dataclasses.replace(tap, inputs=tuple(inputs[index]), cotangents=result))
+    for index, (spec, result) in enumerate(zip(specs, found, strict=True)):
+        if reduce is None:
+            taps.append(dataclasses.replace(tap(spec), inputs=tuple(inputs[index]), cotangents=result))
         else:
-            taps.append(dataclasses.replace(tap, reduced=result))
+            taps.append(dataclasses.replace(tap(spec), reduced=result))
     following = iter(moved_grads)
     grads = [next(following) if moved else frozen(x) for x, moved in zip(program.leaves, moves, strict=True)]
     return value, grads, taps
+
+
+def with_ids(taps: list[Tap], structure: Structure) -> list[Tap]:
+    """Taps of a training loss, with the rows and positions that the model alone says of their uses."""
+    found = []
+    for tap in taps:
+        own = [spec.use for spec in structure.uses(tap.leaf) if spec.use.kind != "generic"]
+        same = [other for other in taps if other.leaf == tap.leaf and other.kind != "generic"]
+        alike = [(a.kind, a.operand.shape) for a in own] == [(b.kind, b.use.operand.shape) for b in same]
+        if tap.kind == "generic":
+            ids: Carried = ()
+        elif alike:
+            ids = own[[other is tap for other in same].index(True)].ids
+        else:
+            reason = "the training loss uses it otherwise than the model"
+            ids = tuple(Lost(kind, tap.use.primitive, tap.use.where, reason) for kind in ("row", "position", "token"))
+        found.append(dataclasses.replace(tap, use=dataclasses.replace(tap.use, ids=ids)))
+    return found
 
 
 def frozen(x: Any) -> np.ndarray:

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from fisher_jax._support.jax_internals import abstract, bind, stacked
+from fisher_jax._support.jax_internals import abstract, bind, stacked, struct
+from fisher_jax._tracing.ids import Carried
 
-__all__ = ["Known", "Segment", "Spec", "Step", "Use", "View", "alike", "plain", "signature"]
+__all__ = ["Data", "Known", "Segment", "Spec", "Step", "Use", "View", "alike", "plain", "shape_of", "signature"]
 
 Tree = Any
 
@@ -74,6 +75,9 @@ class Use:
         index, options: which operand of the operation the parameter is, and the operation's own options (a
             ``dot_general``'s ``dimension_numbers``).
         signature: of the operation, for comparison.
+        order: its place among all uses of the program.
+        ids: whose row and position every token of the use is: of what the parameter meets (of the output, for a
+            convolution), see `fisher_jax._tracing.ids`. Not compared.
     """
 
     kind: str
@@ -87,6 +91,8 @@ class Use:
     index: int = 0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     signature: tuple = ()
+    order: int = 0
+    ids: Carried = ()
 
     def _key(self):
         operand = (self.operand.shape, str(self.operand.dtype))
@@ -100,6 +106,25 @@ class Use:
         return hash((self.kind, self.where, self.loops, self.operand.shape))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
+    """What stands for an array in a survey: its type, and what is known without running anything.
+
+    Attributes:
+        type: of the array.
+        ids: whose row and position every entry is.
+        made: the product of a parameter that it comes from, entry by entry.
+        constant: gives its value, where it is a constant of the program.
+        maker: the equation that it comes from.
+    """
+
+    type: Any
+    ids: Carried = ()
+    made: Any = None
+    constant: Callable[[], Any] | None = None
+    maker: Any = None
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
     """A parameter leaf on its way through the program: ``value = factor * segments(leaf) + constant``."""
@@ -111,8 +136,8 @@ class View:
     factor: float = 1.0
 
     @classmethod
-    def of(cls, value: Array, leaf: int) -> "View":
-        return cls(value, leaf, (Segment(abstract(value)),))
+    def of(cls, value: Any, leaf: int) -> "View":
+        return cls(value, leaf, (Segment(shape_of(value)),))
 
     def through(self, value: Array, step: Step) -> "View":
         last = dataclasses.replace(self.segments[-1], steps=(*self.segments[-1].steps, step))
@@ -121,9 +146,9 @@ class View:
     def scaled(self, value: Array, factor: float = 1.0) -> "View":
         return dataclasses.replace(self, value=value, factor=self.factor * factor)
 
-    def inside(self, value: Array, loop: str) -> "View":
+    def inside(self, value: Any, loop: str) -> "View":
         """The view that the body of a loop has of this one."""
-        segments = (*self.segments, Segment(abstract(value)))
+        segments = (*self.segments, Segment(shape_of(value)))
         return dataclasses.replace(self, value=value, segments=segments, loops=(*self.loops, loop))
 
 
@@ -133,6 +158,10 @@ class Known:
 
     value: Any
     params: bool
+
+
+def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    return struct(x.type) if isinstance(x, Data) else abstract(x)
 
 
 def plain(x: Any) -> Any:
@@ -146,7 +175,7 @@ def alike(x: Any, value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A use found by probing: its leaf, static facts, and the shapes that its tap will have.
+    """A use that was found: its leaf, static facts, and the shapes that its tap will have.
 
     ``lengths`` are those of ``use.loops``, the leading axes of ``output`` and ``inputs``.
     """
@@ -155,7 +184,6 @@ class Spec:
     use: Use
     output: jax.ShapeDtypeStruct
     inputs: tuple[jax.ShapeDtypeStruct, ...]
-    result: Tree
     lengths: tuple[int, ...] = ()
 
     def stacked(self, length: int) -> "Spec":
@@ -166,6 +194,5 @@ class Spec:
             self,
             output=stack(self.output),
             inputs=stack(self.inputs),
-            result=stack(self.result),
             lengths=(length, *self.lengths),
         )

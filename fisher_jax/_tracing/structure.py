@@ -1,132 +1,237 @@
-"""Which dense use gives the outputs of a model (its head), and which bias is added to which dense output.
-
-A walk over the model's jaxpr that follows two things: parameters through layout operations, and the output of each
-dense use through operations that keep its entries where they are. `fisher_jax._tracing.readout` asks for more, and
-finds less: the product itself and what runs before it, behind nothing but a bias and a soft cap.
-"""
+"""What a model's program says of its parameters, rows and positions, found once for each program."""
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
+import re
+from collections import OrderedDict
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fisher_jax._support.jax_internals import convolution, inside, is_literal, loop, opened
-from fisher_jax._tracing.tracing import LAYOUT
+from fisher_jax._support.jax_internals import is_traced, opened, struct, walk
+from fisher_jax._tracing.dense import operand_axes, token_axes
+from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, along
+from fisher_jax._tracing.places import input_token_axes
+from fisher_jax._tracing.provenance import Data, Spec, Use, View
+from fisher_jax._tracing.survey import Made, Survey
+from fisher_jax._tracing.tracing import evaluate
 
-__all__ = ["Structure", "structure"]
+__all__ = ["Head", "Structure", "Structures"]
 
-# What a parameter goes through and stays one, in one piece and in order.
-_LAYOUT = LAYOUT - {"split", "unstack", "rev"} | {"name", "optimization_barrier"}
-# Keep the entries of an array in row-major order.
-_IN_PLACE = _LAYOUT - {"transpose", "slice", "broadcast_in_dim"}
-_ELEMENTWISE = {
-    "add", "sub", "mul", "div", "neg", "tanh", "logistic", "exp", "log", "max", "min", "pow", "integer_pow", "sqrt",
-    "rsqrt", "erf", "select_n", "abs", "sin", "cos", "log1p", "expm1", "clamp", "log2", "one_minus_square",
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tag:
-    """``param``; ``dense``: the output of a dense use itself; ``after``: an elementwise function of it; ``channels``:
-    the output of a convolution whose channels are not its last axis."""
-
-    kind: str
-    leaf: int
+Tree = Any
+_HELD = 4  # programs of one function: some shapes of batches
 
 
-@dataclasses.dataclass
-class Structure:
-    """What the walk found.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Head:
+    """The product that the outputs come from, each token of the outputs from one token of the product.
 
     Attributes:
-        head: leaf whose dense use gives the outputs, each output from its own position alone; ``None`` if there is
-            none.
-        head_is_last: whether nothing but a bias stands between that use and the outputs (no soft cap).
+        leaf, use: of the product.
+        tokens: for every token of the outputs, ravelled, its token of the product, int32; ``None``: the same order.
+        bias: leaf of the bias of the outputs.
+        soft_cap: ``c`` of ``c * tanh(z / c)``.
+        is_last: whether nothing but a bias follows the product.
+        other: an operation that follows and is neither bias nor soft cap.
+    """
+
+    leaf: int
+    use: Use
+    tokens: np.ndarray | None
+    bias: int | None
+    soft_cap: float | None
+    is_last: bool
+    other: str | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Structure:
+    """What the program of ``function(params, *inputs)`` says.
+
+    Attributes:
+        survey: all uses, in program order, part by part.
+        outputs: ``jax.ShapeDtypeStruct`` of each result.
+        ids: of each result, whose row and position its entries are.
+        head: see `Head`; ``None`` where the outputs come from no product of a parameter.
+        headless: what the outputs come from instead.
         biases: leaf of a bias, by the leaf of the kernel to whose output it is added.
     """
 
-    head: int | None = None
-    head_is_last: bool = False
-    biases: dict[int, int] = dataclasses.field(default_factory=dict)
+    survey: Survey
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    ids: tuple[Carried, ...]
+    head: Head | None
+    headless: str
+    biases: dict[int, int]
+
+    @property
+    def specs(self) -> list[Spec]:
+        return self.survey.specs
+
+    def uses(self, leaf: int) -> list[Spec]:
+        """All uses of one leaf."""
+        return [spec for spec in self.specs if spec.leaf == leaf]
 
 
-def structure(apply_fn: Callable, params: Any, inputs: Any) -> Structure:
-    """Walk the jaxpr of ``apply_fn(params, inputs)``."""
-    leaves, treedef = jax.tree.flatten(params)
-    traced = jax.make_jaxpr(lambda leaves, inputs: apply_fn(jax.tree.unflatten(treedef, leaves), inputs))(
-        leaves, inputs
+class Structures:
+    """Structures of one function's programs, the last few; nothing but shapes and facts is kept.
+
+    ``of`` gives the one of a traced program; it goes through the program only where it has not seen the same one,
+    constants of integers included.
+    """
+
+    def __init__(self):
+        self._held: OrderedDict[bytes, Structure] = OrderedDict()
+        self.walks = 0
+
+    def of(self, traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | None = ()) -> Structure:
+        """
+        Args:
+            traced: a closed jaxpr whose first arguments are the parameters.
+            follow: for every parameter whether it is one to follow.
+            lead: rows, and positions of a row, along the leading axes of the other arguments; ``None``: those of the
+                result.
+        """
+        key = _fingerprint(traced, follow, lead)
+        if key not in self._held:
+            self.walks += 1
+            self._held[key] = _surveyed(traced, follow, lead)
+            while len(self._held) > _HELD:
+                self._held.popitem(last=False)
+        self._held.move_to_end(key)
+        return self._held[key]
+
+
+def _fingerprint(traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | None) -> bytes:
+    """The same for programs that do the same; values count where they may be indices."""
+    found = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(traced)).encode())
+    found.update(repr((follow, lead, [str(var.aval) for var in opened(traced)[0].inputs])).encode())
+    for value in _constants(traced):
+        if jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            continue
+        found.update(b"traced" if is_traced(value) else np.asarray(jax.device_get(value)).tobytes())
+    return found.digest()
+
+
+def _constants(traced: Any) -> list:
+    """Arrays that a program holds, and those of functions inside of it."""
+    body, found = opened(traced)
+
+    def inner(eqn, values):
+        for part in eqn.params.values():
+            for one in part if isinstance(part, tuple | list) else (part,):
+                if hasattr(one, "jaxpr") or hasattr(one, "eqns"):
+                    found.extend(_constants(one))
+        return [None] * len(eqn.outvars)
+
+    walk(body, [None] * len(body.inputs), inner)
+    return [x for x in found if hasattr(x, "dtype") and not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+
+
+def _surveyed(traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | None) -> Structure:
+    body, _ = opened(traced)
+    params, inputs = body.arguments[: len(follow)], body.arguments[len(follow) :]
+    if lead is None:
+        lead = body.results[0].aval.shape[:-1] if len(body.results) == 1 else ()
+    views = [View.of(Data(var.aval), i) if follow[i] else Data(var.aval) for i, var in enumerate(params)]
+    given = [Data(var.aval, _ids_of_input(var.aval.shape, lead)) for var in inputs]
+    survey = Survey()
+    outs = [survey.generic(x, None) for x in evaluate(traced, [*views, *given], survey)]
+    outputs = tuple(struct(var.aval) for var in body.results)
+    head, other = (None, "several arrays")
+    if len(outs) == 1 and isinstance(outs[0], Data):
+        maker = outs[0].maker
+        head, other = _head(outs[0]), "an input" if maker is None else maker.primitive.name
+    learned = survey.findings.learned
+    if head is not None:
+        learned[head.use.order] = (*learned.get(head.use.order, ()), _token_ids(head, survey))
+    survey = _with_ids(survey, learned)
+    ids = tuple(x.ids if isinstance(x, Data) else () for x in outs)
+    return Structure(survey, outputs, ids, head, other, survey.findings.biases)
+
+
+def _ids_of_input(shape: tuple[int, ...], lead: tuple[int, ...] | None) -> tuple[Ids, ...]:
+    """Row and position of what leads with rows, and with positions after them."""
+    if not lead or shape[:1] != lead[:1]:
+        return ()
+    row = along("row", np.arange(lead[0]), [0], len(shape))
+    if len(lead) == 1 or shape[: len(lead)] != lead:
+        return (row,)
+    places = np.arange(int(np.prod(lead[1:]))).reshape(lead[1:])
+    return row, along("position", places, range(1, len(lead)), len(shape))
+
+
+def _token_ids(head: Head, survey: Survey) -> Ids:
+    """The token of the outputs that comes from each token of the head, over what it meets."""
+    (spec,) = [spec for spec in survey.specs if spec.use.order == head.use.order]
+    shape = spec.output.shape if head.use.kind == "conv" else spec.inputs[0].shape
+    axes = input_token_axes(head.use, len(shape))
+    values = np.full([shape[i] for i in axes], NOBODY, np.int32)
+    flat = values.reshape(-1)
+    if head.tokens is None:
+        flat[:] = np.arange(flat.size)
+    else:
+        flat[head.tokens] = np.arange(head.tokens.size)
+    return along("token", values, axes, len(shape))
+
+
+def _with_ids(survey: Survey, learned: dict) -> Survey:
+    """The same survey, uses that have no ids of their own with those of what they are joined to."""
+
+    def spec(one: Spec) -> Spec:
+        more = learned.get(one.use.order, ())
+        return dataclasses.replace(one, use=dataclasses.replace(one.use, ids=(*one.use.ids, *more)))
+
+    parts = [_with_ids(part, learned) for part in survey.parts]
+    return dataclasses.replace(
+        survey, own=list(map(spec, survey.own)), parts=parts, specs=list(map(spec, survey.specs))
     )
-    tags: list[_Tag | None] = [
-        _Tag("param", i) if jnp.issubdtype(x.dtype, jnp.floating) else None for i, x in enumerate(leaves)
-    ]
-    tags += [None] * len(jax.tree.leaves(inputs))
-    found = Structure()
-    (out,) = _walk(traced, tags, found)
-    if out is not None and out.kind in ("dense", "after"):
-        found.head, found.head_is_last = out.leaf, out.kind == "dense"
+
+
+def _head(outputs: Data) -> Head | None:
+    made: Made | None = outputs.made
+    shape = outputs.type.shape
+    if made is None or made.use.kind not in ("dense", "conv") or made.use.loops or not shape:
+        return None
+    tokens = token_axes(made.use, len(made.axes))
+    units = [i for i in range(len(made.axes)) if i not in tokens]
+    places = {i: _place(made.axes[i], shape) for i in range(len(made.axes))}
+    sizes = made.sizes
+    if made.use.kind == "dense" and any(made.use.operand.shape[i] != 1 for i in operand_axes(made.use)[0]):
+        return None
+    if any(places[i].shape[:-1] != (1,) * (len(shape) - 1) for i in units):
+        return None
+    if any(places[i].shape[-1] != 1 for i in tokens):
+        return None
+    unit = _ravelled([places[i] for i in units], [sizes[i] for i in units], (1,) * (len(shape) - 1) + shape[-1:])
+    if not np.array_equal(unit.ravel(), np.arange(shape[-1])) or shape[-1] != _product(sizes[i] for i in units):
+        return None
+    found = _ravelled([places[i] for i in tokens], [sizes[i] for i in tokens], (*shape[:-1], 1)).ravel()
+    if len(np.unique(found)) != found.size:
+        return None
+    in_order = np.array_equal(found, np.arange(_product(sizes[i] for i in tokens)))
+    stage, cap = made.cap or ("", None)
+    other = made.other or ("a product by a number that is no soft cap" if stage in ("scaled", "bounded") else None)
+    return Head(
+        made.leaf, made.use, None if in_order else found.astype(np.int32), made.bias,
+        cap if stage == "capped" else None, not made.after, other,
+    )  # fmt: skip
+
+
+def _place(ids: Ids | Lost, shape: tuple[int, ...]) -> np.ndarray:
+    assert isinstance(ids, Ids)
+    return ids.values
+
+
+def _ravelled(places: list[np.ndarray], sizes: list[int], shape: tuple[int, ...]) -> np.ndarray:
+    """One index from those along several axes, for every entry of an array of this shape."""
+    found = np.zeros(shape, np.int64)
+    for place, size in zip(places, sizes, strict=True):
+        found = found * size + place
     return found
 
 
-def _walk(traced: Any, tags: list[_Tag | None], found: Structure) -> list[_Tag | None]:
-    body, _ = opened(traced)
-    env = {var: tag for var, tag in zip(body.arguments, tags, strict=True) if tag is not None}
-
-    def read(atom):
-        return None if is_literal(atom) else env.get(atom)
-
-    for eqn in body.equations:
-        given = [read(atom) for atom in eqn.invars]
-        if any(tag is not None for tag in given):
-            env |= {v: t for v, t in zip(eqn.outvars, _equation(eqn, given, found), strict=True) if t is not None}
-    return [read(atom) for atom in body.results]
-
-
-def _equation(eqn: Any, given: list[_Tag | None], found: Structure) -> list[_Tag | None]:
-    name = eqn.primitive.name
-    nothing: list[_Tag | None] = [None] * len(eqn.outvars)
-    if (scan := loop(eqn)) is not None:
-        # Inside a loop there are biases, but no head.
-        _walk(scan.traced, [t if t and t.kind == "param" else None for t in given], found)
-        return nothing
-    if (inner := inside(eqn)) is not None:
-        return _walk(inner, given, found)
-    if name == "unstack":
-        return [given[0] if given[0] and given[0].kind == "param" else None] * len(eqn.outvars)
-    if len(eqn.outvars) != 1:
-        return nothing
-    if name == "dot_general":
-        params = [t for t in given if t is not None and t.kind == "param"]
-        return [_Tag("dense", params[0].leaf)] if len(params) == 1 else [None]
-    if name == "conv_general_dilated":
-        params = [t for t in given if t is not None and t.kind == "param"]
-        if params != given[1:]:
-            return [None]
-        last = eqn.outvars[0].aval.ndim - 1
-        in_order = convolution(eqn.params).outputs == (0, last, *range(1, last))
-        return [_Tag("dense" if in_order else "channels", params[0].leaf)]
-    if name in _LAYOUT:
-        (tag,) = given[:1]
-        if tag is not None and tag.kind != "param" and name not in _IN_PLACE:
-            return [None]
-        return [tag]
-    return [_elementwise(eqn, given, found)] if name in _ELEMENTWISE else [None]
-
-
-def _elementwise(eqn: Any, given: list[_Tag | None], found: Structure) -> _Tag | None:
-    shape = eqn.outvars[0].aval.shape
-    outputs = [t for t, x in zip(given, eqn.invars, strict=True) if t and t.kind != "param" and x.aval.shape == shape]
-    biases = [t for t in given if t is not None and t.kind == "param"]
-    if len(outputs) != 1:
-        return None
-    (output,) = outputs
-    if (
-        eqn.primitive.name == "add"
-        and output.kind in ("dense", "channels")
-        and len(biases) == 1
-        and output.leaf not in found.biases
-    ):
-        found.biases[output.leaf] = biases[0].leaf
-        return output
-    return None if output.kind == "channels" else _Tag("after", output.leaf)
+def _product(sizes) -> int:
+    return int(np.prod(list(sizes), dtype=np.int64))

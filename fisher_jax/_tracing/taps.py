@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax._tracing.program import Tap, differentiate, frozen, gradient_of_use, trace
+from fisher_jax._tracing.program import Tap, differentiate, frozen, gradient_of_use, real_scalar, trace
 from fisher_jax._tracing.provenance import Spec, Use
+from fisher_jax._tracing.structure import Structures
 
 __all__ = ["Coverage", "Tap", "Use", "capture", "coverage", "gradients_from_taps", "value_grad_and_taps"]
 
@@ -64,10 +65,11 @@ def capture(
         >>> [(tap.path, tap.kind, tap.inputs[0].shape, tap.cotangents.shape) for tap in taps]
         [("['w']", 'dense', (4, 3), (4, 2))]
     """
-    kept = _reduction(reduce, reduce_tap)
+    kept, structures = _reduction(reduce, reduce_tap), Structures()
 
     def run(params: Tree, *args: Any, **kwargs: Any) -> tuple[Array, list[Tap]]:
-        value, _, taps = differentiate(trace(loss_fn, params, args, kwargs, kept))
+        program = trace(loss_fn, params, args, kwargs, structures, check=real_scalar)
+        value, _, taps = differentiate(program, reduce=kept)
         return value, taps
 
     return run
@@ -93,10 +95,11 @@ def value_grad_and_taps(
         >>> grads["w"].tolist()
         [[4.0, 4.0], [4.0, 4.0], [4.0, 4.0]]
     """
-    kept = _reduction(reduce, reduce_tap)
+    kept, structures = _reduction(reduce, reduce_tap), Structures()
 
     def run(params: Tree, *args: Any, **kwargs: Any) -> tuple[Array, Tree, list[Tap]]:
-        value, grads, taps = differentiate(trace(loss_fn, params, args, kwargs, kept), lambda leaf: True)
+        program = trace(loss_fn, params, args, kwargs, structures, check=real_scalar)
+        value, grads, taps = differentiate(program, reduce=kept, gradients=lambda leaf: True)
         return value, jax.tree.unflatten(jax.tree.structure(params), grads), taps
 
     return run
@@ -176,8 +179,8 @@ def coverage(loss_fn: Callable, params: Tree, *args: Any, **kwargs: Any) -> Cove
         ['c']  [1]     not used by the loss
         ['w']  [3, 2]  dense
     """
-    program = trace(loss_fn, params, args, kwargs)
-    found: list[list[Spec]] = [[s for s in program.probe.specs if s.leaf == i] for i in range(len(program.leaves))]
+    program = trace(loss_fn, params, args, kwargs, check=real_scalar)
+    found: list[list[Spec]] = [program.structure.uses(i) for i in range(len(program.leaves))]
     rows = tuple(
         (path, tuple(leaf.shape), tuple(s.use.kind for s in specs))
         for path, leaf, specs in zip(program.paths, program.leaves, found, strict=True)

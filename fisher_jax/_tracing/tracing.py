@@ -1,19 +1,17 @@
 """Following every parameter through a traced program, to where it meets data.
 
-A program is evaluated equation by equation. A parameter is a `View` until it is used: the chain of layout operations
-that it went through, and its present value. The `Recorder` meets every use, first to note it (probing), then to hand
-its perturbation to it.
+A parameter is a `View` until it is used: the chain of layout operations that it went through, and its present value.
+A *way* meets every use: a `Survey` notes it, without running anything; a `Replay` hands a perturbation to it.
 """
 
-import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from fisher_jax._support.jax_internals import (
     Loop,
@@ -21,19 +19,18 @@ from fisher_jax._support.jax_internals import (
     bind,
     called,
     has_constants,
-    is_literal,
     lookup,
     loop,
     opened,
     rematerialised,
+    walk,
 )
-from fisher_jax._tracing.provenance import Known, Step, View, alike, plain
-from fisher_jax._tracing.recorder import Recorder
+from fisher_jax._tracing.provenance import Data, Known, Step, View, plain
 
-__all__ = ["LAYOUT", "evaluate"]
+__all__ = ["Way", "evaluate"]
 
 # Operations that only move a parameter's numbers around, or change their type.
-LAYOUT = {
+_LAYOUT = {
     "transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "convert_element_type", "copy", "copy_p",
     "sharding_constraint", "slice", "split", "unstack", "rev", "reduce_precision", "layout_constraint", "reshard",
     "mesh_cast", "pvary", "pcast",
@@ -46,67 +43,80 @@ _USES = {
 }  # fmt: skip
 
 
-def evaluate(traced: Any, args: list, recorder: Recorder) -> list:
-    """Evaluate a traced function; parameters among the arguments and results are `View`s."""
+class Way(Protocol):
+    """What is done at every equation, and at every use of a parameter."""
+
+    def constant(self, value: Any) -> Any:
+        """What stands for an array that the program holds."""
+
+    def bind(self, eqn: Any, values: list) -> list:
+        """Results of an equation without parameters."""
+
+    def use(self, view: View, kind: str, eqn: Any, index: int, output: Callable, apply: Any, inputs: tuple) -> Any:
+        """The result of a use, which ``output()`` gives; the parameter is operand ``index`` of the equation."""
+
+    def generic(self, x: Any, eqn: Any) -> Any:
+        """A parameter where no tap fits is plain data from here on."""
+
+    def remat(self, eqn: Any, remat: Remat, values: list) -> list:
+        """Results of a rematerialised part with parameters."""
+
+    def scan(self, eqn: Any, scan: Loop, values: list) -> list:
+        """Results of a loop with parameters."""
+
+
+def evaluate(traced: Any, args: list, way: Way) -> list:
+    """Go through a traced function; parameters among the arguments and results are `View`s."""
     body, constants = opened(traced)
-    env: dict = dict(zip(body.inputs, [*constants, *args], strict=True))
 
-    def read(atom):
-        return atom.val if is_literal(atom) else env[atom]
-
-    for eqn in body.equations:
-        values = [read(atom) for atom in eqn.invars]
-        if any(isinstance(v, View) for v in values):
-            outs = _meet(eqn, values, recorder)
-        else:
-            outs = bind(eqn, list(map(plain, values)))
+    def meet(eqn, values):
+        outs = _meet(eqn, values, way) if any(isinstance(v, View) for v in values) else way.bind(eqn, values)
         if all(isinstance(v, View | Known) or _is_number(v) for v in values) and not has_constants(eqn):
             params = any(isinstance(v, View) or (isinstance(v, Known) and v.params) for v in values)
             outs = [x if isinstance(x, View | Known) else Known(x, params) for x in outs]
-        env |= zip(eqn.outvars, outs, strict=True)
-    return [read(atom) for atom in body.results]
+        return outs
+
+    return walk(body, [*map(way.constant, constants), *args], meet)
 
 
 def _is_number(x: Any) -> bool:
     """A number that stands in the program itself."""
-    return not isinstance(x, View | Known | jax.Array) and np.ndim(x) == 0
+    return not isinstance(x, View | Known | Data | jax.Array) and np.ndim(x) == 0
 
 
-def _meet(eqn: Any, values: list, recorder: Recorder) -> list:
+def _meet(eqn: Any, values: list, way: Way) -> list:
     """An equation with a parameter among its operands."""
     name = eqn.primitive.name
     views = [i for i, v in enumerate(values) if isinstance(v, View)]
     first = values[views[0]]
     if (inner := called(eqn)) is not None:
-        return evaluate(inner, values, recorder)
+        return evaluate(inner, values, way)
     if (remat := rematerialised(eqn)) is not None:
-        return _remat(eqn, remat, values, recorder)
+        return way.remat(eqn, remat, values)
     if (scan := loop(eqn)) is not None:
-        return _scan(eqn, scan, values, recorder)
+        return way.scan(eqn, scan, values)
     if name == "stop_gradient":
-        return bind(eqn, [first.value])
+        return way.bind(eqn, [first.value])
     if name == "name":
-        return [first.scaled(bind(eqn, [first.value])[0])]
-    if name in LAYOUT and len(values) == 1:
-        outs = bind(eqn, [first.value])
-        if all(map(functools.partial(_stays_a_parameter, first.value), outs)):
-            return [first.through(x, Step(eqn, i)) for i, x in enumerate(outs)]
+        return [first.scaled(way.bind(eqn, [first.value])[0])]
+    if name in _LAYOUT and len(values) == 1 and _stays_a_parameter(eqn):
+        return [first.through(x, Step(eqn, i)) for i, x in enumerate(way.bind(eqn, [first.value]))]
     factor = _factor(name, values)
     if factor is not None:
-        return [first.scaled(bind(eqn, list(map(plain, values)))[0], factor)]
+        return [first.scaled(way.bind(eqn, list(map(plain, values)))[0], factor)]
     if name in _USES and len(views) == 1 and _fits(eqn, views[0], values):
-        return [_use(eqn, views[0], values, recorder)]
-    return bind(eqn, [recorder.generic(v, eqn) for v in values])
+        return [_use(eqn, views[0], values, way)]
+    return way.bind(eqn, [way.generic(v, eqn) for v in values])
 
 
-def _stays_a_parameter(before: Array, after: Array) -> bool:
+def _stays_a_parameter(eqn: Any) -> bool:
     """Whether a tap can follow a parameter through a layout operation.
 
     Cast to integers it has no gradient; a complex one is no longer a real parameter. Where Explicit axes turn into
     Auto ones (``x.at[i].get(out_sharding=...)`` does it inside) a perturbation from outside has another type.
     """
-    same_mesh = jax.typeof(before).sharding.mesh == jax.typeof(after).sharding.mesh
-    return same_mesh and bool(jnp.issubdtype(after.dtype, jnp.floating))
+    mesh, results = eqn.invars[0].aval.sharding.mesh, [var.aval for var in eqn.outvars]
+    return all(x.sharding.mesh == mesh and bool(jnp.issubdtype(x.dtype, jnp.floating)) for x in results)
 
 
 def _factor(name: str, values: list) -> float | None:
@@ -141,76 +151,23 @@ def _fits(eqn: Any, index: int, values: list) -> bool:
     return name == "dot_general" or not any(isinstance(v, Known) or _is_number(v) for v in others)
 
 
-def _use(eqn: Any, index: int, values: list, recorder: Recorder) -> Array:
+def _use(eqn: Any, index: int, values: list, way: Way) -> Any:
     view, name = values[index], eqn.primitive.name
-    inputs = tuple(jnp.asarray(plain(v)) for i, v in enumerate(values) if i != index)
-    output = bind(eqn, list(map(plain, values)))[0]
+    inputs = tuple(_as_data(plain(v)) for i, v in enumerate(values) if i != index)
 
-    def apply(operand, *others):
-        return bind(eqn, [*others[:index], operand, *others[index:]])[0]
+    def output():
+        return way.bind(eqn, list(map(plain, values)))[0]
 
     if name == "sub" and index == 1:
         # x - w is x + (-w): the cotangent of a bias is that of a sum.
-        return recorder.use(view.scaled(view.value, -1.0), "bias", eqn, index, output, jnp.add, inputs)
-    return recorder.use(view, _USES[name], eqn, index, output, apply, inputs)
+        return way.use(view.scaled(view.value, -1.0), "bias", eqn, index, output, jnp.add, inputs)
+    return way.use(view, _USES[name], eqn, index, output, functools.partial(_applied, eqn, index), inputs)
 
 
-def _remat(eqn: Any, remat: Remat, values: list, recorder: Recorder) -> list:
-    """Keep a rematerialised part rematerialised; its perturbations become arguments."""
-    shell = [dataclasses.replace(v, value=None) if isinstance(v, View | Known) else None for v in values]
-
-    def body(inner, arrays):
-        args = [a if s is None else dataclasses.replace(s, value=a) for s, a in zip(shell, arrays, strict=True)]
-        outs = [inner.generic(v, eqn) for v in evaluate(remat.traced, args, inner)]
-        return outs, inner.inputs
-
-    arrays = list(map(plain, values))
-    if recorder.probing:
-        probe = Recorder(recorder.reduce)
-        outs, _ = body(probe, arrays)
-        recorder.nested.append(probe)
-        recorder.specs += probe.specs
-        return outs
-    probe = next(recorder.nested)
-    perturbations = [next(recorder.perturbations) for _ in probe.specs]
-    run = jax.checkpoint(lambda p, a: body(probe.replay(p), a), policy=remat.policy, prevent_cse=remat.prevent_cse)
-    outs, inputs = run(perturbations, arrays)
-    recorder.inputs += inputs
-    return outs
+def _as_data(x: Any) -> Any:
+    return x if isinstance(x, Data) else jnp.asarray(x)
 
 
-def _scan(eqn: Any, scan: Loop, values: list, recorder: Recorder) -> list:
-    """A loop: perturbations and inputs of its body are stacked over the iterations."""
-    num_consts, num_carry = scan.num_consts, scan.num_carry
-    head = num_consts + num_carry
-    consts, xs = values[:num_consts], values[head:]
-    carry = [recorder.generic(v, eqn) for v in values[num_consts:head]]
-    probes: list[Recorder] = []
-
-    def inside(part, slices, loop):
-        return [v.inside(a, loop) if isinstance(v, View) else alike(v, a) for v, a in zip(part, slices, strict=True)]
-
-    def body(carry, x):
-        perturbations, slices = x
-        inner = Recorder(recorder.reduce) if probe is None else probe.replay(perturbations)
-        if probe is None:
-            probes.append(inner)  # it keeps shapes; the other one has arrays of this trace
-        args = [*inside(consts, map(plain, consts), "shared"), *carry, *inside(xs, slices, "stacked")]
-        outs = [inner.generic(v, eqn) for v in evaluate(scan.traced, args, inner)]
-        return outs[:num_carry], (outs[num_carry:], inner.inputs)
-
-    probe = None if recorder.probing else next(recorder.nested)
-    perturbations = [] if probe is None else [next(recorder.perturbations) for _ in probe.specs]
-    carry, (ys, inputs) = jax.lax.scan(
-        body,
-        carry,
-        (perturbations, list(map(plain, xs))),
-        length=scan.length,
-        reverse=scan.reverse,
-        unroll=scan.unroll,
-    )
-    if recorder.probing:
-        recorder.nested.append(probes[-1])
-        recorder.specs += [spec.stacked(scan.length) for spec in probes[-1].specs]
-    recorder.inputs += inputs
-    return [*carry, *ys]
+def _applied(eqn: Any, index: int, operand: Any, *others: Any) -> Any:
+    """The output of a use, linear in its operand."""
+    return bind(eqn, [*others[:index], operand, *others[index:]])[0]

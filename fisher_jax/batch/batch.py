@@ -90,12 +90,18 @@ def next_token_batch(
     if loss_mask is not None:
         weights = weights * _same_shape("loss_mask", loss_mask, tokens)[:, 1:].astype(jnp.float32)
     if units is not None:
-        units = jnp.asarray(units)
-        if not jnp.issubdtype(units.dtype, jnp.integer):
-            raise TypeError(f"units are integer ids, one per row, found dtype {units.dtype}")
-        if units.shape != tokens.shape[:1]:
-            raise ValueError(f"units have one id per row, [{tokens.shape[0]}], found shape {list(units.shape)}")
+        units = row_ids(units, tokens.shape[0])
     return Batch(tokens[:, :-1], tokens[:, 1:], weights, mask[:, :-1], units)
+
+
+def row_ids(units: Any, num_rows: int) -> Int[Array, " rows"]:
+    """Integer ids, one per row."""
+    units = jnp.asarray(units)
+    if not jnp.issubdtype(units.dtype, jnp.integer):
+        raise TypeError(f"units are integer ids, one per row, found dtype {units.dtype}")
+    if units.shape != (num_rows,):
+        raise ValueError(f"units have one id per row, [{num_rows}], found shape {list(units.shape)}")
+    return units
 
 
 def _same_shape(name: str, mask: Any, tokens: Array) -> Float[Array, "rows length"]:

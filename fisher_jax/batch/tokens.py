@@ -1,4 +1,12 @@
-"""What the tokens of a batch weigh, which of them count, and whether the batch can be used."""
+"""What a batch says of its tokens: what they weigh, which of them count, and whether the batch can be used.
+
+One meaning for the whole library:
+
+- a token of weight 0 is never read for the loss: its outputs and its target may be anything, NaN too;
+- a position that is not real (``Batch.real``) is never read at all: its inputs may be anything;
+- a weight that is negative, NaN or infinite rejects the batch, and so does a target out of range where the weight is
+  not 0. Shapes that do not fit raise while tracing; values are found in a compiled step and told as reasons.
+"""
 
 from typing import Any, NamedTuple
 
@@ -9,87 +17,164 @@ from jaxtyping import Array
 from fisher_jax._support import rejection
 from fisher_jax._support.dtypes import wide_dtype
 from fisher_jax._support.errors import RejectedBatchError
-from fisher_jax.batch import Batch
+from fisher_jax.batch.batch import Batch, row_ids
 from fisher_jax.likelihoods import Likelihood
 
-__all__ = ["Part", "log_probs", "require_usable", "weigh", "without_padding"]
+__all__ = [
+    "Tokens",
+    "check_outputs",
+    "has_weight",
+    "log_probs",
+    "mean_of",
+    "readable",
+    "require_usable",
+    "tokens_of",
+    "unit_ids",
+    "weigh",
+    "without_padding",
+]
 
 
-class Part(NamedTuple):
-    """The tokens of a batch, or of some of its rows.
+class Tokens(NamedTuple):
+    """The tokens of a batch, or of some of its rows, in a form in which everything can be read.
 
-    ``weights`` have the leading shape of the outputs, at least float32, 0 where a token does not count.
+    Attributes:
+        inputs: those of the batch, `without_padding`.
+        targets: those of the batch; ``None`` where labels do not matter.
+        weights: in the leading shape of the outputs, at least float32: 0 where a token does not count.
     """
 
     inputs: Any
     targets: Any
     weights: Array
 
+    @property
+    def total_weight(self) -> Array:
+        """``sum_t w_t``, what every mean is divided by."""
+        return self.weights.sum()
 
-def weigh(likelihood: Likelihood, outputs: Any, batch: Batch, labels_matter: bool) -> tuple[Part, Array]:
+
+def tokens_of(likelihood: Likelihood, outputs: Any, batch: Batch, labels_matter: bool = True) -> tuple[Tokens, Array]:
     """The tokens of a batch and an int32 mask of reasons why it cannot be used (`fisher_jax._support.rejection`).
 
     Args:
-        outputs: what ``jax.eval_shape`` says of the model's outputs.
+        outputs: the model's outputs, or what ``jax.eval_shape`` says of them.
         labels_matter: whether targets are read at all.
 
     Raises:
-        ValueError: outputs that are no floating array ``[..., K]``, weights or targets that do not fit them.
+        ValueError: outputs that are not one floating array ``[..., K]``; weights or targets that do not fit them.
     """
-    if not hasattr(outputs, "shape") or not jnp.issubdtype(outputs.dtype, jnp.floating) or not outputs.shape:
-        raise ValueError(f"apply_fn returns one floating array [..., K], found {_shown(outputs)}")
-    lead, dtype = outputs.shape[:-1], wide_dtype(outputs.dtype)
-    weights = jnp.ones(lead, dtype) if batch.weights is None else jnp.asarray(batch.weights).astype(dtype)
-    if weights.shape != lead:
-        raise ValueError(
-            f"weights have one value per token, the leading shape of the outputs {list(lead)}, found "
-            f"{list(weights.shape)}"
-        )
-    bad = rejection.reason_mask(negative_weight=~jnp.all((weights >= 0) & jnp.isfinite(weights)))
-    targets = None if batch.targets is None else jnp.asarray(batch.targets)
+    check_outputs(outputs)
+    weights, bad = weigh(batch.weights, outputs.shape[:-1], wide_dtype(outputs.dtype))
+    targets = None
     if labels_matter:
-        inside = None if targets is None else likelihood.in_range(outputs, targets)
-        if inside is None or inside.shape != lead:
-            raise ValueError(
-                f"targets of shape {list(getattr(targets, 'shape', ()))} do not fit {likelihood.name} outputs of "
-                f"shape {list(outputs.shape)}"
-            )
-        bad = bad | rejection.reason_mask(target_out_of_range=jnp.any((weights > 0) & ~inside))
-    else:
-        targets = None
-    weights = jnp.where(weights > 0, weights, 0)
-    return Part(without_padding(batch.inputs, weights, batch.real), targets, weights), bad
+        targets, outside = _targets(likelihood, outputs, batch.targets, weights)
+        bad = bad | outside
+    silent = None if batch.weights is None else weights
+    return Tokens(without_padding(batch.inputs, batch.real, silent), targets, weights), bad
 
 
-def without_padding(inputs: Any, weights: Array, real: Any = None) -> Any:
-    """Inputs in which what is not finite is 0 at padding, and in rows without any weight.
+def check_outputs(outputs: Any) -> None:
+    """Raise for outputs of a model that are not one floating array ``[..., K]``."""
+    if not hasattr(outputs, "shape"):
+        raise ValueError(f"apply_fn returns one floating array [..., K], found {type(outputs).__name__}")
+    if not jnp.issubdtype(outputs.dtype, jnp.floating) or not outputs.shape:
+        raise ValueError(
+            f"apply_fn returns one floating array [..., K], found shape {list(outputs.shape)} and dtype "
+            f"{outputs.dtype}"
+        )
+
+
+def weigh(weights: Any, lead: tuple[int, ...], dtype: Any, of: str = "token") -> tuple[Array, Array]:
+    """One usable weight per token (all ones without ``weights``), and a mask of reasons to reject those given.
+
+    Raises:
+        ValueError: weights of another shape than ``lead``.
+    """
+    weights = jnp.ones(lead, dtype) if weights is None else jnp.asarray(weights).astype(dtype)
+    if weights.shape != lead:
+        raise ValueError(f"weights have one value per {of}, shape {list(lead)}, found {list(weights.shape)}")
+    usable = (weights >= 0) & jnp.isfinite(weights)
+    return jnp.where(usable, weights, 0), rejection.reason_mask(negative_weight=~jnp.all(usable))
+
+
+def _targets(likelihood: Likelihood, outputs: Any, targets: Any, weights: Array) -> tuple[Array, Array]:
+    """Targets, and a mask of reasons to reject them."""
+    if targets is None:
+        raise ValueError(f"{likelihood.name} outputs of shape {list(outputs.shape)} need targets, found None")
+    targets = jnp.asarray(targets)
+    inside = likelihood.in_range(outputs, targets)
+    if inside.shape != weights.shape:
+        raise ValueError(
+            f"targets of shape {list(targets.shape)} do not fit {likelihood.name} outputs of shape "
+            f"{list(outputs.shape)}"
+        )
+    return targets, rejection.reason_mask(target_out_of_range=jnp.any((weights > 0) & ~inside))
+
+
+def without_padding(inputs: Any, real: Any = None, weights: Any = None) -> Any:
+    """Inputs in which what is not finite is 0 at padding, and with ``weights`` in rows that have none.
 
     Zero times NaN would spoil a backward pass through positions that do not count. Finite inputs stay as they are.
     """
-    if weights.ndim == 0:
-        return inputs
-    rows = jnp.any((weights > 0).reshape(weights.shape[0], -1), 1)
+    masks = [] if real is None else [jnp.asarray(real) != 0]
+    if weights is not None and jnp.ndim(weights):
+        masks.append(jnp.any((jnp.asarray(weights) > 0).reshape(len(weights), -1), 1))
 
     def clean(x):
         if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
             return x
+        own = [mask for mask in masks if jnp.shape(x)[: mask.ndim] == mask.shape]
+        if not own:
+            return x
         matters = jnp.ones_like(x, bool)
-        for mask in (rows, None if real is None else jnp.asarray(real) != 0):
-            if mask is not None and jnp.shape(x)[: mask.ndim] == mask.shape:
-                matters &= mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+        for mask in own:
+            matters &= mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
         return jnp.where(matters | jnp.isfinite(x), x, jnp.zeros_like(x))
 
     return jax.tree.map(clean, inputs)
 
 
+def readable(outputs: Array, weights: Array) -> Array:
+    """Outputs ``[..., K]``, 0 at the tokens of weight 0, whatever they are there; their gradient is 0 there too."""
+    return jnp.where(_counted(outputs, weights)[..., None], outputs, jnp.zeros_like(outputs))
+
+
 def log_probs(likelihood: Likelihood, outputs: Array, targets: Any, weights: Array) -> Array:
     """Per-token log-likelihood, 0 where the weight is 0, whatever the outputs and targets are there."""
-    # On a mesh of explicit axes the outputs say where the tokens lie, and weights that were not given do not.
-    active = (weights > 0) | jnp.zeros_like(outputs, bool).any(-1)
     # Both selections: a NaN that is only hidden in the value would come back in the gradient.
-    safe = jnp.where(active[..., None], outputs, jnp.zeros_like(outputs))
-    found = likelihood.log_prob(safe, targets)
-    return jnp.where(active, found, jnp.zeros_like(found))
+    found = likelihood.log_prob(readable(outputs, weights), targets)
+    return jnp.where(_counted(outputs, weights), found, jnp.zeros_like(found))
+
+
+def _counted(outputs: Array, weights: Array) -> Array:
+    # On a mesh of explicit axes the outputs say where the tokens lie, and weights that were not given do not.
+    return (weights > 0) | jnp.zeros_like(outputs, bool).any(-1)
+
+
+def mean_of(values: Array, weights: Array) -> Array:
+    """``sum_t w_t v_t / sum_t w_t`` of a number per token, which is not read where the weight is 0; 0 of none."""
+    total = weights.sum()
+    return jnp.sum(weights * jnp.where(weights > 0, values, 0)) / jnp.where(total > 0, total, 1)
+
+
+def unit_ids(unit: str, units: Any, num_rows: int) -> Array:
+    """The observation that every row belongs to, int32 ``[rows]``: zeros unless the unit is a document.
+
+    Raises:
+        ValueError: documents without ids; ids of another shape.
+        TypeError: ids that are not integers.
+    """
+    if unit != "document":
+        return jnp.zeros(num_rows, jnp.int32)
+    if units is None:
+        raise ValueError("unit='document' needs units (Batch.units): one integer id per row")
+    return row_ids(units, num_rows).astype(jnp.int32)
+
+
+def has_weight(batch: Batch) -> bool:
+    """Whether any token of a batch counts, on the host."""
+    return batch.weights is None or bool(jnp.any(jnp.asarray(batch.weights) != 0))
 
 
 def require_usable(bad: Array, total: Array) -> None:
@@ -106,9 +191,3 @@ def require_usable(bad: Array, total: Array) -> None:
         raise RejectedBatchError(f"the batch cannot be used: {'; '.join(rejection.reasons(mask))}")
     if weight == 0:
         raise RejectedBatchError("the batch is empty: every weight is 0, and a mean over no tokens is not defined")
-
-
-def _shown(outputs: Any) -> str:
-    if not hasattr(outputs, "shape"):
-        return type(outputs).__name__
-    return f"shape {list(outputs.shape)} and dtype {outputs.dtype}"

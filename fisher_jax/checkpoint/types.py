@@ -87,7 +87,7 @@ _REJECTED = "rejected reasons"
 
 _TABLE = {
     "batch": StateType(
-        "batch:Batch",
+        "batch.batch:Batch",
         trees="inputs targets",
         arrays="weights real units",
         optional="weights real units",
@@ -160,7 +160,7 @@ _TABLE = {
         "spectra.krylov.estimates:Estimate", numbers="value standard_error num_products exact_part"
     ),
     "block spectra state": StateType(
-        "spectra.blocks.state:State",
+        "spectra.blocks.state:BlockSpectraState",
         anything="kept",
         trees="traces",
         arrays=f"weight count {_REJECTED}",

@@ -8,20 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax._support import meshes, rejection
-from fisher_jax._support.jax_internals import unstacked
-from fisher_jax._tracing import program
+from fisher_jax._support.jax_internals import abstract, stacked, unstacked
+from fisher_jax._tracing.program import Program, differentiate, trace
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import Tokens, unit_ids
 from fisher_jax.estimators import gram
-from fisher_jax.estimators.problem import (
-    Problem,
-    Tokens,
-    signed_total,
-    split,
-    square,
-    tokens_of,
-    unit_ids,
-    zeros_like,
-)
+from fisher_jax.estimators.problem import Problem, read, signed_total, split, square, zeros_like
 from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.moments import Moments
 
@@ -33,22 +25,16 @@ Tree = Any
 def by_row(problem: Problem, params: Tree, batch: Batch, key: Array | None) -> tuple[Moments, Array]:
     """Moments over rows or documents, and the reasons to reject the batch."""
     free, model = split(problem.apply_fn, params)
-    out = jax.eval_shape(model, free, batch.inputs)
-    tokens = tokens_of(problem, out, batch)
+    tokens, bad, out = read(problem, model, free, batch)
     if len(out.shape) < 2:
         raise ValueError(f"unit={problem.unit!r} needs outputs [rows, ..., K], found shape {list(out.shape)}")
     num_rows = out.shape[0]
-    rows = (batch.inputs, tokens.targets, jnp.maximum(tokens.weights, 0))
-    _check_rows(rows, num_rows)
-    rows = jax.tree.map(meshes.with_all_rows, jax.tree.map(jnp.asarray, rows))
+    _check_rows(tokens, num_rows)
+    rows = jax.tree.map(meshes.with_all_rows, jax.tree.map(jnp.asarray, tokens))
     keys = jax.random.split(jax.random.key(0) if key is None else key, num_rows)
-
-    def loss(free, row, key):
-        inputs, targets, weights = jax.tree.map(lambda x: x[None], row)
-        return signed_total(problem, model(free, inputs), Tokens(targets, weights, tokens.bad), key)
-
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (rows, keys))
-    squares, plan = _squares(problem, free, loss, *shapes)
+    alone = jax.tree.map(lambda x: stacked(unstacked(abstract(x)), 1), rows.inputs)
+    program = trace(problem.apply_fn, params, (alone,), None, problem.structures, None)
+    squares, plan = _squares(problem, program)
 
     def value(row, key):
         """``sum_t w_t f_t`` of one row: its squares, averaged over draws."""
@@ -58,12 +44,12 @@ def by_row(problem: Problem, params: Tree, batch: Batch, key: Array | None) -> t
         return jax.tree.map(lambda x: x.mean(0), draws), jnp.all(finite)
 
     chunk = _divisor(num_rows, problem.chunk_size or plan.rows_at_once)
-    found, finite = _fold(problem, value, rows, keys, unit_ids(problem.unit, batch, num_rows), chunk)
-    return found, tokens.bad | rejection.reason_mask(non_finite=~finite)
+    found, finite = _fold(problem, value, rows, keys, unit_ids(problem.unit, batch.units, num_rows), chunk)
+    return found, bad | rejection.reason_mask(non_finite=~finite)
 
 
-def _check_rows(rows: tuple, num_rows: int) -> None:
-    for path, x in jax.tree_util.tree_leaves_with_path(rows[0]):
+def _check_rows(tokens: Tokens, num_rows: int) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(tokens.inputs):
         if jnp.shape(x)[:1] != (num_rows,):
             raise ValueError(
                 f"observations of rows need inputs whose leading axis has {num_rows} rows, as the outputs; inputs"
@@ -78,31 +64,38 @@ class _Plan(NamedTuple):
     rows_at_once: int
 
 
-def _squares(problem: Problem, free: Tree, loss: Callable, row: Tree, key: Array) -> tuple[Callable, _Plan]:
-    """``squares(row, key) -> (groups of squared gradients, whether the loss is finite)``, and the plan."""
-    groupings = problem.free
-    treedef = jax.tree.structure(free)
-    plan = _plan(groupings, free, program.trace(loss, free, (row, key), {}).probe.specs)
+def _squares(problem: Problem, program: Program) -> tuple[Callable, _Plan]:
+    """``squares(row, key) -> (groups of squared gradients, whether the loss is finite)``, and the plan.
+
+    ``program`` is the model's of one row.
+    """
+    plan = _plan(problem.groupings, program)
 
     def squares(row, key):
-        traced = program.trace(
-            loss, free, (row, key), {}, gram.reduce_taps(plan.at_use), follow=plan.at_use.__contains__
-        )
-        value, grads, taps = program.differentiate(traced, lambda leaf: leaf not in plan.at_use)
+        alone = jax.tree.map(lambda x: x[None], row)
+        value, grads, taps = differentiate(
+            program.on(alone.inputs), lambda outputs: signed_total(problem, outputs, alone, key),
+            reduce=gram.reduce_taps(plan.at_use), follow=plan.at_use.__contains__,
+            gradients=lambda leaf: leaf not in plan.at_use,
+        )  # fmt: skip
         reduced = {tap.leaf: tap.reduced for tap in taps}
         found = [
-            one.finish(reduced[i]) if i in plan.at_use else one(square(grads[i])) for i, one in enumerate(groupings)
+            None if one is None else one.finish(reduced[i]) if i in plan.at_use else one(square(grads[i]))
+            for i, one in enumerate(problem.groupings)
         ]
-        return problem.joined(treedef, found), jnp.isfinite(value)
+        return problem.joined(program.treedef, found), jnp.isfinite(value)
 
     return squares, plan
 
 
-def _plan(groupings: list, free: Tree, specs: list) -> _Plan:
+def _plan(groupings: list, program: Program) -> _Plan:
     """As many rows at once as keep what is formed for each of them within the size of the parameters."""
-    leaves, at_use, formed = jax.tree.leaves(free), {}, 1
-    for i, (one, x) in enumerate(zip(groupings, leaves, strict=True)):
-        own = [spec for spec in specs if spec.leaf == i]
+    at_use, formed, size = {}, 1, 0
+    for i, (one, x) in enumerate(zip(groupings, program.leaves, strict=True)):
+        if one is None:
+            continue
+        own = program.structure.uses(i)
+        size += x.size
         if not gram.fits(own, one):
             formed += x.size
             continue
@@ -110,7 +103,7 @@ def _plan(groupings: list, free: Tree, specs: list) -> _Plan:
         at_use[i] = one, by_gram <= by_gradient
         if by_gram > by_gradient:
             formed += own[0].use.operand.size
-    return _Plan(at_use, max(1, sum(x.size for x in leaves) // formed))
+    return _Plan(at_use, max(1, size // formed))
 
 
 def _divisor(number: int, at_most: int) -> int:
@@ -119,11 +112,11 @@ def _divisor(number: int, at_most: int) -> int:
 
 
 def _fold(
-    problem: Problem, value: Callable, rows: Tree, keys: Array, ids: Array, chunk: int
+    problem: Problem, value: Callable, rows: Tokens, keys: Array, ids: Array, chunk: int
 ) -> tuple[Moments, Array]:
     """Rows to observations, ``chunk`` of them at a time."""
     num_rows = keys.shape[0]
-    weights = rows[2].reshape(num_rows, -1).sum(1)
+    weights = rows.weights.reshape(num_rows, -1).sum(1)
 
     def step(carry, part):
         folded, finite = carry

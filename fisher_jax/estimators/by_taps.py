@@ -1,22 +1,26 @@
 """Squared scores of every row from taps that a training step has, without another backward pass."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from fisher_jax._support import meshes, rejection
 from fisher_jax._support.dtypes import wide, wide_dtype
-from fisher_jax._support.jax_internals import abstract, contraction, convolution, lookup
-from fisher_jax._tracing import program
+from fisher_jax._support.jax_internals import abstract, convolution
+from fisher_jax._tracing.dense import token_axes
 from fisher_jax._tracing.orientation import Grouping
-from fisher_jax._tracing.program import Tap
-from fisher_jax._tracing.provenance import Spec, Use
+from fisher_jax._tracing.places import UnfollowedError, input_token_axes, row_ids
+from fisher_jax._tracing.program import Tap, gradient_of_use, is_free, trace, with_ids
+from fisher_jax._tracing.provenance import Spec
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import tokens_of, unit_ids
 from fisher_jax.estimators import gram
-from fisher_jax.estimators.problem import Problem, is_free, square, unit_ids, weights_of, zeros_like
+from fisher_jax.estimators.problem import Problem, square, zeros_like
 from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.moments import Moments
 
@@ -26,21 +30,16 @@ Tree = Any
 _WAY_OUT = "leave taps= out, and the rows are differentiated one by one"
 
 
-def by_taps(
-    problem: Problem, loss: Any, params: Tree, batch: Batch, taps: list[Tap], scale: Any
-) -> tuple[Moments, Array]:
-    """``(scale * sum_t d loss / d params)**2 / w_u`` of every row ``u``, and the reasons to reject the batch.
-
-    ``loss(params, batch)`` is traced with one row more, to see that rows come first among a tap's tokens.
-    """
+def by_taps(problem: Problem, params: Tree, batch: Batch, taps: list[Tap], scale: Any) -> tuple[Moments, Array]:
+    """``(scale * sum_t d loss / d params)**2 / w_u`` of every row ``u``, and the reasons to reject the batch."""
     if problem.kind != "empirical":
         raise ValueError("taps of a training step give the empirical Fisher, not the true one")
-    out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
-    lead, num_rows = out.shape[:-1], out.shape[0]
-    weights, bad = weights_of(batch, lead, wide_dtype(out.dtype))
-    _check_rows_lead(loss, params, batch, num_rows)
-    for tap in taps:
-        _check_tap(tap, num_rows)
+    structure = trace(problem.apply_fn, params, (batch.inputs,), None, problem.structures, None).structure
+    (out,) = structure.outputs
+    tokens, bad = tokens_of(problem.likelihood, out, batch)
+    num_rows = out.shape[0]
+    taps = with_ids(taps, structure)
+    places = [_rows_of(tap, num_rows) for tap in taps]
     leaves, treedef = jax.tree.flatten(params)
 
     def run(taps, weights, ids):
@@ -48,7 +47,8 @@ def by_taps(
             found: list = [None] * len(leaves)
             for i, (x, one) in enumerate(zip(leaves, problem.groupings, strict=True)):
                 if one is not None and is_free(x):
-                    found[i] = _leaf(x, one, [t for t in taps if t.leaf == i], row, num_rows, scale)
+                    own = [(tap, place) for tap, place in zip(taps, places, strict=True) if tap.leaf == i]
+                    found[i] = _leaf(x, one, own, row, scale)
             sums = jax.tree.unflatten(treedef, found)
             return sums if problem.combine is None else problem.combine(sums)
 
@@ -61,18 +61,19 @@ def by_taps(
         parts = (jnp.arange(num_rows, dtype=jnp.int32), weights.reshape(num_rows, -1).sum(1), ids)
         return moments_room.finish(jax.lax.scan(step, first, parts)[0])
 
-    moments = meshes.automatic(run, taps, weights, unit_ids(problem.unit, batch, num_rows))
+    moments = meshes.automatic(run, taps, tokens.weights, unit_ids(problem.unit, batch.units, num_rows))
     finite = functools.reduce(
         jnp.logical_and, [jnp.all(jnp.isfinite(jnp.asarray(t.cotangents))) for t in taps], jnp.bool_(True)
     )
     return moments, bad | rejection.reason_mask(non_finite=~finite)
 
 
-def _leaf(x: Array, one: Grouping, taps: list[Tap], row: Array, num_rows: int, scale: Any) -> Tree:
+def _leaf(x: Array, one: Grouping, own: list[tuple[Tap, "_Rows"]], row: Array, scale: Any) -> Tree:
     """Groups of the squared score of one row, ``sum_t w_t f_t`` without the division by the row's weight."""
-    parts = [_of_row(tap.use, tap.inputs or (), jnp.asarray(tap.cotangents), row, num_rows) for tap in taps]
+    taps = [tap for tap, _ in own]
+    parts = [place.of(tap, row) for tap, place in own]
     specs = [
-        Spec(t.leaf, t.use, abstract(c), tuple(map(abstract, inputs)), None, c.shape[: len(t.use.loops)])
+        Spec(t.leaf, t.use, abstract(c), tuple(map(abstract, inputs)), c.shape[: len(t.use.loops)])
         for t, (inputs, c) in zip(taps, parts, strict=True)
     ]
     if gram.fits(specs, one):
@@ -85,7 +86,7 @@ def _leaf(x: Array, one: Grouping, taps: list[Tap], row: Array, num_rows: int, s
         return one.finish(found)
     total = jnp.zeros(x.shape, wide_dtype(x.dtype))
     for tap, (inputs, cotangents) in zip(taps, parts, strict=True):
-        total = total + program.gradient_of_use(tap.use, 0, inputs, cotangents).astype(total.dtype)
+        total = total + gradient_of_use(tap.use, 0, inputs, cotangents).astype(total.dtype)
     return one(square(_scaled(total, scale)))
 
 
@@ -93,38 +94,41 @@ def _scaled(x: Array, scale: Any) -> Array:
     return wide(x) * jnp.asarray(scale, wide_dtype(x.dtype))
 
 
-def _row_axes(use: Use, cotangents_ndim: int) -> tuple[int | None, int]:
-    """The first token axis of the inputs (``None``: they stay) and of the cotangents, without loops."""
-    if use.kind == "dense":
-        other = 1 - use.index
-        contracted, batch = (sides[other] for sides in contraction(use.options))
-        own_contracted, own_batch = (sides[use.index] for sides in contraction(use.options))
-        outputs = len(use.operand.shape) - len(own_contracted) - len(own_batch)
-        free = [i for i in range(len(contracted) + len(batch) + cotangents_ndim) if i not in (*contracted, *batch)]
-        return free[0], len(batch) + (outputs if use.index == 0 else 0)
-    if use.kind == "embedding":
-        offset = lookup(use.options, use.operand.shape).offset
-        return 0, next(i for i in range(cotangents_ndim) if i not in offset)
-    if use.kind == "conv":
-        conv = convolution(use.options)
-        return conv.inputs[0], conv.outputs[0]
-    return None, 0
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rows:
+    """Where the tokens of each row lie in a tap.
+
+    Attributes:
+        axes: of the inputs and of the cotangents, loops counted; ``None`` where every row has all of the inputs.
+        index: ``[rows, tokens of a row]``, places along these axes; ``None``: there is one row.
+    """
+
+    axes: tuple[int | None, int]
+    index: np.ndarray | None
+
+    def of(self, tap: Tap, row: Array) -> tuple[tuple, Array]:
+        """Inputs and cotangents of one row: cut out, or where an operation has a fixed shape, all others zero."""
+        inputs, cotangents = tap.inputs or (), jnp.asarray(tap.cotangents)
+        if self.index is None:
+            return inputs, cotangents
+        x_axis, axis = self.axes
+        if x_axis is None:
+            owner = np.zeros(self.index.size, np.int32)
+            owner[self.index] = np.arange(len(self.index))[:, None]
+            shape = [-1 if i == axis else 1 for i in range(cotangents.ndim)]
+            return inputs, jnp.where(owner.reshape(shape) == row, cotangents, 0)
+        x, *others = inputs
+        return (self._cut(x, row, x_axis), *others), self._cut(cotangents, row, axis)
+
+    def _cut(self, x: Array, row: Array, axis: int) -> Array:
+        assert self.index is not None
+        size = self.index.shape[1]
+        if np.array_equal(self.index.ravel(), np.arange(self.index.size)):
+            return jax.lax.dynamic_slice_in_dim(x, row * size, size, axis)
+        return jnp.take(x, jnp.asarray(self.index)[row], axis)
 
 
-def _of_row(use: Use, inputs: tuple, cotangents: Array, row: Array, num_rows: int) -> tuple[tuple, Array]:
-    """Inputs and cotangents of one row: cut out, or where an operation has a fixed shape, all others zero."""
-    loops = len(use.loops)
-    x_axis, axis = _row_axes(use, cotangents.ndim - loops)
-    size = cotangents.shape[axis + loops] // num_rows
-    if x_axis is None:
-        index = jax.lax.broadcasted_iota(jnp.int32, cotangents.shape, axis + loops) // size
-        return inputs, jnp.where(index == row, cotangents, 0)
-    x_size = inputs[0].shape[x_axis + loops] // num_rows
-    x = jax.lax.dynamic_slice_in_dim(inputs[0], row * x_size, x_size, x_axis + loops)
-    return (x, *inputs[1:]), jax.lax.dynamic_slice_in_dim(cotangents, row * size, size, axis + loops)
-
-
-def _check_tap(tap: Tap, num_rows: int) -> None:
+def _rows_of(tap: Tap, num_rows: int) -> _Rows:
     if tap.cotangents is None:
         raise ValueError(
             f"the tap of {tap.path} was reduced; fj.value_grad_and_taps without reduce= keeps rows apart"
@@ -134,36 +138,32 @@ def _check_tap(tap: Tap, num_rows: int) -> None:
             f"parameter {tap.path} is used by {tap.use.primitive} at {tap.use.where}, whose tap is the gradient of "
             f"all rows together: {_WAY_OUT}"
         )
-    cotangents = jnp.asarray(tap.cotangents)
-    loops = len(tap.use.loops)
-    if cotangents.ndim == loops:
-        raise ValueError(f"the tap of {tap.path} has no axis of rows: {_WAY_OUT}")
-    _, axis = _row_axes(tap.use, cotangents.ndim - loops)
-    if cotangents.shape[axis + loops] % num_rows:
+    use, loops, cotangents = tap.use, len(tap.use.loops), jnp.asarray(tap.cotangents)
+    try:
+        ids = row_ids(use)
+    except UnfollowedError as error:
         raise ValueError(
-            f"the tap of {tap.path} has {cotangents.shape[axis + loops]} tokens, which are not {num_rows} rows of "
-            f"the batch: give the taps of this batch, or {_WAY_OUT}"
+            f"the tap of {tap.path} at {use.where} cannot be cut into rows: {error}: {_WAY_OUT}"
+        ) from None
+    if not ids.axes and num_rows == 1:
+        return _Rows((None, 0), None)
+    met = cotangents if use.kind in ("conv", "scale", "bias") else jnp.asarray((tap.inputs or ())[0])
+    values = ids.values.ravel()
+    if len(ids.axes) != 1 or ids.axes[0] < loops or (np.bincount(values) * num_rows != len(values)).any():
+        raise ValueError(
+            f"the rows of the batch are not one axis of the tap of {tap.path} at {use.where}: {_WAY_OUT}"
         )
-
-
-def _check_rows_lead(loss: Any, params: Tree, batch: Batch, num_rows: int) -> None:
-    """Rows are the first token axis of every tap of the model, seen by tracing it with one row more."""
-    more = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_rows + 1, *jnp.shape(x)[1:]), jnp.result_type(x)), batch)
-    here = program.trace(loss, params, (jax.eval_shape(lambda b: b, batch),), {}).probe.specs
-    there = program.trace(loss, params, (more,), {}).probe.specs
-    for a, b in zip(here, there, strict=True):
-        if a.use.kind == "generic":
-            continue
-        loops = len(a.use.loops)
-        x_axis, axis = _row_axes(a.use, len(a.output.shape) - loops)
-        checks = [(a.output.shape, b.output.shape, axis + loops)]
-        if x_axis is not None:
-            checks.append((a.inputs[0].shape, b.inputs[0].shape, x_axis + loops))
-        for before, after, where in checks:
-            wanted = list(before)
-            wanted[where] = before[where] // num_rows * (num_rows + 1)
-            if list(after) != wanted:
-                raise ValueError(
-                    f"rows of the batch are not the first tokens of the {a.use.kind} use at {a.use.where}, whose "
-                    f"shape {list(before)} becomes {list(after)} with one row more: {_WAY_OUT}"
-                )
+    (axis,) = ids.axes
+    if met.shape[axis] != len(values):
+        raise ValueError(
+            f"the tap of {tap.path} has {met.shape[axis]} tokens, which are not {num_rows} rows of the batch: give "
+            f"the taps of this batch, or {_WAY_OUT}"
+        )
+    index = np.argsort(values, kind="stable").reshape(num_rows, -1)
+    if use.kind in ("scale", "bias"):
+        return _Rows((None, axis), index)
+    tokens = input_token_axes(use, met.ndim - loops)
+    if use.kind == "conv":
+        return _Rows((loops + convolution(use.options).inputs[0], axis), index)
+    place = token_axes(use, cotangents.ndim - loops)[tokens.index(axis - loops)]
+    return _Rows((axis, loops + place), index)

@@ -9,7 +9,8 @@ from jaxtyping import Array
 
 from fisher_jax._support import meshes, passes, rejection
 from fisher_jax.batch import Batch
-from fisher_jax.estimators.problem import Problem, log_probs, split, tokens_of, unit_ids, zeros_like
+from fisher_jax.batch.tokens import log_probs, readable, unit_ids
+from fisher_jax.estimators.problem import Problem, read, split, zeros_like
 from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.moments import Moments, of_tokens, union
 
@@ -23,8 +24,8 @@ def by_token(problem: Problem, params: Tree, batch: Batch, key: Array | None) ->
     """Exact per-token squares, observed by token or summed by row, and the reasons to reject the batch."""
     del key
     free, model = split(problem.apply_fn, params)
-    outputs, pullback = jax.vjp(lambda free: model(free, batch.inputs), free)
-    tokens = tokens_of(problem, outputs, batch)
+    tokens, bad, _ = read(problem, model, free, batch)
+    outputs, pullback = jax.vjp(lambda free: model(free, tokens.inputs), free)
     num_outputs, weights = outputs.shape[-1], meshes.with_all_rows(tokens.weights).reshape(-1)
     if problem.kind == "empirical":
         total, log_prob_pullback = jax.vjp(
@@ -34,7 +35,8 @@ def by_token(problem: Problem, params: Tree, batch: Batch, key: Array | None) ->
         columns, finite = 1, jnp.isfinite(total)
     else:
         scores, columns = None, num_outputs
-        finite = jnp.all(jnp.isfinite(outputs) | (tokens.weights == 0)[..., None])
+        outputs = readable(outputs, tokens.weights)
+        finite = jnp.all(jnp.isfinite(outputs))
     place = jnp.arange(weights.size, dtype=jnp.int32).reshape(outputs.shape[:-1])
 
     def squares(token, column):
@@ -54,7 +56,7 @@ def by_token(problem: Problem, params: Tree, batch: Batch, key: Array | None) ->
         found = _token_moments(value, weights, chunk)
     else:
         found = _row_moments(problem, value, weights.reshape(tokens.weights.shape), batch, chunk)
-    return found, tokens.bad | rejection.reason_mask(non_finite=~finite)
+    return found, bad | rejection.reason_mask(non_finite=~finite)
 
 
 def _sum_over(function: Callable[[Array], Tree], number: int, chunk: int) -> Tree:
@@ -80,7 +82,7 @@ def _token_moments(value: Callable[[Array], Tree], weights: Array, chunk: int) -
     def step(found, start):
         index = start + jnp.arange(size)
         token = jnp.minimum(index, number - 1)
-        w = jnp.where(index < number, jnp.maximum(weights[token], 0), 0)
+        w = jnp.where(index < number, weights[token], 0)
         return union(found, of_tokens(passes.each(value, token), w)), None
 
     like = jax.eval_shape(value, jax.ShapeDtypeStruct((), jnp.int32))
@@ -94,12 +96,12 @@ def _row_moments(
     """Moments over rows (documents, the batch), each the weighted mean of its tokens."""
     if weights.ndim < 1:
         raise ValueError(f"unit={problem.unit!r} needs outputs [rows, ..., K], found one token")
-    rows, ids = weights.reshape(weights.shape[0], -1), unit_ids(problem.unit, batch, weights.shape[0])
+    rows, ids = weights.reshape(weights.shape[0], -1), unit_ids(problem.unit, batch.units, weights.shape[0])
     length = rows.shape[1]
 
     def row(index):
         def one(i):
-            w = jnp.maximum(rows[index, i], 0)
+            w = rows[index, i]
             return jax.tree.map(lambda x: w.astype(x.dtype) * x, value(index * length + i))
 
         return _sum_over(one, length, chunk)

@@ -10,14 +10,17 @@ from jaxtyping import Array
 from fisher_jax import groups as groups_room
 from fisher_jax import welford
 from fisher_jax._support import meshes
-from fisher_jax._tracing import orientation, program
+from fisher_jax._tracing import orientation
+from fisher_jax._tracing.program import trace
+from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
+from fisher_jax.batch.arguments import check_arguments, check_batch
 from fisher_jax.estimators.by_batch import by_batch
 from fisher_jax.estimators.by_row import by_row
 from fisher_jax.estimators.by_taps import by_taps
 from fisher_jax.estimators.by_token import by_token
 from fisher_jax.estimators.head import HeadProblem, head_estimator, head_group
-from fisher_jax.estimators.problem import Problem, log_probs
+from fisher_jax.estimators.problem import Problem
 from fisher_jax.likelihoods import Likelihood, categorical
 from fisher_jax.welford.estimator import FisherEstimator
 from fisher_jax.welford.moments import Moments, reject_if
@@ -43,7 +46,6 @@ def group_fisher(
     example: Batch | None = None,
     groups: Any = groups_room.param,
     combine: Callable[[Any], Any] | None = None,
-    average: bool = False,
     estimator: str = "signs",
     kind: str | None = None,
     unit: str | None = None,
@@ -81,7 +83,6 @@ def group_fisher(
             sums, to an array or a tree. A dict of such gives every leaf a dict of statistics.
         combine: a linear function of one observation's tree of sums, applied before it is accumulated: for statistics
             over several parameters, such as totals of layers, with intervals of their own.
-        average: divide each sum by the size of its group, which ``estimator.group_sizes(params)`` tells.
         estimator: see above.
         kind: ``"empirical"`` (labels of the batch) or ``"true"`` (labels from the model). ``None``: empirical, and
             true for ``sampled``.
@@ -118,9 +119,12 @@ def group_fisher(
         >>> batch = fj.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 2, 2]))
         >>> fisher = fj.group_fisher(apply_fn, example=batch, groups=fj.groups.row, estimator="exact")
         >>> state = fisher.update(fisher.init(params), params, batch)
-        >>> [round(float(x), 3) for x in fj.welford.mean(state)["kernel"]]
+        >>> [round(float(x), 3) for x in fj.mean(state)["kernel"]]
         [0.389, 0.389, 0.556]
     """
+    check_arguments(apply_fn, likelihood)
+    if example is not None:
+        check_batch(example, "example")
     kind = kind or ("true" if estimator == "sampled" else "empirical")
     _check(estimator, kind, unit, num_samples, temperature, chunk_size)
     unit = unit or _UNITS[estimator][0]
@@ -130,36 +134,40 @@ def group_fisher(
             raise ValueError("estimator='head' has neither combine= nor num_samples=: it is exact, and one leaf")
         if likelihood is not categorical:
             raise ValueError(f"estimator='head' is for fj.categorical outputs, found {likelihood.name}")
-        chosen = HeadProblem(apply_fn, head_group(groups), average, kind, unit, temperature, chunk_size)
+        chosen = HeadProblem(apply_fn, Structures(), head_group(groups), kind, unit, temperature, chunk_size)
         return head_estimator(chosen, example)
     observe_with: Callable = by_token if estimator == "exact" else by_batch if _whole(estimator, unit) else by_row
 
-    def grouped(params: Tree, average: bool) -> list:
-        def specs():
-            return program.trace(_loss(apply_fn, likelihood), params, (example,), {}).probe.specs
+    structures = Structures()
 
-        return orientation.groupings(groups, params, None if example is None else specs, average)
+    def grouped(params: Tree) -> list:
+        def specs():
+            assert example is not None
+            return trace(apply_fn, params, (example.inputs,), None, structures, None).structure.specs
+
+        return orientation.groupings(groups, params, None if example is None else specs)
 
     def problem(params: Tree) -> Problem:
-        found = grouped(params, average)
         return Problem(
-            apply_fn, likelihood, found, combine, estimator, kind, unit, num_samples, temperature, chunk_size
+            apply_fn, likelihood, structures, grouped(params), combine, estimator, kind, unit, num_samples,
+            temperature, chunk_size,
         )  # fmt: skip
 
     def init(params: Tree):
         like = jax.eval_shape(lambda p: problem(p).reduce(_floating(p)), params)
         if combine is None:
-            like = orientation.as_sharded(grouped(params, average), params, like)
+            like = orientation.as_sharded(grouped(params), params, like)
         return meshes.spread(welford.init(like, unit=unit), params)
 
     def observe(params: Tree, batch: Batch, key: Array | None = None, *, taps=None, taps_scale=1.0) -> Moments:
+        check_batch(batch)
         if taps is not None:
             if estimator != "sequence":
                 raise ValueError(
                     f"estimator={estimator!r} differentiates a loss of its own and takes no taps of another; only "
                     "head and sequence do"
                 )
-            return reject_if(*by_taps(problem(params), _loss(apply_fn, likelihood), params, batch, taps, taps_scale))
+            return reject_if(*by_taps(problem(params), params, batch, taps, taps_scale))
         if needs_key and key is None:
             raise ValueError(f"estimator={estimator!r} with kind={kind!r} draws random numbers: pass key=")
         found, bad = observe_with(problem(params), params, batch, key)
@@ -169,7 +177,7 @@ def group_fisher(
         return welford.add(state, observe(params, batch, key, **given))
 
     def group_sizes(params: Tree) -> Tree:
-        return orientation.sizes(grouped(params, False), params)
+        return orientation.sizes(grouped(params), params)
 
     return FisherEstimator(init, observe, update, welford.add, group_sizes)
 
@@ -177,18 +185,6 @@ def group_fisher(
 def _whole(estimator: str, unit: str) -> bool:
     """Whether the batch is one observation of one backward pass."""
     return unit == "batch" and estimator != "sequence"
-
-
-def _loss(apply_fn: Callable, likelihood: Likelihood) -> Callable:
-    """A loss that uses every parameter as the estimators do; it is traced and never computed."""
-
-    def loss(params, batch):
-        if not isinstance(batch, Batch):
-            raise ValueError(f"example is a Batch of arrays or jax.ShapeDtypeStructs, found {type(batch).__name__}")
-        outputs = apply_fn(params, batch.inputs)
-        return jnp.sum(log_probs(likelihood, outputs, batch.targets, jnp.ones(outputs.shape[:-1])))
-
-    return loss
 
 
 def _floating(tree: Tree) -> Tree:

@@ -14,11 +14,14 @@ from fisher_jax._support import meshes, rejection
 from fisher_jax._support.dtypes import wide_dtype
 from fisher_jax._tracing.axes import in_leaf_order
 from fisher_jax._tracing.dense import matrices, operand_axes
-from fisher_jax._tracing.program import Tap
-from fisher_jax._tracing.readout import Readout, readout
+from fisher_jax._tracing.head import head_of, parts
+from fisher_jax._tracing.program import Program, Tap, trace
+from fisher_jax._tracing.structure import Head, Structures
 from fisher_jax.batch import Batch
-from fisher_jax.estimators.problem import unit_ids, weights_of
+from fisher_jax.batch.arguments import check_batch
+from fisher_jax.batch.tokens import tokens_of, unit_ids, without_padding
 from fisher_jax.groups import Group, Heads, resolve
+from fisher_jax.likelihoods import categorical
 from fisher_jax.lm_head.scores import VALUE_BITS
 from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.estimator import FisherEstimator
@@ -34,8 +37,8 @@ class HeadProblem:
     """Options of the estimator ``head``."""
 
     apply_fn: Callable
+    structures: Structures
     group: str
-    average: bool
     kind: str
     unit: str
     temperature: float
@@ -66,6 +69,7 @@ def head_estimator(problem: HeadProblem, example: Batch | None) -> FisherEstimat
 
     def observe(params, batch: Batch, key=None, *, taps=None, taps_scale=1.0) -> Moments:
         del key
+        check_batch(batch)
         if taps is None:
             return _closed(problem, params, batch)
         return _from_taps(problem, params, batch, taps, taps_scale)
@@ -74,22 +78,27 @@ def head_estimator(problem: HeadProblem, example: Batch | None) -> FisherEstimat
         return welford.add(state, observe(params, batch, key, **given))
 
     def group_sizes(params):
-        found = readout(problem.apply_fn, params, example.inputs)
+        found = head_of(_program(problem, params, example.inputs).structure)
         shapes = jax.eval_shape(lambda p, b: _closed(problem, p, b).mean, params, example)
         return jax.tree.map(lambda x: jnp.full(x.shape, _group_size(problem, found), jnp.float32), shapes)
 
     return FisherEstimator(init, observe, update, welford.add, group_sizes)
 
 
-def _group_size(problem: HeadProblem, found: Readout) -> int:
+def _program(problem: HeadProblem, params: Tree, inputs: Any) -> Program:
+    return trace(problem.apply_fn, params, (inputs,), None, problem.structures, None)
+
+
+def _group_size(problem: HeadProblem, found: Head) -> int:
     _, contracted, outputs = operand_axes(found.use)
     width, vocabulary = (math.prod(found.use.operand.shape[i] for i in axes) for axes in (contracted, outputs))
     return {"param": 1, "row": width, "column": vocabulary, "tensor": width * vocabulary}[problem.group]
 
 
 def _closed(problem: HeadProblem, params: Tree, batch: Batch) -> Moments:
-    found = readout(problem.apply_fn, params, batch.inputs)
-    hidden, head, bias = found.parts(params, batch.inputs)
+    program = _program(problem, params, without_padding(batch.inputs, batch.real, batch.weights))
+    found = head_of(program.structure)
+    hidden, head, bias = parts(program)
     moments = lm_head.moments(
         hidden, head, batch.targets if problem.kind == "empirical" else None, batch.weights, groups=problem.group,
         kind=problem.kind, unit=problem.unit, units=batch.units if problem.unit == "document" else None, bias=bias,
@@ -98,13 +107,11 @@ def _closed(problem: HeadProblem, params: Tree, batch: Batch) -> Moments:
     return map_values(moments, lambda x: _placed(problem, params, found, x))
 
 
-def _placed(problem: HeadProblem, params: Tree, found: Readout, values: Array) -> Tree:
+def _placed(problem: HeadProblem, params: Tree, found: Head, values: Array) -> Tree:
     """Values of the head ``[V, H]``, ``[V]``, ``[H]`` or one, where and as the leaf has them."""
     _, contracted, outputs = operand_axes(found.use)
     axes = {"param": (*outputs, *contracted), "row": outputs, "column": contracted, "tensor": ()}[problem.group]
     shaped = in_leaf_order(found.use, values, axes)
-    if problem.average:
-        shaped = shaped / _group_size(problem, found)
     leaves, treedef = jax.tree.flatten(params)
     return jax.tree.unflatten(treedef, [shaped if i == found.leaf else None for i in range(len(leaves))])
 
@@ -113,18 +120,19 @@ def _from_taps(problem: HeadProblem, params: Tree, batch: Batch, taps: list[Tap]
     """From ``d loss / d logits`` of a training step: a token's score is that times ``scale / w_t``."""
     if problem.kind != "empirical" or problem.unit == "token":
         raise ValueError("taps of a training step give the empirical Fisher by sequence, document or batch")
-    found = readout(problem.apply_fn, params, batch.inputs)
+    structure = _program(problem, params, batch.inputs).structure
+    found = head_of(structure)
     tap = _head_tap(found, params, taps)
     hidden, cotangents = (x[0] for x in matrices(tap.use, tap.inputs or (), jnp.asarray(tap.cotangents)))
     dtype = wide_dtype(cotangents.dtype)
-    lead = jax.eval_shape(problem.apply_fn, params, batch.inputs).shape[:-1]
-    weights, bad = weights_of(batch, lead, dtype)
+    tokens, bad = tokens_of(categorical, structure.outputs[0], batch)
+    weights = tokens.weights
     if hidden.shape[0] != weights.size:
         raise ValueError(
             f"the taps are of {hidden.shape[0]} tokens and the batch has {weights.size}: give its own taps"
         )
-    num_rows = lead[0]
-    ids = unit_ids(problem.unit, batch, num_rows)
+    num_rows = weights.shape[0]
+    ids = unit_ids(problem.unit, batch.units, num_rows)
 
     def run(hidden, cotangents, weights, ids):
         rows = (
@@ -162,7 +170,7 @@ def _total(group: str, g2: Array, h2: Array) -> Array:
     return each if group == "column" else each.sum()
 
 
-def _head_tap(found: Readout, params: Tree, taps: list[Tap]) -> Tap:
+def _head_tap(found: Head, params: Tree, taps: list[Tap]) -> Tap:
     own = [
         t for t in taps if t.leaf == found.leaf and t.kind == "dense" and t.use.operand.size == found.use.operand.size
     ]

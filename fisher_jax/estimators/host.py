@@ -19,7 +19,7 @@ def on_host(estimator: FisherEstimator) -> FisherEstimator:
     during the update. Shardings of the state stay as they are; numbers are the same.
 
     Args:
-        estimator: any `FisherEstimator`, also for ``fj.track_fisher(fj.on_host(estimator), every=10)``.
+        estimator: any `FisherEstimator`, also for ``fj.track_fisher(fj.estimators.on_host(estimator), every=10)``.
 
     Returns:
         A `FisherEstimator`; read its states as ever, after `on_device` inside of ``jit``.
@@ -27,7 +27,7 @@ def on_host(estimator: FisherEstimator) -> FisherEstimator:
     Example:
         >>> import fisher_jax as fj, jax, jax.numpy as jnp
         >>> apply_fn = lambda params, x: x @ params["kernel"]
-        >>> fisher = fj.on_host(fj.group_fisher(apply_fn, estimator="exact"))
+        >>> fisher = fj.estimators.on_host(fj.group_fisher(apply_fn, estimator="exact"))
         >>> params = {"kernel": jnp.zeros((2, 3))}
         >>> batch = fj.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 2, 2]))
         >>> state = jax.jit(fisher.update)(fisher.init(params), params, batch)
@@ -55,7 +55,7 @@ def on_device(state: Tree) -> Tree:
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
-        >>> fj.on_device({"mean": jnp.ones(2)})["mean"].sharding.memory_kind
+        >>> fj.estimators.on_device({"mean": jnp.ones(2)})["mean"].sharding.memory_kind
         'device'
     """
     return _to(state, jax.memory.Space.Device)

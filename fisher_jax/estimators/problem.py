@@ -1,4 +1,4 @@
-"""What every estimator of all parameters needs to know, and the log-likelihoods of a batch."""
+"""What every estimator of all parameters needs to know, and the loss of one draw."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,27 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax._support import rejection
-from fisher_jax._support.dtypes import wide, wide_dtype
+from fisher_jax._support.dtypes import wide
 from fisher_jax._support.jax_internals import zeros
 from fisher_jax._tracing.orientation import Grouping
+from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import Tokens, log_probs, tokens_of
 from fisher_jax.likelihoods import Likelihood
 
-__all__ = [
-    "Problem",
-    "Split",
-    "Tokens",
-    "is_free",
-    "log_probs",
-    "signed_total",
-    "split",
-    "square",
-    "tokens_of",
-    "unit_ids",
-    "weights_of",
-    "zeros_like",
-]
+__all__ = ["Problem", "Split", "is_free", "read", "signed_total", "split", "square", "zeros_like"]
 
 Tree = Any
 
@@ -37,6 +25,7 @@ class Problem(NamedTuple):
 
     apply_fn: Callable
     likelihood: Likelihood
+    structures: Structures
     groupings: list[Grouping | None]  # of every leaf
     combine: Callable[[Tree], Tree] | None
     estimator: str
@@ -99,42 +88,10 @@ def split(apply_fn: Callable, params: Tree) -> Split:
     return Split(jax.tree.map(lambda x: jnp.asarray(x) if is_free(x) else None, params), outputs)
 
 
-def weights_of(batch: Batch, lead: tuple[int, ...], dtype: Any) -> tuple[Array, Array]:
-    """One weight per token, and a mask of reasons to reject them."""
-    weights = jnp.ones(lead, dtype) if batch.weights is None else jnp.asarray(batch.weights).astype(dtype)
-    if weights.shape != lead:
-        raise ValueError(
-            f"weights have one value per token, the leading shape of the outputs {list(lead)}, found "
-            f"{list(weights.shape)}"
-        )
-    return weights, rejection.reason_mask(negative_weight=~jnp.all((weights >= 0) & jnp.isfinite(weights)))
-
-
-class Tokens(NamedTuple):
-    """Targets and weights of the tokens of one batch, and why it cannot be used."""
-
-    targets: Any
-    weights: Array
-    bad: Array
-
-
-def tokens_of(problem: Problem, outputs: Any, batch: Batch) -> Tokens:
-    lead = outputs.shape[:-1]
-    weights, bad = weights_of(batch, lead, wide_dtype(outputs.dtype))
-    if problem.kind == "empirical":
-        inside = problem.likelihood.in_range(outputs, batch.targets)
-        if inside.shape != lead:
-            raise ValueError(
-                f"targets of shape {list(jnp.shape(batch.targets))} do not fit {problem.likelihood.name} outputs of "
-                f"shape {list(outputs.shape)}"
-            )
-        bad = bad | rejection.reason_mask(target_out_of_range=jnp.any((weights > 0) & ~inside))
-    return Tokens(batch.targets, weights, bad)
-
-
-def log_probs(likelihood: Likelihood, outputs: Array, targets: Any, weights: Array) -> Array:
-    """Per-token log-likelihood, 0 (and without gradient) where the weight is 0."""
-    return jnp.where(weights > 0, likelihood.log_prob(outputs, targets), 0)
+def read(problem: Problem, model: Callable, free: Tree, batch: Batch) -> tuple[Tokens, Array, Any]:
+    """Tokens of a batch, why it cannot be used, and the shape of the model's outputs."""
+    outputs = jax.eval_shape(model, free, batch.inputs)
+    return *tokens_of(problem.likelihood, outputs, batch, problem.kind == "empirical"), outputs
 
 
 def signed_total(problem: Problem, outputs: Array, tokens: Tokens, key: Array) -> Array:
@@ -143,25 +100,13 @@ def signed_total(problem: Problem, outputs: Array, tokens: Tokens, key: Array) -
     ``c`` is ``w`` for ``sequence``, ``sqrt(w)`` for ``sampled``, and with random signs for ``signs``.
     """
     label_key, sign_key = jax.random.split(key)
-    weights, targets = jnp.maximum(tokens.weights, 0), tokens.targets
+    weights, targets = tokens.weights, tokens.targets
     if problem.draws_labels:
         targets = problem.likelihood.sample(label_key, jax.lax.stop_gradient(outputs), problem.temperature)
     factor = weights if problem.estimator == "sequence" else jnp.sqrt(weights)
     if problem.draws_signs:
         factor = factor * jax.random.rademacher(sign_key, factor.shape, factor.dtype)
     return jnp.sum(factor * log_probs(problem.likelihood, outputs, targets, weights))
-
-
-def unit_ids(unit: str, batch: Batch, num_rows: int) -> Array:
-    """The observation that every row belongs to, int32 ``[rows]``."""
-    if unit != "document":
-        return jnp.zeros(num_rows, jnp.int32)
-    if batch.units is None:
-        raise ValueError("unit='document' needs Batch.units, one id per row")
-    ids = jnp.asarray(batch.units)
-    if ids.shape != (num_rows,) or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"Batch.units are integers [{num_rows}], one per row, found {ids.dtype} {list(ids.shape)}")
-    return ids.astype(jnp.int32)
 
 
 def zeros_like(tree: Tree) -> Tree:

@@ -17,7 +17,7 @@ class TrackFisherState(NamedTuple):
     """State of `track_fisher`.
 
     Attributes:
-        fisher: the estimator's own state, to be read with ``fj.welford.mean`` and the like.
+        fisher: the estimator's own state, to be read with ``fj.mean`` and the like.
         step: int32, updates seen.
     """
 
@@ -25,7 +25,7 @@ class TrackFisherState(NamedTuple):
     step: jax.Array
 
 
-def track_fisher(estimator: FisherEstimator, every: int = 1) -> optax.GradientTransformationExtraArgs:
+def track_fisher(estimator: FisherEstimator, period: int = 1) -> optax.GradientTransformationExtraArgs:
     """Accumulate Group Fisher in ``opt_state`` while an optax chain trains.
 
     Updates pass through unchanged. ``update`` takes extra arguments: ``batch``, and ``key`` where the estimator draws
@@ -39,13 +39,13 @@ def track_fisher(estimator: FisherEstimator, every: int = 1) -> optax.GradientTr
 
     Args:
         estimator: from ``fj.group_fisher``, ``fj.lm_head.estimator`` or ``fj.ema``.
-        every: observe the first update and every ``every``-th after it.
+        period: observe the first update and every ``period``-th after it.
 
     Returns:
         An optax transformation with state `TrackFisherState`.
 
     Raises:
-        ValueError: ``every`` below 1, or an update without ``params`` or ``batch``.
+        ValueError: ``period`` below 1, or an update without ``params`` or ``batch``.
 
     Example:
         >>> import fisher_jax as fj, jax, jax.numpy as jnp, optax
@@ -56,11 +56,11 @@ def track_fisher(estimator: FisherEstimator, every: int = 1) -> optax.GradientTr
         >>> batch = fj.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 2, 2]))
         >>> grads = {"kernel": jnp.ones((2, 3))}
         >>> updates, state = tx.update(grads, state, params, batch=batch, key=jax.random.key(0))
-        >>> fj.welford.mean(state[0])["kernel"].shape
+        >>> fj.mean(state[0])["kernel"].shape
         (2, 3)
     """
-    if every < 1:
-        raise ValueError(f"every is at least 1, found {every}")
+    if period < 1:
+        raise ValueError(f"period is at least 1, found {period}")
 
     def init(params: Any) -> TrackFisherState:
         return TrackFisherState(estimator.init(params), jnp.zeros((), jnp.int32))
@@ -91,7 +91,7 @@ def track_fisher(estimator: FisherEstimator, every: int = 1) -> optax.GradientTr
                 raise ValueError("an estimator without add= cannot measure a part of the parameters")
             return estimator.add(fisher, _restrict(estimator.observe(params, batch, key, **given_taps), given))
 
-        fisher = jax.lax.cond(state.step % every == 0, observe, lambda fisher: fisher, state.fisher)
+        fisher = jax.lax.cond(state.step % period == 0, observe, lambda fisher: fisher, state.fisher)
         return updates, TrackFisherState(fisher, optax.safe_increment(state.step))
 
     return optax.GradientTransformationExtraArgs(init, update)

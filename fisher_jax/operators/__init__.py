@@ -5,7 +5,7 @@ Nothing is stored but parameters and batch. Every product is a mean over weighte
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from jaxtyping import Array
 from fisher_jax._support.meshes import places
 from fisher_jax._support.selection import Chosen, select
 from fisher_jax.batch import Batch
-from fisher_jax.batch.tokens import require_usable
+from fisher_jax.batch.arguments import check_arguments
+from fisher_jax.batch.tokens import has_weight, require_usable
 from fisher_jax.kronecker.curvature.factors import Factors
 from fisher_jax.kronecker.curvature.product import curvature_product
 from fisher_jax.likelihoods import Likelihood
@@ -25,6 +26,15 @@ __all__ = ["empirical_fisher", "fisher", "ggn", "hessian", "kfac", "over_batches
 
 Tree = Any
 Matvec = Callable[[Tree], Tree]
+
+
+class Options(TypedDict, total=False):
+    """Options of every operator of a model and a batch, with the defaults and the words of `ggn`."""
+
+    parameters: Chosen
+    microbatch_size: int | None
+    remat: bool | Callable
+    keep_linearization: bool
 
 
 def ggn(
@@ -84,8 +94,9 @@ def ggn(
         [0.667, -0.333, -0.333]
     """
     return _operator(
-        "ggn", apply_fn, likelihood, params, batch, parameters, microbatch_size, remat, keep_linearization
-    )
+        "ggn", apply_fn, likelihood, params, batch, parameters=parameters, microbatch_size=microbatch_size,
+        remat=remat, keep_linearization=keep_linearization,
+    )  # fmt: skip
 
 
 def fisher(
@@ -93,16 +104,21 @@ def fisher(
     likelihood: Likelihood,
     params: Tree,
     batch: Batch,
-    *,
-    parameters: Chosen = None,
-    microbatch_size: int | None = None,
-    remat: bool | Callable = False,
-    keep_linearization: bool = False,
+    **options: Unpack[Options],
 ) -> Partial:
     """True Fisher products: ``v -> sum_t w_t E_y[s_t (s_t . v)] / sum_t w_t``, with ``y`` from the model.
 
-    Exact, without sampling: for likelihoods of natural-parameter outputs it equals `ggn` (Martens 2020, section 9.2),
-    and is computed so. Arguments, result and errors are those of `ggn`.
+    Exact, without sampling: for likelihoods of natural-parameter outputs it equals `fj.operators.ggn` (Martens 2020,
+    section 9.2), and is computed so.
+
+    Args:
+        apply_fn, likelihood, params, batch, options: see `fj.operators.ggn`.
+
+    Returns:
+        The product, as `fj.operators.ggn` returns it.
+
+    Raises:
+        ValueError, RejectedBatchError: as `fj.operators.ggn`. The labels of the batch are not read.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
@@ -111,9 +127,7 @@ def fisher(
         >>> matvec(jnp.ones(1)).tolist()
         [5.0]
     """
-    return _operator(
-        "ggn", apply_fn, likelihood, params, batch, parameters, microbatch_size, remat, keep_linearization
-    )
+    return ggn(apply_fn, likelihood, params, batch, **options)
 
 
 def empirical_fisher(
@@ -121,16 +135,21 @@ def empirical_fisher(
     likelihood: Likelihood,
     params: Tree,
     batch: Batch,
-    *,
-    parameters: Chosen = None,
-    microbatch_size: int | None = None,
-    remat: bool | Callable = False,
-    keep_linearization: bool = False,
+    **options: Unpack[Options],
 ) -> Partial:
     """Empirical Fisher products: ``v -> sum_t w_t s_t (s_t . v) / sum_t w_t``, ``s_t = d log p(y_t) / d params``.
 
-    The labels are those of the batch, and scores are per token: not the square of a mean gradient. Arguments, result
-    and errors are those of `ggn`; a label out of range where the weight is not 0 is an error too.
+    The labels are those of the batch, and scores are per token: not the square of a mean gradient.
+
+    Args:
+        apply_fn, likelihood, params, batch, options: see `fj.operators.ggn`.
+
+    Returns:
+        The product, as `fj.operators.ggn` returns it.
+
+    Raises:
+        ValueError: as `fj.operators.ggn`; targets that do not fit the outputs.
+        RejectedBatchError: as `fj.operators.ggn`; a label out of range where the weight is not 0.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
@@ -139,9 +158,7 @@ def empirical_fisher(
         >>> matvec(jnp.ones(1)).tolist()  # (6**2 + 1**2) / 2
         [18.5]
     """
-    return _operator(
-        "empirical", apply_fn, likelihood, params, batch, parameters, microbatch_size, remat, keep_linearization
-    )
+    return _operator("empirical", apply_fn, likelihood, params, batch, **options)
 
 
 def hessian(
@@ -149,16 +166,21 @@ def hessian(
     likelihood: Likelihood,
     params: Tree,
     batch: Batch,
-    *,
-    parameters: Chosen = None,
-    microbatch_size: int | None = None,
-    remat: bool | Callable = False,
-    keep_linearization: bool = False,
+    **options: Unpack[Options],
 ) -> Partial:
     """Hessian products: ``v -> d^2 L v``, of the mean loss ``L = -sum_t w_t log p(y_t) / sum_t w_t``.
 
-    Forward over reverse (Pearlmutter 1994), about 2.5 times ``jax.value_and_grad``. Indefinite in general. Arguments,
-    result and errors are those of `ggn`; a label out of range where the weight is not 0 is an error too.
+    Forward over reverse (Pearlmutter 1994), about 2.5 times ``jax.value_and_grad``. Indefinite in general.
+
+    Args:
+        apply_fn, likelihood, params, batch, options: see `fj.operators.ggn`.
+
+    Returns:
+        The product, as `fj.operators.ggn` returns it.
+
+    Raises:
+        ValueError: as `fj.operators.ggn`; targets that do not fit the outputs.
+        RejectedBatchError: as `fj.operators.ggn`; a label out of range where the weight is not 0.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
@@ -167,9 +189,7 @@ def hessian(
         >>> matvec(jnp.ones(1)).tolist()
         [5.0]
     """
-    return _operator(
-        "hessian", apply_fn, likelihood, params, batch, parameters, microbatch_size, remat, keep_linearization
-    )
+    return _operator("hessian", apply_fn, likelihood, params, batch, **options)
 
 
 def kfac(factors: Factors) -> Partial:
@@ -182,12 +202,12 @@ def kfac(factors: Factors) -> Partial:
     is exact.
 
     Args:
-        factors: of `fj.kfac_factors`; a training state's are `fj.kfac_factors_from_state`.
+        factors: of `fj.kfac_factors`; a training state's are `fj.kfac_tools.kfac_factors_from_state`.
 
     Returns:
         ``matvec(v)``: ``v`` is a tree like ``restrict(params)``, the result has at least float32. A
-        ``jax.tree_util.Partial`` with the factors as its leaves, for `fj.lanczos`, `fj.trace` and
-        `fj.spectral_density`; `fj.kfac_spectrum` gives its eigenvalues without any product.
+        ``jax.tree_util.Partial`` with the factors as its leaves, for `fj.lanczos`, `fj.spectra.trace` and
+        `fj.spectral_density`; `fj.kfac_tools.kfac_spectrum` gives its eigenvalues without any product.
 
     Raises:
         TypeError: no `Factors`.
@@ -197,14 +217,14 @@ def kfac(factors: Factors) -> Partial:
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> batch = fj.Batch(jnp.diag(jnp.array([2.0, 1.0])), jnp.array([[1.0], [1.0]]))
         >>> params = {"kernel": jnp.zeros((2, 1))}
-        >>> factors = fj.kfac_factors(lambda p, x: x @ p["kernel"], params, batch, fj.gaussian)
+        >>> factors = fj.kfac_factors(lambda p, x: x @ p["kernel"], fj.gaussian, params, batch)
         >>> fj.operators.kfac(factors)({"kernel": jnp.ones((2, 1))})["kernel"].round(4).tolist()
         [[2.0], [0.5]]
     """
     if not isinstance(factors, Factors):
         raise TypeError(
             f"expected the result of fj.kfac_factors, found {type(factors).__name__}; for an optimizer's state use "
-            "fj.kfac_factors_from_state(state, apply_fn, params, example)"
+            "fj.kfac_tools.kfac_factors_from_state(state, apply_fn, likelihood, params, batch)"
         )
     return Partial(curvature_product, factors)
 
@@ -282,7 +302,7 @@ def over_batches(make_matvec: Callable[[Batch], Partial], batches: Iterable[Batc
     def matvec(v: Tree) -> Tree:
         total, sums = jnp.zeros(()), None
         for batch in batches:
-            if batch.weights is not None and not bool(jnp.any(jnp.asarray(batch.weights) != 0)):
+            if not has_weight(batch):
                 continue
             product = make_matvec(batch)
             weight = total_weight(product)
@@ -295,19 +315,23 @@ def over_batches(make_matvec: Callable[[Batch], Partial], batches: Iterable[Batc
     return matvec
 
 
-def _operator(kind, apply_fn, likelihood, params, batch, parameters, microbatch_size, remat, keep) -> Partial:
+def _operator(
+    kind: str, apply_fn, likelihood, params, batch, *, parameters=None, microbatch_size=None, remat=False,
+    keep_linearization=False,
+) -> Partial:  # fmt: skip
+    check_arguments(apply_fn, likelihood, batch=batch)
     selection = select(params, parameters)
     params = jax.tree.map(jnp.asarray, params)
     where = places(jax.tree.leaves(selection.restrict(params)))
     operator = products.Operator(kind, apply_fn, likelihood, selection, microbatch_size, remat, where)
-    if microbatch_size is not None and keep:
+    if microbatch_size is not None and keep_linearization:
         raise ValueError(
             "keep_linearization holds what a backward pass over the whole batch holds: no microbatch_size"
         )
     part, bad = products.tokens(operator, params, batch)
     products.chunks(part, microbatch_size)
-    require_usable(bad, part.weights.sum())
-    if not keep:
+    require_usable(bad, part.total_weight)
+    if not keep_linearization:
         return Partial(products.product, operator, params, batch)
     return Partial(
         products.kept_product, operator, selection.restrict(params), products.linearize(operator, params, batch)

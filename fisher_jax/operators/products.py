@@ -12,7 +12,7 @@ from fisher_jax._support.dtypes import wide, wide_dtype
 from fisher_jax._support.meshes import Place, laid_out
 from fisher_jax._support.selection import Selection
 from fisher_jax.batch import Batch
-from fisher_jax.batch.tokens import Part, log_probs, weigh
+from fisher_jax.batch.tokens import Tokens, log_probs, readable, tokens_of
 from fisher_jax.likelihoods import Likelihood
 
 __all__ = ["Operator", "chunks", "kept_product", "linearize", "product", "tokens", "weight"]
@@ -41,14 +41,14 @@ class Operator:
         return self.kind != "ggn"
 
 
-def tokens(operator: Operator, params: Tree, batch: Batch) -> tuple[Part, Array]:
+def tokens(operator: Operator, params: Tree, batch: Batch) -> tuple[Tokens, Array]:
     outputs = jax.eval_shape(operator.apply_fn, params, batch.inputs)
-    return weigh(operator.likelihood, outputs, batch, operator.labels_matter)
+    return tokens_of(operator.likelihood, outputs, batch, operator.labels_matter)
 
 
 @jax.jit
 def weight(operator: Operator, params: Tree, batch: Batch) -> Array:
-    return tokens(operator, params, batch)[0].weights.sum()
+    return tokens(operator, params, batch)[0].total_weight
 
 
 @jax.jit
@@ -59,7 +59,7 @@ def product(operator: Operator, params: Tree, batch: Batch, v: Tree) -> Tree:
     part, bad = tokens(operator, params, batch)
     total, usable = _normaliser(part, bad)
 
-    def of(part: Part) -> Tree:
+    def of(part: Tokens) -> Tree:
         return _wide(_sum(operator, params, part, moving, tangent))
 
     if operator.microbatch_size is None:
@@ -94,7 +94,7 @@ def kept_product(operator: Operator, moving: Tree, kept: tuple, v: Tree) -> Tree
     return _placed(operator, _scaled(_wide(sums), total, usable))
 
 
-def _function(operator: Operator, params: Tree, part: Part) -> Callable[[Tree], Any]:
+def _function(operator: Operator, params: Tree, part: Tokens) -> Callable[[Tree], Any]:
     """What is differentiated: the outputs, the log-likelihoods of the tokens, or the summed loss."""
     apply_fn, remat = operator.apply_fn, operator.remat
     if remat:
@@ -112,7 +112,7 @@ def _function(operator: Operator, params: Tree, part: Part) -> Callable[[Tree], 
     return {"ggn": outputs, "empirical": scores, "hessian": loss}[operator.kind]
 
 
-def _sum(operator: Operator, params: Tree, part: Part, moving: Tree, tangent: Tree) -> Tree:
+def _sum(operator: Operator, params: Tree, part: Tokens, moving: Tree, tangent: Tree) -> Tree:
     """The product, summed over the tokens of a part."""
     function = _function(operator, params, part)
     if operator.kind == "hessian":
@@ -125,18 +125,16 @@ def _sandwich(operator: Operator, point: Any, push: Callable, weights: Array, mo
     """``J^T (w H J v)``, with ``H = 1`` for the empirical Fisher."""
     moved = push(tangent)
     if operator.kind == "ggn":
-        active = (weights > 0)[..., None]
-        dtype, wide = moved.dtype, _wide(moved)
-        safe, wide = (jnp.where(active, x, jnp.zeros_like(x)) for x in (point, wide))
-        cotangent = (weights[..., None] * operator.likelihood.fisher_product(safe, wide)).astype(dtype)
+        curved = operator.likelihood.fisher_product(readable(point, weights), readable(_wide(moved), weights))
+        cotangent = (weights[..., None] * curved).astype(moved.dtype)
     else:
         cotangent = (weights * moved).astype(moved.dtype)
     return jax.linear_transpose(push, moving)(cotangent)[0]
 
 
-def _normaliser(part: Part, bad: Array) -> tuple[Array, Array]:
+def _normaliser(part: Tokens, bad: Array) -> tuple[Array, Array]:
     """The weight to divide by, and whether the batch can be used at all."""
-    total = part.weights.sum()
+    total = part.total_weight
     return total, (bad == 0) & (total > 0)
 
 
@@ -156,7 +154,7 @@ def _wide(tree: Tree) -> Tree:
     return jax.tree.map(wide, tree)
 
 
-def chunks(part: Part, size: int | None) -> Part | None:
+def chunks(part: Tokens, size: int | None) -> Tokens | None:
     """``[rows, ...] -> [rows / size, size, ...]``, every n-th row in a chunk: rows stay on their devices."""
     if size is None:
         return None

@@ -1,1 +1,15 @@
 """Spectra: Krylov methods over operators, and the blocks of single parameters."""
+
+from fisher_jax.spectra.blocks.capacity import BlockSpectrum, Capacity
+from fisher_jax.spectra.blocks.one_batch import block_spectrum
+from fisher_jax.spectra.blocks.state import BlockSpectraState
+from fisher_jax.spectra.blocks.stream import BlockSpectra, block_spectra
+from fisher_jax.spectra.krylov.density import Density, LogDensity, spectral_density
+from fisher_jax.spectra.krylov.estimates import Estimate, frobenius_norm, trace
+from fisher_jax.spectra.krylov.spectrum import lanczos
+from fisher_jax.spectra.krylov.summary import Spectrum
+
+__all__ = [
+    "BlockSpectra", "BlockSpectraState", "BlockSpectrum", "Capacity", "Density", "Estimate", "LogDensity", "Spectrum",
+    "block_spectra", "block_spectrum", "frobenius_norm", "lanczos", "spectral_density", "trace",
+]  # fmt: skip

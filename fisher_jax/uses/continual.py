@@ -9,8 +9,10 @@ from jaxtyping import Array
 
 from fisher_jax._support.dtypes import wide
 from fisher_jax._support.jax_internals import is_traced
-from fisher_jax.uses.align import check_alike, check_not_negative, per_parameter, values_of
+from fisher_jax.uses import reading
+from fisher_jax.uses.group_sums import per_parameter
 from fisher_jax.uses.pruning import prune_mask
+from fisher_jax.uses.trees import check_alike, check_not_negative
 
 __all__ = [
     "ProtectState", "ScaleByFisherState", "ewc_penalty", "project_away", "protect_important", "scale_by_fisher",
@@ -19,7 +21,7 @@ __all__ = [
 Tree = Any
 
 
-def ewc_penalty(params: Tree, anchor: Tree, fisher: Any, *, strength: Any = 1.0, averaged: bool = False) -> Array:
+def ewc_penalty(params: Tree, anchor: Tree, fisher: Any, *, strength: Any = 1.0) -> Array:
     """``strength / 2 * sum_i F_i (p_i - a_i)**2``: elastic weight consolidation, to be added to the loss.
 
     To second order the growth of the former task's loss, in nats per weighted token, when its parameters ``a`` become
@@ -33,7 +35,6 @@ def ewc_penalty(params: Tree, anchor: Tree, fisher: Any, *, strength: Any = 1.0,
         fisher: a tree like ``params``, of their shapes or of sums over groups; or a Welford state, moments or moving
             average, whose mean is taken. Not differentiated.
         strength: a number or scalar array.
-        averaged: the Fisher already is a mean over each group (``fj.group_fisher(..., average=True)``).
 
     Returns:
         A scalar, at least float32.
@@ -52,9 +53,9 @@ def ewc_penalty(params: Tree, anchor: Tree, fisher: Any, *, strength: Any = 1.0,
         [3.0, 4.0]
     """
     check_alike(params, anchor, "the parameters", "the anchor")
-    fisher = values_of(fisher)
+    fisher = reading.mean(fisher)
     check_not_negative(fisher, "the Fisher")
-    weights = jax.lax.stop_gradient(per_parameter(fisher, params, averaged=averaged))
+    weights = jax.lax.stop_gradient(per_parameter(fisher, params))
 
     def leaf(p, a, f):
         # The difference of half-precision numbers is taken in float32, where it is exact enough.
@@ -74,9 +75,7 @@ class ScaleByFisherState(NamedTuple):
     factor: Tree
 
 
-def scale_by_fisher(
-    fisher: Any, *, damping: float, power: float = 1.0, averaged: bool = False
-) -> optax.GradientTransformationExtraArgs:
+def scale_by_fisher(fisher: Any, *, damping: float, power: float = 1.0) -> optax.GradientTransformationExtraArgs:
     """Optax: ``u_i -> u_i (damping / (F_i + damping))**power``: small steps where the former task is sensitive.
 
     A coordinate without information moves freely, one with ``F_i = damping`` half as much (``power=1``). This is the
@@ -87,7 +86,6 @@ def scale_by_fisher(
         fisher: as in `ewc_penalty`; read when the optimizer's state is initialised, and kept there as factors.
         damping: positive, in units of the Fisher of a parameter.
         power: not negative.
-        averaged: as in `ewc_penalty`.
 
     Returns:
         An optax transformation with state `ScaleByFisherState`.
@@ -99,7 +97,7 @@ def scale_by_fisher(
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp, optax
         >>> params, fisher = {"w": jnp.zeros(3)}, {"w": jnp.array([0.0, 1.0, 3.0])}
-        >>> tx = optax.chain(fj.scale_by_fisher(fisher, damping=1.0), optax.sgd(0.5))
+        >>> tx = optax.chain(fj.continual.scale_by_fisher(fisher, damping=1.0), optax.sgd(0.5))
         >>> updates, _ = tx.update({"w": jnp.ones(3)}, tx.init(params))
         >>> updates["w"].tolist()
         [-0.5, -0.25, -0.125]
@@ -110,9 +108,9 @@ def scale_by_fisher(
         raise ValueError(f"power is not negative, found {power}")
 
     def init(params: Tree) -> ScaleByFisherState:
-        values, like = _part_of(values_of(fisher), params)
+        values, like = _part_of(reading.mean(fisher), params)
         check_not_negative(values, "the Fisher")
-        spread = per_parameter(values, like, averaged=averaged)
+        spread = per_parameter(values, like)
         factor = jax.tree.map(lambda f: (damping / (f + damping)) ** power, spread)
         return ScaleByFisherState(_put_back(factor, params))
 
@@ -170,10 +168,10 @@ def project_away(tree: Tree, fisher: Any, fraction: float, *, scope: str = "glob
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
-        >>> fj.project_away(jnp.array([1.0, 2.0, 3.0]), jnp.array([0.1, 5.0, 0.2]), 1 / 3).tolist()
+        >>> fj.continual.project_away(jnp.array([1.0, 2.0, 3.0]), jnp.array([0.1, 5.0, 0.2]), 1 / 3).tolist()
         [1.0, 0.0, 3.0]
     """
-    free = _free(tree, values_of(fisher), fraction, scope)
+    free = _free(tree, reading.mean(fisher), fraction, scope)
     return jax.tree.map(lambda x, keep: jnp.where(keep, x, jnp.zeros((), jnp.result_type(x))), tree, free)
 
 
@@ -215,7 +213,7 @@ def protect_important(
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp, optax
-        >>> tx = optax.chain(optax.adamw(0.1), fj.protect_important(jnp.array([0.1, 5.0, 0.2]), 1 / 3))
+        >>> tx = optax.chain(optax.adamw(0.1), fj.continual.protect_important(jnp.array([0.1, 5.0, 0.2]), 1 / 3))
         >>> params = jnp.ones(3)
         >>> updates, _ = tx.update(jnp.ones(3), tx.init(params), params)
         >>> (updates != 0).tolist()
@@ -223,7 +221,7 @@ def protect_important(
     """
 
     def init(params: Tree) -> ProtectState:
-        values, like = _part_of(values_of(fisher), params)
+        values, like = _part_of(reading.mean(fisher), params)
         return ProtectState(_put_back(_free(like, values, fraction, scope), params))
 
     def update(updates: Tree, state: ProtectState, params: Tree = None, **extra: Any) -> tuple[Tree, ProtectState]:

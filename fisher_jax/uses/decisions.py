@@ -54,7 +54,7 @@ def decide(x: Any, threshold: float, *, level: float = 0.95, control: str = "hol
       observations have not been met looks small *and* certain. The usual t test then claims "below" falsely up to 300
       times as often as it says (at 0.001); this one kept its level to within 1.2 in all of our simulations of bursty,
       log-normal scores. It cannot claim anything of a group that was never seen, or of fewer than a few effective
-      observations. ``n`` is Kish's ``W**2 / sum w**2``, ``n_eff`` is `fj.effective_count`.
+      observations. ``n`` is Kish's ``W**2 / sum w**2``, ``n_eff`` is `fj.stats.effective_count`.
 
     Args:
         x: a Welford state or moments; for text the unit is the document.
@@ -72,12 +72,12 @@ def decide(x: Any, threshold: float, *, level: float = 0.95, control: str = "hol
         ValueError: a threshold that is not positive, a level outside (0, 1), an unknown control or side, fewer than
             two observations.
 
-    See Shaffer (1980) for the direction of claims; `fj.holm`, `fj.q_values`.
+    See Shaffer (1980) for the direction of claims; `fj.stats.holm`, `fj.stats.q_values`.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> scores = jnp.array([[0.5, 9.0, 1.0], [0.6, 8.0, 3.0], [0.55, 10.0, 2.0], [0.45, 9.0, 0.5]])
-        >>> fj.decide(fj.welford.observe(scores, unit="sequence"), threshold=2.0).verdict.tolist()
+        >>> fj.stats.decide(fj.welford.observe(scores, unit="sequence"), threshold=2.0).verdict.tolist()
         [-1, 1, 0]
     """
     seen, p, sign = _evidence(x, threshold, level, control, side)
@@ -130,23 +130,23 @@ def _p_below(seen: Observed, threshold: float) -> np.ndarray:
 def prune_below(x: Any, threshold: float, *, level: float = 0.95, control: str = "holm") -> CautiousPruning:
     """Prune the groups whose importance surely lies below ``threshold``; keep the others, and what is not known.
 
-    ``mask = not (adjusted p of "below" <= 1 - level)``, see `fj.decide` for the test. With ``control="holm"`` the
-    chance that any pruned group really lies above the threshold is at most ``1 - level``; with ``"bh"`` the expected
-    share of such groups among the pruned. Groups that were never seen are kept.
+    ``mask = not (adjusted p of "below" <= 1 - level)``, see `fj.stats.decide` for the test. With ``control="holm"``
+    the chance that any pruned group really lies above the threshold is at most ``1 - level``; with ``"bh"`` the
+    expected share of such groups among the pruned. Groups that were never seen are kept.
 
     Args:
-        x, threshold, level, control: as in `fj.decide`.
+        x, threshold, level, control: as in `fj.stats.decide`.
 
     Returns:
-        `CautiousPruning`, whose ``mask`` `fj.apply_mask` takes.
+        `CautiousPruning`, whose ``mask`` `fj.stats.apply_mask` takes.
 
     Raises:
-        ValueError: as `fj.decide`.
+        ValueError: as `fj.stats.decide`.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> scores = jnp.array([[0.5, 9.0, 1.0], [0.6, 8.0, 3.0], [0.55, 10.0, 2.0], [0.45, 9.0, 0.5]])
-        >>> found = fj.prune_below(fj.welford.observe(scores, unit="sequence"), threshold=2.0)
+        >>> found = fj.stats.prune_below(fj.welford.observe(scores, unit="sequence"), threshold=2.0)
         >>> found.mask.tolist(), found.num_pruned, found.num_unsure
         ([False, True, True], 1, 1)
     """

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax import welford
 from fisher_jax._support.dtypes import wide
 from fisher_jax._support.jax_internals import is_traced
-from fisher_jax.uses.align import beside, check_alike, check_not_negative, named_leaves, values_of
+from fisher_jax.uses import reading
+from fisher_jax.uses.group_sums import beside
+from fisher_jax.uses.trees import check_alike, check_not_negative, named_leaves
 
 __all__ = ["merge_params", "merge_task_vectors", "shrunk_mean"]
 
@@ -102,7 +103,7 @@ def merge_task_vectors(
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> base, one, two = ({"w": jnp.array([x, 1.0])} for x in (1.0, 2.0, 4.0))
         >>> fishers = [{"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([3.0, 1.0])}]
-        >>> fj.merge_task_vectors(base, [one, two], fishers)["w"].tolist()
+        >>> fj.continual.merge_task_vectors(base, [one, two], fishers)["w"].tolist()
         [3.5, 1.0]
     """
     counts = scales_of(params_list, scales)
@@ -157,7 +158,7 @@ def _weights(params_list: Sequence[Tree], fishers: Sequence[Any], scales: list, 
         raise ValueError(f"{len(params_list)} models need as many Fishers, found {len(fishers)}")
     if not 0 <= floor < float("inf"):
         raise ValueError(f"floor is a share of the mean Fisher, not negative, found {floor}")
-    models = zip(params_list, map(values_of, fishers), scales, strict=True)
+    models = zip(params_list, map(reading.mean, fishers), scales, strict=True)
     return [_of_one(params, fisher, scale, floor, i) for i, (params, fisher, scale) in enumerate(models)]
 
 
@@ -211,10 +212,10 @@ def shrunk_mean(state: Any) -> Tree:
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> scores = jnp.array([[1.0, 9.0, 0.0, 4.0], [1.1, 0.0, 0.0, 4.4], [0.9, 0.0, 0.0, 3.6]])
-        >>> [round(float(x), 2) for x in fj.shrunk_mean(fj.welford.observe(scores, unit="sequence"))]
+        >>> [round(float(x), 2) for x in fj.stats.shrunk_mean(fj.welford.observe(scores, unit="sequence"))]
         [1.01, 2.39, 0.0, 3.96]
     """
-    return jax.tree.map(_shrunk, welford.mean(state), welford.standard_error(state))
+    return jax.tree.map(_shrunk, reading.mean(state), reading.standard_error(state))
 
 
 def _shrunk(mean: Array, error: Array) -> Array:

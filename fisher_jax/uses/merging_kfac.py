@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax._support.dtypes import wide
+from fisher_jax._support.outline import outline
 from fisher_jax.kronecker.curvature.factors import Factors, precondition
 from fisher_jax.kronecker.curvature.product import curvature_product
 from fisher_jax.kronecker.optimizer.quadratic import tree_dot
-from fisher_jax.uses.align import check_alike
 from fisher_jax.uses.merging import scales_of, weighted_mean
+from fisher_jax.uses.trees import check_alike
 
 __all__ = ["KFACMerge", "merge_kfac"]
 
@@ -32,6 +33,9 @@ class KFACMerge(NamedTuple):
     params: Tree
     residual: Array
     num_steps: Array
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def merge_kfac(
@@ -73,8 +77,8 @@ def merge_kfac(
         >>> models = [{"w": jnp.array([[1.0], [0.0]])}, {"w": jnp.array([[0.0], [1.0]])}]
         >>> inputs = [jnp.array([[1.0, 0.0]] * 2), jnp.array([[0.0, 1.0]] * 2)]  # each task sees one feature
         >>> batches = [fj.Batch(x, apply_fn(p, x) + jnp.array([[1.0], [-1.0]])) for x, p in zip(inputs, models)]
-        >>> factors = [fj.kfac_factors(apply_fn, p, b, fj.gaussian) for p, b in zip(models, batches)]
-        >>> fj.merge_kfac(models, factors).params["w"].round(2).ravel().tolist()
+        >>> factors = [fj.kfac_factors(apply_fn, fj.gaussian, p, b) for p, b in zip(models, batches)]
+        >>> fj.kfac_tools.merge_kfac(models, factors).params["w"].round(2).ravel().tolist()
         [1.0, 1.0]
     """
     counts = scales_of(params_list, scales)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fisher_jax.uses.align import named_leaves
+from fisher_jax.uses.trees import named_leaves
 
 __all__ = ["holm", "q_values"]
 
@@ -32,7 +32,7 @@ def q_values(p: Tree, method: str = "bh") -> Tree:
 
     Example:
         >>> import fisher_jax as fj, numpy as np
-        >>> fj.q_values(np.array([0.01, 0.5, np.nan, 0.02])).tolist()
+        >>> fj.stats.q_values(np.array([0.01, 0.5, np.nan, 0.02])).tolist()
         [0.03, 0.5, nan, 0.03]
     """
     if method not in ("bh", "by"):
@@ -64,7 +64,7 @@ def holm(p: Tree) -> Tree:
 
     Example:
         >>> import fisher_jax as fj, numpy as np
-        >>> fj.holm(np.array([0.01, 0.5, np.nan, 0.02])).tolist()
+        >>> fj.stats.holm(np.array([0.01, 0.5, np.nan, 0.02])).tolist()
         [0.03, 0.5, nan, 0.04]
     """
 

@@ -8,7 +8,9 @@ import numpy as np
 from jaxtyping import Array
 
 from fisher_jax._support.dtypes import wide
-from fisher_jax.uses.align import check_alike, check_not_negative, per_parameter, values_of
+from fisher_jax.uses import reading
+from fisher_jax.uses.group_sums import per_parameter
+from fisher_jax.uses.trees import check_alike, check_not_negative
 
 __all__ = ["Conflict", "Overlap", "conflict", "overlap"]
 
@@ -83,7 +85,7 @@ def overlap(a: Any, b: Any, top_fraction: float = 0.1) -> Overlap:
     """
     if not 0 < top_fraction <= 1:
         raise ValueError(f"top_fraction is a share in (0, 1], found {top_fraction}")
-    a, b = values_of(a), values_of(b)
+    a, b = reading.mean(a), reading.mean(b)
     check_alike(a, b, "the first Fisher", "the second Fisher")
     check_not_negative(a, "the first Fisher")
     check_not_negative(b, "the second Fisher")
@@ -119,7 +121,7 @@ def _chance(shared: int, one: int, two: int, number: int) -> float:
     return float(min(scipy.stats.hypergeom.sf(shared - 1, number, one, two), 1.0)) if shared else 1.0
 
 
-def conflict(x: Tree, y: Tree, fishers: Any = None, *, averaged: bool = False) -> Conflict:
+def conflict(x: Tree, y: Tree, fisher: Any = None, other: Any = None) -> Conflict:
     """Whether two directions (gradients, task vectors) agree or pull against each other, weighted by importance.
 
     With weights ``w``: ``cosine = <x, y>_w / (|x|_w |y|_w)`` with ``<x, y>_w = sum_i w_i x_i y_i``, and ``opposed``
@@ -127,25 +129,25 @@ def conflict(x: Tree, y: Tree, fishers: Any = None, *, averaged: bool = False) -
 
     Args:
         x, y: trees of the same shapes.
-        fishers: ``None``: ``w = 1``. A tree like ``x`` (of its shapes or of sums over groups), a state or moments:
-            ``w = F``. A pair of such, one for each task: ``w = sqrt(F_x F_y)``, which counts what matters to both.
-        averaged: the Fishers already are means over groups.
+        fisher: ``w = F``: a tree like ``x``, of its shapes or of sums over groups, or a state (`fj.mean`). ``None``:
+            ``w = 1``.
+        other: the same of the second task: ``w = sqrt(F_x F_y)``, which counts what matters to both.
 
     Returns:
         `Conflict`; NaN where a direction has no weight. Works under ``jit``.
 
     Raises:
-        ValueError: trees or shapes that differ, a negative Fisher.
+        ValueError: trees or shapes that differ, a negative Fisher, ``other`` alone.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> x, y = jnp.array([1.0, 1.0]), jnp.array([1.0, -1.0])
-        >>> found = fj.conflict(x, y, jnp.array([1.0, 3.0]))
+        >>> found = fj.shift.conflict(x, y, jnp.array([1.0, 3.0]))
         >>> float(found.cosine), float(found.opposed)
         (-0.5, 0.75)
     """
     check_alike(x, y, "the first direction", "the second direction")
-    weights = _weights(x, fishers, averaged)
+    weights = _weights(x, fisher, other)
     xy, xx, yy, size, against = (jnp.zeros(()) for _ in range(5))
     for p, q, w in zip(*map(jax.tree.leaves, (x, y, weights)), strict=True):
         p, q = wide(p), wide(q)
@@ -156,17 +158,18 @@ def conflict(x: Tree, y: Tree, fishers: Any = None, *, averaged: bool = False) -
     return Conflict(xy / (jnp.sqrt(xx) * jnp.sqrt(yy)), against / size)
 
 
-def _weights(x: Tree, fishers: Any, averaged: bool) -> Tree:
-    if fishers is None:
+def _weights(x: Tree, fisher: Any, other: Any) -> Tree:
+    if fisher is None:
+        if other is not None:
+            raise ValueError("other= is the Fisher of the second task: give that of the first as fisher=")
         return jax.tree.map(lambda _: jnp.ones(()), x)
-    pair = isinstance(fishers, tuple | list) and not isinstance(x, tuple | list)
-    if pair and len(fishers) != 2:
-        raise ValueError(f"fishers are one tree or a pair of them, found {len(fishers)}")
-    found = []
-    for fisher in fishers if pair else (fishers,):
-        values = values_of(fisher)
-        check_not_negative(values, "the Fisher")
-        found.append(per_parameter(values, x, averaged=averaged))
-    if len(found) == 1:
-        return found[0]
-    return jax.tree.map(lambda f, g: jnp.sqrt(f) * jnp.sqrt(g), *found)
+    one = _per_parameter(fisher, x)
+    return (
+        one if other is None else jax.tree.map(lambda f, g: jnp.sqrt(f) * jnp.sqrt(g), one, _per_parameter(other, x))
+    )
+
+
+def _per_parameter(fisher: Any, x: Tree) -> Tree:
+    values = reading.mean(fisher)
+    check_not_negative(values, "the Fisher")
+    return per_parameter(values, x)

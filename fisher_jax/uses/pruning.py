@@ -9,7 +9,9 @@ import numpy as np
 from fisher_jax._support.dtypes import wide
 from fisher_jax._support.jax_internals import is_traced
 from fisher_jax._support.placement import automatic, spec_of
-from fisher_jax.uses.align import beside, check_alike, check_not_negative, named_leaves, values_of
+from fisher_jax.uses import reading
+from fisher_jax.uses.group_sums import beside
+from fisher_jax.uses.trees import check_alike, check_not_negative, named_leaves
 
 __all__ = ["apply_mask", "prune_mask", "saliency"]
 
@@ -49,7 +51,7 @@ def saliency(params: Tree, fisher: Any) -> Tree:
         >>> fj.saliency(params, {"w": jnp.array([[4.0], [8.0]])})["w"].tolist()
         [[5.0], [18.0]]
     """
-    fisher = values_of(fisher)
+    fisher = reading.mean(fisher)
     check_alike(params, fisher, "the parameters", "the Fisher", shapes=False)
     check_not_negative(fisher, "the Fisher")
 
@@ -182,7 +184,7 @@ def apply_mask(params: Tree, mask: Tree) -> Tree:
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> mask = fj.prune_mask(jnp.array([3.0, 1.0, 2.0]), 1 / 3)
-        >>> fj.apply_mask(jnp.ones((3, 2)), mask).tolist()
+        >>> fj.stats.apply_mask(jnp.ones((3, 2)), mask).tolist()
         [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]
     """
     check_alike(params, mask, "the parameters", "the mask", shapes=False)

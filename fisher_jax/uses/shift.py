@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from fisher_jax import welford
-from fisher_jax.uses.align import check_alike
 from fisher_jax.uses.multiplicity import q_values
+from fisher_jax.uses.trees import check_alike
 from fisher_jax.welford.observed import Observed, as_state, effective, observed, on_tree
 
 __all__ = ["Drift", "Shift", "importance_drift", "importance_shift"]
@@ -31,7 +31,7 @@ class Shift(NamedTuple):
         z: their ratio.
         degrees_of_freedom: Welch's and Satterthwaite's.
         p: two-sided; NaN where not testable.
-        q: adjusted over all testable groups of the tree (`fj.q_values`).
+        q: adjusted over all testable groups of the tree (`fj.stats.q_values`).
         testable: false where too little was seen of the group to ever tell.
     """
 
@@ -48,7 +48,8 @@ class Drift(NamedTuple):
     """When each group changed most, and whether that is more than chance; trees of NumPy arrays.
 
     Attributes:
-        change: int64. ``kind="step"``: the first window after the change; ``kind="window"``: the window that differs.
+        change: int64. With the alternative ``"step"`` the first window after the change; with ``"window"`` the one
+            that differs.
         difference: mean after (or inside) minus mean before (or outside).
         standard_error, z: of that difference.
         p: of the largest of all changes looked at; NaN where not testable.
@@ -83,10 +84,11 @@ def importance_shift(
     of Wikipedia and PubMed by document, 15 to 85 in a hundred) Welch's test had false discoveries at ``q = 0.05`` in
     all of 12 splits, the guarded one in none. With texts of equal size it is Welch's, up to degrees of freedom.
 
-    Groups with fewer than ``min_effective`` effective observations in both texts together (`fj.effective_count`) are
-    not tested, and not counted in the q values: with ``k`` of them ``|z|`` cannot exceed about ``sqrt(k)``. That
-    count is the same however documents are dealt to the two texts, so leaving out by it does not bias the p values
-    of the others. What it cannot mend: observations that are not independent. For text the unit is the document.
+    Groups with fewer than ``min_effective`` effective observations in both texts together
+    (`fj.stats.effective_count`) are not tested, and not counted in the q values: with ``k`` of them ``|z|`` cannot
+    exceed about ``sqrt(k)``. That count is the same however documents are dealt to the two texts, so leaving out by
+    it does not bias the p values of the others. What it cannot mend: observations that are not independent. For text
+    the unit is the document.
 
     Args:
         state_a, state_b: Welford states or moments of the same model, groups and unit.
@@ -126,7 +128,7 @@ def importance_shift(
 def importance_drift(
     states: Sequence[Any],
     *,
-    kind: str = "step",
+    alternative: str = "step",
     guard: bool = True,
     min_effective: float = MIN_EFFECTIVE,
     method: str = "bh",
@@ -140,7 +142,7 @@ def importance_drift(
 
     Args:
         states: Welford states or moments of consecutive windows, two or more. For text the unit is the document.
-        kind: ``"step"``: a lasting change (the standardised CUSUM's question); ``"window"``: a passing one.
+        alternative: ``"step"``: a lasting change (the standardised CUSUM's question); ``"window"``: a passing one.
         guard, min_effective, method: as in `importance_shift`.
 
     Returns:
@@ -148,7 +150,7 @@ def importance_drift(
 
     Raises:
         ValueError: fewer than two windows; windows of other trees, shapes or units, or with fewer than two
-            observations; an unknown kind; no testable group.
+            observations; an unknown alternative; no testable group.
 
     See Worsley (1979) on the maximum of two-sample statistics over change points.
 
@@ -157,12 +159,12 @@ def importance_drift(
         >>> rng = np.random.default_rng(0)
         >>> scales = np.array([[1, 1], [1, 1], [1, 4], [1, 4]])
         >>> windows = [fj.welford.observe(jnp.float32(rng.gamma(2.0, s, (30, 2))), unit="sequence") for s in scales]
-        >>> drift = fj.importance_drift(windows)
+        >>> drift = fj.shift.importance_drift(windows)
         >>> (drift.q < 0.05).tolist(), int(drift.change[1])
         ([False, True], 2)
     """
-    if kind not in ("step", "window"):
-        raise ValueError(f"kind is 'step' or 'window', found {kind!r}")
+    if alternative not in ("step", "window"):
+        raise ValueError(f"alternative is 'step' or 'window', found {alternative!r}")
     if len(states) < 2:
         raise ValueError(f"drift is seen between two or more windows, found {len(states)}")
     windows = [as_state(x, f"window {i}") for i, x in enumerate(states)]
@@ -170,7 +172,7 @@ def importance_drift(
         _check_same(windows[0], window, "window 0", f"window {i}")
     seen = [observed(x, f"window {i}") for i, x in enumerate(windows)]
     before, after = _running(windows), _running(windows[::-1])[::-1]
-    if kind == "step":
+    if alternative == "step":
         places = list(range(1, len(windows)))
         pairs = [(observed(after[i]), observed(before[i - 1])) for i in places]
     else:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisher_jax import welford
+from fisher_jax.uses import reading
 from fisher_jax.welford.observed import effective, observed, on_tree
 
 __all__ = ["DataNeeded", "data_needed", "effective_count", "signal_to_noise"]
@@ -44,7 +44,7 @@ def signal_to_noise(x: Any) -> Tree:
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> moments = fj.welford.observe(jnp.array([[1.0, 0.0], [3.0, 0.0]]))
-        >>> fj.signal_to_noise(moments).tolist()
+        >>> fj.stats.signal_to_noise(moments).tolist()
         [2.0, 0.0]
     """
 
@@ -52,7 +52,7 @@ def signal_to_noise(x: Any) -> Tree:
         quotient = jnp.where(error == 0, jnp.inf, mean / jnp.where(error == 0, 1, error))
         return jnp.where((mean == 0) & ~jnp.isnan(error), 0, quotient)
 
-    return jax.tree.map(ratio, welford.mean(x), welford.standard_error(x))
+    return jax.tree.map(ratio, reading.mean(x), reading.standard_error(x))
 
 
 def effective_count(x: Any) -> Tree:
@@ -75,7 +75,7 @@ def effective_count(x: Any) -> Tree:
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> moments = fj.welford.observe(jnp.array([[1.0, 7.0], [1.0, 0.0], [1.0, 0.0]]))
-        >>> fj.effective_count(moments).round(5).tolist()
+        >>> fj.stats.effective_count(moments).round(5).tolist()
         [3.0, 1.0]
     """
     seen = observed(x)
@@ -108,7 +108,7 @@ def data_needed(
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> moments = fj.welford.observe(jnp.array([1.0, 2.0, 6.0]), jnp.array([50.0, 50.0, 50.0]), unit="document",
         ...     units=jnp.arange(3))
-        >>> needed = fj.data_needed(moments, width=3.0)
+        >>> needed = fj.stats.data_needed(moments, width=3.0)
         >>> needed.units.tolist(), needed.tokens.tolist()
         (12.0, 600.0)
     """

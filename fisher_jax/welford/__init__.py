@@ -7,8 +7,8 @@ numbers.
 
 from fisher_jax.welford.accumulation import add, merge
 from fisher_jax.welford.estimates import (
-    confidence_interval,
     count,
+    interval,
     mean,
     spread,
     standard_error,
@@ -20,6 +20,19 @@ from fisher_jax.welford.moments import Moments, observe
 from fisher_jax.welford.state import State, init, plain
 
 __all__ = [
-    "Moments", "State", "add", "confidence_interval", "count", "init", "mean", "merge", "observe", "plain",
-    "spread", "standard_error", "total_weight", "variance", "weight",
+    "Moments",
+    "State",
+    "add",
+    "count",
+    "init",
+    "interval",
+    "mean",
+    "merge",
+    "observe",
+    "plain",
+    "spread",
+    "standard_error",
+    "total_weight",
+    "variance",
+    "weight",
 ]  # fmt: skip

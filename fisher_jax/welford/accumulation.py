@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from fisher_jax._support import compensated
 from fisher_jax.welford.moments import Fragment, Moments, select
-from fisher_jax.welford.state import State
+from fisher_jax.welford.state import State, state_in
 
 __all__ = ["add", "closed", "merge"]
 
@@ -201,12 +201,12 @@ def merge(a: State, b: State) -> State:
 
 def closed(x: Any) -> State:
     """A state in which every observation is finished, as the read-outs see it."""
-    x = getattr(x, "fisher", x)  # an optax state that keeps a Fisher state (`fj.track_fisher`)
-    if isinstance(x, Moments):
-        state = _as_state(x)
-        if x.first is not None:
-            state = _close(_close(state, _fragment(x.first)), _fragment(x.last))
-        return state
-    if not isinstance(x, State):
+    found = state_in(x, State, Moments)
+    if found is None:
         raise TypeError(f"expected a Welford state or moments, found {type(x).__name__}")
-    return x if x.open is None else dataclasses.replace(_close(x, x.open), open=None)
+    if isinstance(found, State):
+        return found if found.open is None else dataclasses.replace(_close(found, found.open), open=None)
+    state = _as_state(found)
+    if found.first is None:
+        return state
+    return _close(_close(state, _fragment(found.first)), _fragment(found.last))

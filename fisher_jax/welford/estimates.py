@@ -13,7 +13,14 @@ from fisher_jax.welford.moments import Moments
 from fisher_jax.welford.state import State
 
 __all__ = [
-    "confidence_interval", "count", "mean", "spread", "standard_error", "total_weight", "variance", "weight",
+    "count",
+    "interval",
+    "mean",
+    "spread",
+    "standard_error",
+    "total_weight",
+    "variance",
+    "weight",
 ]  # fmt: skip
 
 Tree = Any  # a pytree of arrays
@@ -37,16 +44,17 @@ def mean(x: State | Moments) -> Tree:
     return _unscaled(jax.tree.map(compensated.value, state.mean), state.scale)
 
 
-def variance(x: State | Moments, kind: str | None = None) -> Tree:
+def variance(x: State | Moments, weighting: str | None = None) -> Tree:
     """Variance of one observation.
 
-    ``kind="frequency"``: ``m2 / (W - 1)``, right only when the unit is the token.
-    ``kind="reliability"``: ``m2 / (W - sum w**2 / W)``, for weighted units whose variance does not depend on their
-    weight. ``None``: the first for tokens, the second for other units. NaN where it is not defined (one observation).
+    ``weighting="frequency"``: ``m2 / (W - 1)``, right only when the unit is the token.
+    ``weighting="reliability"``: ``m2 / (W - sum w**2 / W)``, for weighted units whose variance does not depend
+    on their weight. ``None``: the first for tokens, the second for other units. NaN where it is not defined (one
+    observation).
     This is a spread, not the error of the mean (`standard_error`).
 
     Raises:
-        ValueError: another kind, or ``frequency`` for a unit that is not the token.
+        ValueError: another weighting, or ``frequency`` for a unit that is not the token.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
@@ -54,16 +62,18 @@ def variance(x: State | Moments, kind: str | None = None) -> Tree:
         7.0
     """
     state = closed(x)
-    kind = kind or ("frequency" if state.unit == "token" else "reliability")
+    weighting = weighting or ("frequency" if state.unit == "token" else "reliability")
     total = compensated.value(state.weight)
-    if kind == "frequency":
+    if weighting == "frequency":
         if state.unit != "token":
-            raise ValueError(f"kind='frequency' counts tokens; the unit is {state.unit!r}: use kind='reliability'")
+            raise ValueError(
+                f"weighting='frequency' counts tokens; the unit is {state.unit!r}: use weighting='reliability'"
+            )
         freedom = total - 1
-    elif kind == "reliability":
+    elif weighting == "reliability":
         freedom = total - compensated.value(state.weight_sq) / jnp.where(total > 0, total, 1)
     else:
-        raise ValueError(f"kind is 'frequency' or 'reliability', found {kind!r}")
+        raise ValueError(f"weighting is 'frequency' or 'reliability', found {weighting!r}")
     freedom = jnp.where(freedom > 0, freedom, jnp.nan)
     # Divided before the scale is removed: the quotient is the larger number.
     scaled = jax.tree.map(lambda m2: jnp.maximum(compensated.value(m2), 0) / freedom.astype(m2.dtype), state.m2)
@@ -103,7 +113,7 @@ def standard_error(x: State | Moments) -> Tree:
     return _unscaled(jax.tree.map(leaf, state.mean, state.m2, *squares), state.scale)
 
 
-def confidence_interval(x: State | Moments, level: float = 0.95) -> tuple[Tree, Tree]:
+def interval(x: State | Moments, level: float = 0.95) -> tuple[Tree, Tree]:
     """``mean -+ t * standard_error`` with Student's t quantile at ``n - 1`` degrees of freedom, on the host.
 
     Meant for a corpus, the unit is the document: tokens of a sequence, and sequences of a document, are correlated,
@@ -117,7 +127,7 @@ def confidence_interval(x: State | Moments, level: float = 0.95) -> tuple[Tree, 
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
-        >>> lower, upper = fj.welford.confidence_interval(fj.welford.observe(jnp.array([1.0, 2.0, 6.0])))
+        >>> lower, upper = fj.welford.interval(fj.welford.observe(jnp.array([1.0, 2.0, 6.0])))
         >>> round(float(lower), 3), round(float(upper), 3)
         (-3.572, 9.572)
     """

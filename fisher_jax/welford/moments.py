@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from fisher_jax._support import compensated, rejection
 from fisher_jax._support.dtypes import wide
+from fisher_jax.batch.tokens import unit_ids, weigh
 
 __all__ = [
     "UNITS",
@@ -69,7 +70,7 @@ class Moments:
         unit: what one observation is.
         scale: exact power of two that keeps fourth powers of small probabilities above float32's underflow.
 
-    Read it with ``fj.welford.mean``, ``.variance``, ``.standard_error`` or ``.confidence_interval``.
+    Read it with ``fj.welford.mean``, ``.variance``, ``.standard_error`` or ``.interval``.
     """
 
     mean: Tree
@@ -266,15 +267,10 @@ def observe(
     (size,) = sizes.pop()
     binary = weights is None or jnp.asarray(weights).dtype == bool
     dtype = jax.tree.leaves(values)[0].dtype
-    weights = jnp.ones(size, dtype) if weights is None else jnp.asarray(weights).astype(dtype)
-    if weights.shape != (size,):
-        raise ValueError(f"weights have shape [{size}], one per observation, found {list(weights.shape)}")
-    bad = rejection.reason_mask(negative_weight=~jnp.all((weights >= 0) & jnp.isfinite(weights)))
+    weights, bad = weigh(weights, (size,), dtype, "observation")
     values = jax.tree.map(lambda x: jnp.where(_over(weights, x) == 0, 0, x), values)
     if unit in ("document", "batch"):
-        if unit == "document" and units is None:
-            raise ValueError("the unit 'document' needs units, one id per observation")
-        ids = jnp.zeros(size, jnp.int32) if units is None else jnp.asarray(units).astype(jnp.int32)
+        ids = unit_ids(unit, units, size)
         totals = jax.tree.map(lambda x: x * _over(weights, x), values)
         like = jax.eval_shape(lambda rows: jax.tree.map(lambda x: x.sum(0), rows), totals)
         carry, _ = jax.lax.scan(

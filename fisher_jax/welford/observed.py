@@ -7,6 +7,7 @@ import numpy as np
 
 from fisher_jax import welford
 from fisher_jax.welford.moments import Moments
+from fisher_jax.welford.state import state_in
 
 __all__ = ["Observed", "as_state", "effective", "observed", "on_tree"]
 
@@ -47,12 +48,10 @@ def _means_and_errors(state: welford.State) -> tuple[Tree, Tree]:
 
 def as_state(x: Any, what: str = "the state") -> welford.State:
     """A Welford state, or moments as one, or the one inside an optax state."""
-    x = getattr(x, "fisher", x)
-    if isinstance(x, Moments):
-        return _from_moments(x)
-    if not isinstance(x, welford.State):
+    found = state_in(x, welford.State, Moments)
+    if found is None:
         raise TypeError(f"{what} is a Welford state or moments, which know their errors; found {type(x).__name__}")
-    return x
+    return _from_moments(found) if isinstance(found, Moments) else found
 
 
 def observed(x: Any, what: str = "the state") -> Observed:
@@ -89,7 +88,7 @@ def on_tree(values: np.ndarray, like: Observed) -> Tree:
 
 
 def effective(x: Observed) -> np.ndarray:
-    """See `fisher_jax.effective_count`, which has the words."""
+    """See `fj.stats.effective_count`, which has the words."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         relative = (x.size - 1) / x.size * (x.error / x.mean) ** 2
         return np.where(x.mean == 0, 0.0, 1 / (relative + 1 / x.units))

@@ -12,7 +12,7 @@ from fisher_jax._support import compensated
 from fisher_jax._support.dtypes import wide_dtype
 from fisher_jax.welford.moments import Fragment, Moments, check_unit
 
-__all__ = ["State", "init", "plain"]
+__all__ = ["State", "init", "plain", "state_in"]
 
 Tree = Any  # a pytree of arrays
 
@@ -132,3 +132,17 @@ def plain(state: State, *, standard_errors: bool = True) -> State:
         square_mean=single(state.square_mean) if standard_errors else None,
         square_m2=single(state.square_m2) if standard_errors else None,
     )  # fmt: skip
+
+
+def state_in(x: Any, *kinds: type) -> Any:
+    """The one state of these kinds that ``x`` is or holds (as an optimizer's state does), or ``None``.
+
+    Raises:
+        ValueError: there are several.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(x, is_leaf=lambda node: isinstance(node, kinds))
+    found = [(path, leaf) for path, leaf in leaves if isinstance(leaf, kinds)]
+    if len(found) > 1:
+        names = ", ".join(jax.tree_util.keystr(path) for path, _ in found)
+        raise ValueError(f"{type(x).__name__} holds {len(found)} Fisher states ({names}); read one of them")
+    return found[0][1] if found else None

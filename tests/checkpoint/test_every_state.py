@@ -27,7 +27,7 @@ NOT_STATES = {
     "estimators.problem:Problem",
     "estimators.problem:Split",
     "estimators.problem:Tokens",
-    "estimator:FisherEstimator",
+    "welford.estimator:FisherEstimator",
     "groups:Group",
     "groups:Heads",
     "_support.jax_internals:Body",
@@ -66,7 +66,7 @@ NOT_STATES = {
     "_tracing.recorder:Recorder",
     "_support.selection:Selection",
     "_tracing.taps:Coverage",
-    "tokens:Part",
+    "batch.tokens:Part",
 }
 
 
@@ -109,15 +109,15 @@ def answers():
     state, _ = document_state()
     other = fj.welford.add(state, document_state()[1])
     fisher = jax.tree.map(jnp.square, PARAMS)
-    yield "decisions", fj.decide(state, 0.5)
-    yield "pruning", fj.prune_below(state, 0.5)
+    yield "decisions", fj.stats.decide(state, 0.5)
+    yield "pruning", fj.stats.prune_below(state, 0.5)
     yield "shift", fj.importance_shift(state, other)
-    yield "drift", fj.importance_drift([state, other, state, other])
+    yield "drift", fj.shift.importance_drift([state, other, state, other])
     yield "overlap", fj.overlap(fisher, fisher)
-    yield "conflict", fj.conflict(PARAMS, fisher, fisher)
-    yield "data needed", fj.data_needed(state, width=0.1)
-    yield "scaled", fj.scale_by_fisher(fisher, damping=0.1).init(PARAMS)
-    yield "protected", fj.protect_important(fisher, 0.5).init(PARAMS)
+    yield "conflict", fj.shift.conflict(PARAMS, fisher, fisher)
+    yield "data needed", fj.stats.data_needed(state, width=0.1)
+    yield "scaled", fj.continual.scale_by_fisher(fisher, damping=0.1).init(PARAMS)
+    yield "protected", fj.continual.protect_important(fisher, 0.5).init(PARAMS)
 
 
 def spectra():
@@ -126,29 +126,39 @@ def spectra():
     yield "spectrum", fj.lanczos(DIAGONAL, LIKE, num_eigenvalues=2, eigenvectors=True, **options)
     yield "density", density
     yield "log density", density.on_log_axis(floor=1e-3)
-    yield "trace", fj.trace(DIAGONAL, LIKE, num_products=6, key=jax.random.key(0))
-    blocks = fj.block_spectra(apply_fn, max_scores=4)
+    yield "trace", fj.spectra.trace(DIAGONAL, LIKE, num_products=6, key=jax.random.key(0))
+    blocks = fj.spectra.block_spectra(apply_fn, max_scores=4)
     state = blocks.update(blocks.init(PARAMS), PARAMS, BATCH)
     yield "blocks", state
     yield "block spectra", blocks.finalize(state)
 
 
 def curvatures():
-    factors = fj.kfac_factors(apply_fn, PARAMS, BATCH)
+    factors = fj.kfac_factors(apply_fn, fj.categorical, PARAMS, BATCH)
     yield "factors", factors
-    yield "low rank", fj.kfac_factors(apply_fn, PARAMS, BATCH, policy="all")
+    yield "low rank", fj.kfac_factors(apply_fn, fj.categorical, PARAMS, BATCH, curvature=fj.Curvature(policy="all"))
     yield (
         "closed head",
-        fj.kfac_factors(apply_fn, PARAMS, BATCH, fisher="exact_head", policy="all", key=jax.random.key(0)),
+        fj.kfac_factors(
+            apply_fn,
+            fj.categorical,
+            PARAMS,
+            BATCH,
+            key=jax.random.key(0),
+            curvature=fj.Curvature(estimator="exact_head", policy="all"),
+        ),
     )
     tokens = fj.Batch(jnp.array([0, 2, 1]), jnp.array([1, 0, 1]))
     table = {"embedding": draw(3, 2), "head": draw(2, 2)}
-    yield "embedding", fj.kfac_factors(lambda p, x: p["embedding"][x] @ p["head"], table, tokens)
-    yield "transformation", fj.scale_by_kfac(apply_fn, example=BATCH, statistics_freq=1).init(PARAMS)
-    yield "optimizer", fj.kfac(None, apply_fn, example=BATCH).init(PARAMS)
-    yield "merge", fj.merge_kfac([PARAMS, PARAMS], [factors, factors])
-    yield "eigenvalues", fj.kfac_spectrum(factors)
-    yield "coverage", fj.kfac_coverage(apply_fn, PARAMS, BATCH)
+    yield "embedding", fj.kfac_factors(lambda p, x: p["embedding"][x] @ p["head"], fj.categorical, table, tokens)
+    yield (
+        "transformation",
+        fj.scale_by_kfac(apply_fn, example=BATCH, refresh=fj.Refresh(statistics_period=1)).init(PARAMS),
+    )
+    yield "optimizer", fj.kfac(apply_fn, example=BATCH).init(PARAMS)
+    yield "merge", fj.kfac_tools.merge_kfac([PARAMS, PARAMS], [factors, factors])
+    yield "eigenvalues", fj.kfac_tools.kfac_spectrum(factors)
+    yield "coverage", fj.kfac_tools.kfac_coverage(apply_fn, fj.categorical, PARAMS, BATCH)
 
 
 @pytest.fixture(scope="module")

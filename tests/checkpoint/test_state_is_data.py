@@ -234,7 +234,7 @@ def problem():
 
 def test_block_spectra_restore_with_a_template(tmp_path):
     apply_fn, params, batch = problem()
-    spectra = fj.block_spectra(apply_fn)
+    spectra = fj.spectra.block_spectra(apply_fn)
     state = spectra.update(spectra.init(params), params, batch)
     fj.checkpoint.save(tmp_path / "state", state)
     for like in (None, state, spectra.init(params)):
@@ -243,7 +243,7 @@ def test_block_spectra_restore_with_a_template(tmp_path):
 
 def test_kfac_factors_restore_and_precondition(tmp_path):
     apply_fn, params, batch = problem()
-    factors = fj.kfac_factors(apply_fn, params, batch)
+    factors = fj.kfac_factors(apply_fn, fj.categorical, params, batch)
     fj.checkpoint.save(tmp_path / "state", factors)
     for like in (None, factors):
         found = fj.checkpoint.restore(tmp_path / "state", like=like)

@@ -262,7 +262,7 @@ def test_missing_key_example_and_shapes_are_named():
         fj.group_fisher(apply_fn).observe(params, batch)
     with pytest.raises(ValueError, match="'tensor' needs example="):
         fj.group_fisher(apply_fn, groups=fj.groups.tensor).init(params)
-    with pytest.raises(ValueError, match=r"leading shape of the outputs \[3, 4\], found \[3\]"):
+    with pytest.raises(ValueError, match=r"one value per token, shape \[3, 4\], found \[3\]"):
         fj.group_fisher(apply_fn, estimator="exact").observe(
             params, fj.Batch(batch.inputs, batch.targets, jnp.ones(3))
         )

@@ -50,13 +50,13 @@ def train(tx, number=4, **more):
     return params, state
 
 
-def along(every=1, optimizer=None, number=4):
+def along(period=1, optimizer=None, number=4):
     """What the estimator sees along plain training, without optax's help."""
     tx = optimizer or optax.sgd(0.1)
     params, state = PARAMS, tx.init(PARAMS)
     fisher = FISHER.init(params)
     for index, batch in enumerate(batches(number)):
-        if index % every == 0:
+        if index % period == 0:
             fisher = FISHER.update(fisher, params, batch)
         updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
         params = optax.apply_updates(params, updates)
@@ -68,13 +68,13 @@ def assert_same(found, wanted):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_updates_pass_through_and_the_state_is_the_estimators(every):
-    params, state = train(optax.chain(fj.track_fisher(FISHER, every), optax.sgd(0.1)))
-    plain, fisher = along(every)
+@pytest.mark.parametrize("period", [1, 3])
+def test_updates_pass_through_and_the_state_is_the_estimators(period):
+    params, state = train(optax.chain(fj.track_fisher(FISHER, period), optax.sgd(0.1)))
+    plain, fisher = along(period)
     assert_same(params, plain)
     assert_same(fj.welford.mean(state[0]), fj.welford.mean(fisher))
-    assert fj.welford.count(state[0]) == fj.welford.count(fisher) == (20 if every == 1 else 10)
+    assert fj.welford.count(state[0]) == fj.welford.count(fisher) == (20 if period == 1 else 10)
     assert int(state[0].step) == 4
 
 
@@ -149,7 +149,7 @@ def test_what_is_missing_is_named():
         tx.update(PARAMS, state, PARAMS)
     with pytest.raises(ValueError, match="needs params"):
         tx.update(PARAMS, state, batch=batches(1)[0])
-    with pytest.raises(ValueError, match="every is at least 1"):
+    with pytest.raises(ValueError, match="period is at least 1"):
         fj.track_fisher(FISHER, 0)
     masked = optax.masked(fj.track_fisher(FISHER), {"kernel": True, "bias": False})
     with pytest.raises(ValueError, match="model_params="):
@@ -189,12 +189,12 @@ def test_nnx_optimizer_recipe():
 
 
 def test_a_state_in_host_memory_stays_there_and_has_the_same_numbers():
-    _, wanted = along(every=3)
-    _, state = train(optax.chain(fj.track_fisher(fj.on_host(FISHER), 3), optax.sgd(0.1)))
+    _, wanted = along(period=3)
+    _, state = train(optax.chain(fj.track_fisher(fj.estimators.on_host(FISHER), 3), optax.sgd(0.1)))
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state[0].fisher)}
     assert kinds == {"pinned_host"}
     assert_same(fj.welford.mean(state[0]), fj.welford.mean(wanted))
-    assert {x.sharding.memory_kind for x in jax.tree.leaves(fj.on_device(state[0].fisher))} == {"device"}
-    average = fj.on_host(fj.ema(FISHER, 0.5))
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(fj.estimators.on_device(state[0].fisher))} == {"device"}
+    average = fj.estimators.on_host(fj.ema(FISHER, 0.5))
     found = average.add(average.init(PARAMS), FISHER.observe(PARAMS, batches(1)[0]))
     assert {x.sharding.memory_kind for x in jax.tree.leaves(found)} == {"pinned_host"}

@@ -59,9 +59,15 @@ def worst(found, wanted):
     )
 
 
-def transformation(example, apply_fn=model, **options):
+def transformation(example, apply_fn=model, axis_name=None, **options):
+    refresh = {name: options.pop(name) for name in ("period", "factor_decay", "factor_rank") if name in options}
     return fj.scale_by_kfac(
-        apply_fn, **{"example": example, "policy": "all", "damping": 0.1, "update_freq": 1} | options
+        apply_fn,
+        example=example,
+        damping=0.1,
+        curvature=fj.Curvature(**{"policy": "all"} | options),
+        refresh=fj.Refresh(**{"period": 1} | refresh),
+        axis_name=axis_name,
     )
 
 
@@ -211,7 +217,15 @@ def from_taps(**options):
         grads = tree_for(params)
         _, _, taps = fj.value_grad_and_taps(loss)(params, batch)
         updates, _ = tx.update(grads, tx.init(params), params, taps=taps, taps_scale=7.0, batch=batch)
-        factors = fj.kfac_factors(model, params, batch, policy="all", damping=0.1, axis_name="data", **options)
+        factors = fj.kfac_factors(
+            model,
+            fj.categorical,
+            params,
+            batch,
+            damping=0.1,
+            axis_name="data",
+            curvature=fj.Curvature(policy="all", **options),
+        )
         return updates, fj.precondition(factors, grads)
 
     found, outside = mapped(run)(params, batches[0])
@@ -221,11 +235,11 @@ def from_taps(**options):
 def main():
     found, auto = {}, AxisType.Auto
     # The first step refreshes, whatever the period.
-    found["auto vocabulary"], _, another = sharded(auto, "vocabulary", 1, True, AVERAGED, update_freq=10, **AVERAGED)
+    found["auto vocabulary"], _, another = sharded(auto, "vocabulary", 1, True, AVERAGED, period=10, **AVERAGED)
     found["auto both"], state, _ = sharded(auto, "both", 3, **AVERAGED)
     found["auto tokens"], *_ = sharded(auto, "tokens", 1, around=False, **AVERAGED)
     found["explicit both"], *_ = sharded(AxisType.Explicit, "both", 3)
-    found["exact_head both"], *_ = sharded(auto, "both", 1, fisher="exact_head")
+    found["exact_head both"], *_ = sharded(auto, "both", 1, estimator="exact_head")
     found["restored"] = restored(state, another)
     found["shard_map"] = by_device(**AVERAGED)
     found["shard_map taps"] = from_taps(eigenvalue_correction=True)

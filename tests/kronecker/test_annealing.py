@@ -14,7 +14,14 @@ def line(params, x):
 
 
 def optimizer(batch, **options):
-    return fj.kfac(None, line, fj.gaussian, example=batch, fisher="ggn", update_freq=1, **options)
+    return fj.kfac(
+        line,
+        fj.gaussian,
+        example=batch,
+        curvature=fj.Curvature(estimator="ggn"),
+        refresh=fj.Refresh(period=1),
+        step=fj.Adaptive(**options),
+    )
 
 
 def loss(params, batch):
@@ -81,7 +88,7 @@ def test_noise_shortens_steps_and_its_absence_does_not():
 
 def test_a_rate_scale_that_cannot_be_used_is_refused():
     batch = jax.tree.map(lambda x: x[0], stream(1, 6, 1.0))
-    with pytest.raises(ValueError, match="'auto', a number or a schedule, found 'falling'"):
+    with pytest.raises(ValueError, match="rate_scale is one of auto, a number or a schedule, found 'falling'"):
         optimizer(batch, rate_scale="falling")
     with pytest.raises(ValueError, match="needs max_momentum"):
         optimizer(batch, max_momentum=None)

@@ -51,11 +51,11 @@ def natural(params, grads, seen):
 
 
 @functools.cache
-def runner(**options):
+def runner(curvature, refresh):
     with jax.enable_x64(True):
         _, _, batches = setting()
         example = fj.Batch(*map(jnp.asarray, batches[0]))
-        tx = fj.scale_by_kfac(model, example=example, damping=DAMPING, **options)
+        tx = fj.scale_by_kfac(model, example=example, damping=DAMPING, curvature=curvature, refresh=refresh)
         return tx, jax.jit(tx.update)
 
 
@@ -63,7 +63,8 @@ def runner(**options):
 def test_statistics_are_averaged_at_their_own_period_and_decomposed_at_another(policy):
     params, grads, batches = setting()
     # Four outputs: 4 columns hold any average of them.
-    tx, update = runner(policy=policy, update_freq=2, statistics_freq=1, factor_decay=DECAY, factor_rank=4)
+    refresh = fj.Refresh(period=2, statistics_period=1, factor_decay=DECAY, factor_rank=4)
+    tx, update = runner(fj.Curvature(policy=policy), refresh)
     with jax.enable_x64(True):
         cast = lambda t: jax.tree.map(jnp.asarray, t)  # noqa: E731
         state = tx.init(cast(params))
@@ -106,13 +107,15 @@ def test_the_columns_that_stay_are_the_best_of_their_number():
 def test_what_cannot_be_averaged_is_said_at_once():
     _, _, batches = setting()
     example = fj.Batch(*(jnp.asarray(x, jnp.int32 if x.dtype == int else jnp.float32) for x in batches[0]))
-    for message, options in {
-        "statistics_freq is a whole number from 1 to update_freq=2": {"update_freq": 2, "statistics_freq": 3},
-        "factor_decay is the share": {"factor_decay": 1.0},
-        "factor_rank is at least 1 and belongs": {"factor_rank": 3},
-        "closed form for one batch": {"fisher": "exact_head", "factor_decay": 0.9},
-        "projects the batch": {"eigenvalue_correction": True, "factor_decay": 0.9},
-        "factored damping could split": {"eigenvalue_correction": True, "form": "factored"},
-    }.items():
+    for message, curvature, refresh in (
+        ("statistics_period is at most period=2, found 3", {}, {"period": 2, "statistics_period": 3}),
+        ("factor_decay is the share", {}, {"factor_decay": 1.0}),
+        ("factor_rank=3 belongs", {}, {"factor_rank": 3}),
+        ("closed form for one batch", {"estimator": "exact_head"}, {"factor_decay": 0.9}),
+        ("projects the batch", {"eigenvalue_correction": True}, {"factor_decay": 0.9}),
+        ("factored damping could split", {"eigenvalue_correction": True, "form": "factored"}, {}),
+    ):
         with pytest.raises(ValueError, match=message):
-            fj.scale_by_kfac(model, example=example, **options)
+            fj.scale_by_kfac(
+                model, example=example, curvature=fj.Curvature(**curvature), refresh=fj.Refresh(**refresh)
+            )

@@ -99,8 +99,8 @@ def test_a_convolution_is_the_dense_inverse_of_its_patches(shared, policy):
     @jax.jit
     def run(params, tree, batch):
         apply_fn = lambda params, x: model(params, x)[0]  # noqa: E731
-        options = {"shared": shared, "policy": policy, "damping": DAMPING}
-        factors = fj.kfac_factors(apply_fn, params, batch, **options)
+        chosen = fj.Curvature(shared=shared, policy=policy)
+        factors = fj.kfac_factors(apply_fn, fj.categorical, params, batch, damping=DAMPING, curvature=chosen)
         return factors, fj.precondition(factors, tree)
 
     with jax.enable_x64(True):
@@ -128,7 +128,13 @@ def test_flax_convolutions_have_blocks_and_the_plan_says_which():
     inputs = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     params = jax.eval_shape(Network().init, jax.random.key(0), inputs)
     targets = jax.ShapeDtypeStruct((2, 4, 4), jnp.int32)
-    found = fj.kfac_coverage(Network().apply, params, fj.Batch(inputs, targets), eigenvalue_correction=True)
+    found = fj.kfac_tools.kfac_coverage(
+        Network().apply,
+        fj.categorical,
+        params,
+        fj.Batch(inputs, targets),
+        curvature=fj.Curvature(eigenvalue_correction=True),
+    )
     assert [row[2] for row in found.rows] == [
         "an input of ['params']['Conv_0']['kernel']",
         "A [28, 28] (x) G [4, 4], convolution, eigenvalues corrected",
@@ -146,4 +152,4 @@ def test_a_convolution_that_groups_examples_is_an_error():
 
     batch = fj.Batch(jnp.ones((4, 5, 3)), jnp.zeros(2, int))
     with pytest.raises(ValueError, match=r"\['k'\].*batch_group_count=2.*test_convolutions.py.*diagonal="):
-        fj.kfac_coverage(grouped, {"k": jnp.ones((3, 3, 4))}, batch)
+        fj.kfac_tools.kfac_coverage(grouped, fj.categorical, {"k": jnp.ones((3, 3, 4))}, batch)

@@ -54,8 +54,8 @@ def test_eigenvalues_are_the_diagonal_of_the_true_second_moment_and_never_worse(
     def run(params, grads, batch):
         found = {}
         for policy in ("never", "all"):
-            options = {"policy": policy, "damping": DAMPING, "eigenvalue_correction": True}
-            factors = fj.kfac_factors(model, params, batch, **options)
+            chosen = fj.Curvature(policy=policy, eigenvalue_correction=True)
+            factors = fj.kfac_factors(model, fj.categorical, params, batch, damping=DAMPING, curvature=chosen)
             found[policy] = factors, fj.precondition(factors, grads)
         return found, scores(params, batch.inputs, batch.targets)
 
@@ -96,7 +96,8 @@ def test_taps_of_the_training_step_give_the_same():
     params, grads, (x, y, _) = setting()
     params, grads = (jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), t) for t in (params, grads))
     batch = fj.Batch(jnp.asarray(x), jnp.asarray(y))
-    options = {"policy": "never", "eigenvalue_correction": lambda path: path != "['dense']", "damping": 0.1}
+    chosen = fj.Curvature(policy="never", eigenvalue_correction=lambda path: path != "['dense']")
+    options = {"curvature": chosen, "damping": 0.1}
     tx = fj.scale_by_kfac(model, example=batch, **options)
 
     @jax.jit
@@ -104,7 +105,11 @@ def test_taps_of_the_training_step_give_the_same():
         loss = lambda p: -jnp.mean(fj.categorical.log_prob(model(p, batch.inputs), batch.targets))  # noqa: E731
         _, _, taps = fj.value_grad_and_taps(loss)(params)
         from_taps, state = tx.update(grads, tx.init(params), params, taps=taps, taps_scale=float(T))
-        return from_taps, fj.precondition(fj.kfac_factors(model, params, batch, **options), grads), state.blocks
+        return (
+            from_taps,
+            fj.precondition(fj.kfac_factors(model, fj.categorical, params, batch, **options), grads),
+            state.blocks,
+        )
 
     from_taps, from_batch, blocks = both(params, grads)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), from_taps, from_batch)
@@ -128,13 +133,22 @@ def test_what_cannot_be_corrected_is_named_and_the_table_says_what_is():
     params = {"e": jnp.ones((5, 3)), "w": jnp.ones((3, 3)), "step": jnp.zeros((), int), "no": jnp.ones(2)}
     batch = fj.Batch(jnp.zeros((2, 4), int), jnp.zeros((2, 4), int))
     with pytest.raises(ValueError, match=r"\['e'\] cannot be corrected: an embedding tied.*path != \"\['e'\]\""):
-        fj.scale_by_kfac(tied, example=batch, eigenvalue_correction=True).init(params)
-    with pytest.raises(ValueError, match=r"\['h'\] cannot be corrected: fisher='exact_head'"):
-        fj.kfac_coverage(
-            lambda p, x: p["e"][x] @ p["h"], {"e": params["e"], "h": params["w"]}, batch,
-            eigenvalue_correction=True, fisher="exact_head",
-        )  # fmt: skip
-    found = fj.kfac_coverage(tied, params, batch, policy="all", eigenvalue_correction=lambda path: "w" in path)
+        fj.scale_by_kfac(tied, example=batch, curvature=fj.Curvature(eigenvalue_correction=True)).init(params)
+    with pytest.raises(ValueError, match=r"\['h'\] cannot be corrected: estimator='exact_head'"):
+        fj.kfac_tools.kfac_coverage(
+            lambda p, x: p["e"][x] @ p["h"],
+            fj.categorical,
+            {"e": params["e"], "h": params["w"]},
+            batch,
+            curvature=fj.Curvature(eigenvalue_correction=True, estimator="exact_head"),
+        )
+    found = fj.kfac_tools.kfac_coverage(
+        tied,
+        fj.categorical,
+        params,
+        batch,
+        curvature=fj.Curvature(policy="all", eigenvalue_correction=lambda path: "w" in path),
+    )
     assert str(found).splitlines() == [
         "['e']     [5, 3]  A [3, 3] (x) G [5, 5] by 8 columns, tied to its use as embedding",
         "['no']    [2]     no curvature: not used by the loss",

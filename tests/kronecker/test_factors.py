@@ -104,8 +104,8 @@ def test_every_curvature_gives_the_dense_inverse(policy, fisher):
     @jax.jit
     def run(params, tree):
         batch = fj.Batch(jnp.asarray(x), jnp.asarray(y), jnp.asarray(w))
-        options = {"key": jax.random.key(0), "fisher": fisher, "policy": policy}
-        factors = fj.kfac_factors(classifier, params, batch, likelihood, **options)
+        chosen = fj.Curvature(estimator=fisher, policy=policy)
+        factors = fj.kfac_factors(classifier, likelihood, params, batch, key=jax.random.key(0), curvature=chosen)
         return [
             fj.precondition(curvature.Factors(factors.blocks, jnp.asarray(d), factors.plan, form, power), tree)
             for d, form, power in cases
@@ -125,8 +125,9 @@ def test_policies_keep_columns_where_they_say(rows, auto):
     params, x, y, _, _, _ = setting()
     batch = fj.Batch(jnp.asarray(x[:rows], jnp.float32), jnp.asarray(y[:rows]))
     for policy, wanted in {"auto": auto, "hybrid": (False,) * 2, "all": (True,) * 2, "never": (False,) * 2}.items():
-        build = lambda p, policy=policy: fj.kfac_factors(classifier, p, batch, policy=policy)  # noqa: E731
-        factors = jax.eval_shape(build, cast32(params))
+        chosen = fj.Curvature(policy=policy)
+        build = functools.partial(fj.kfac_factors, classifier, fj.categorical, batch=batch, curvature=chosen)
+        factors = jax.eval_shape(build, params=cast32(params))
         dense = {b.path: b.low_rank for b in factors.plan if b.kind == "dense"}
         assert (dense["['w1']"], dense["['w2']"]) == wanted, policy
 
@@ -139,7 +140,9 @@ def test_float32_of_a_real_layer_agrees_between_woodbury_and_eigendecomposition(
 
         @jax.jit
         def run(params, tree, policy=policy):
-            factors = fj.kfac_factors(classifier, params, batch, policy=policy, damping=1e-2)
+            factors = fj.kfac_factors(
+                classifier, fj.categorical, params, batch, damping=1e-2, curvature=fj.Curvature(policy=policy)
+            )
             return fj.precondition(factors, tree)
 
         found = run(cast32(params), cast32(tree))
@@ -160,7 +163,9 @@ def linear_step():
     """The natural gradients of a linear Gaussian model on a batch, for a stack of trees."""
 
     def run(params, batch, damping, trees):
-        factors = fj.kfac_factors(linear, params, batch, fj.gaussian, fisher="ggn", damping=damping)
+        factors = fj.kfac_factors(
+            linear, fj.gaussian, params, batch, damping=damping, curvature=fj.Curvature(estimator="ggn")
+        )
         return jax.vmap(lambda tree: fj.precondition(factors, tree))(trees)
 
     return jax.jit(run)
@@ -279,7 +284,9 @@ def test_a_tied_language_model_with_stacked_layers_and_two_masks(policy):
 
         @jax.jit
         def run(params, tree):
-            factors = fj.kfac_factors(language_model, params, batch, policy=policy, damping=1e-3)
+            factors = fj.kfac_factors(
+                language_model, fj.categorical, params, batch, damping=1e-3, curvature=fj.Curvature(policy=policy)
+            )
             return factors, fj.precondition(factors, tree)
 
         factors, found = run(cast(params), cast(tree))
@@ -318,7 +325,9 @@ def test_an_untied_embedding_has_its_frequencies():
 
             @jax.jit
             def run(params, tree, policy=policy):
-                factors = fj.kfac_factors(model, params, batch, policy=policy, damping=1e-3)
+                factors = fj.kfac_factors(
+                    model, fj.categorical, params, batch, damping=1e-3, curvature=fj.Curvature(policy=policy)
+                )
                 return factors, fj.precondition(factors, tree)
 
             factors, results[policy] = run(cast(slices), cast(tree))
@@ -353,7 +362,9 @@ def test_shared_weights_reduced_by_row():
 
     @jax.jit
     def run(params, tree):
-        factors = fj.kfac_factors(model, params, batch, shared="reduce", policy="never", damping=0.1)
+        factors = fj.kfac_factors(
+            model, fj.categorical, params, batch, damping=0.1, curvature=fj.Curvature(shared="reduce", policy="never")
+        )
         return fj.precondition(factors, tree)["w"], fj.capture(loss)(params)[1]
 
     found, taps = run(params, {"w": jnp.asarray(M, jnp.float32), "v": jnp.ones((4, 2))})
@@ -369,11 +380,18 @@ def test_a_parameter_without_a_block_is_named_with_its_line_and_the_way_out():
     with pytest.raises(
         ValueError, match=r"K-FAC has no block for \['v'\].*exp.*test_factors.py:\d+.*multi_transform"
     ):
-        fj.kfac_factors(model, params, batch)
+        fj.kfac_factors(model, fj.categorical, params, batch)
 
     @jax.jit
     def run(params):
-        factors = fj.kfac_factors(model, params, batch, diagonal=lambda path: path == "['v']", damping=0.5)
+        factors = fj.kfac_factors(
+            model,
+            fj.categorical,
+            params,
+            batch,
+            damping=0.5,
+            curvature=fj.Curvature(diagonal=lambda path: path == "['v']"),
+        )
         loss = lambda p: jnp.sum(fj.categorical.log_prob(model(p, batch.inputs), batch.targets))  # noqa: E731
         return fj.precondition(factors, params)["v"], jax.grad(loss)(params)
 

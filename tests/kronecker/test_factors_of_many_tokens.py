@@ -44,8 +44,10 @@ def dense(factor, n):
 def test_factors_and_corrected_eigenvalues_are_those_of_rows_that_run_alone(policy):
     of = case()
     batch = fj.Batch(of.batch.inputs, of.batch.targets)
-    options = {"policy": policy, "damping": 1.0, "eigenvalue_correction": True}
-    factors = jax.jit(lambda params: fj.kfac_factors(of.apply, params, batch, **options))(of.params)
+    chosen = fj.Curvature(policy=policy, eigenvalue_correction=True)
+    factors = jax.jit(lambda params: fj.kfac_factors(of.apply, fj.categorical, params, batch, curvature=chosen))(
+        of.params
+    )
     factors = jax.tree.map(lambda x: np.asarray(x, np.float64), factors)
     tokens, compared = of.batch.inputs.size, 0
     for block, kept in zip(factors.plan, factors.blocks, strict=True):

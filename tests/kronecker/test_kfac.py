@@ -43,11 +43,22 @@ def test_a_fixed_rate_has_momentum_a_trust_region_and_weight_decay():
     params, batch = setting()
     rate, momentum, clip, decay = 0.3, 0.8, 1e-3, 0.1
     tx = fj.kfac(
-        rate, model, example=batch, damping=1e-2, momentum=momentum, kl_clip=clip, weight_decay=decay, fisher="ggn",
-        refresh_ramp=None,
-    )  # fmt: skip
+        model,
+        example=batch,
+        damping=1e-2,
+        momentum=momentum,
+        weight_decay=decay,
+        learning_rate=rate,
+        curvature=fj.Curvature(estimator="ggn"),
+        refresh=fj.Refresh(ramp=None),
+        step=fj.FixedRate(kl_clip=clip),
+    )
     update, state = jax.jit(tx.update), tx.init(params)
-    factors = jax.jit(lambda p: fj.kfac_factors(model, p, batch, fisher="ggn", damping=1e-2))(params)
+    factors = jax.jit(
+        lambda p: fj.kfac_factors(
+            model, fj.categorical, p, batch, damping=1e-2, curvature=fj.Curvature(estimator="ggn")
+        )
+    )(params)
     precondition = jax.jit(fj.precondition)
     velocity = jax.tree.map(jnp.zeros_like, params)
     for _ in range(2):  # both within the first refresh
@@ -66,16 +77,12 @@ def test_the_adaptive_step_minimises_the_exact_quadratic_model():
     params, batch = setting()
     decay = 0.05
     tx = fj.kfac(
-        None,
         model,
         example=batch,
         damping=0.2,
         weight_decay=decay,
-        fisher="ggn",
-        adapt_every=1,
-        min_momentum=None,
-        max_momentum=None,
-        rate_scale=1.0,
+        curvature=fj.Curvature(estimator="ggn"),
+        step=fj.Adaptive(adapt_period=1, min_momentum=None, max_momentum=None, rate_scale=1.0),
     )
     update, state = jax.jit(tx.update), tx.init(params)
     previous = jax.tree.map(jnp.zeros_like, params)
@@ -123,9 +130,13 @@ def test_momentum_and_damping_stay_above_their_bounds():
     found = {}
     for least, most in ((None, None), (0.9, 1.0), (None, 0.1)):
         tx = fj.kfac(
-            None, line, fj.gaussian, example=batch, fisher="ggn", damping=0.2, adapt_every=1, min_damping=0.19,
-            min_momentum=least, max_momentum=most, rate_scale=1.0,
-        )  # fmt: skip
+            line,
+            fj.gaussian,
+            example=batch,
+            damping=0.2,
+            curvature=fj.Curvature(estimator="ggn"),
+            step=fj.Adaptive(adapt_period=1, min_damping=0.19, min_momentum=least, max_momentum=most, rate_scale=1.0),
+        )
         update, w = jax.jit(tx.update), np.ones((3, 1))
         state = tx.init({"w": jnp.ones((3, 1))})
         previous, state = update(
@@ -154,7 +165,14 @@ def test_the_curvature_of_a_step_can_come_from_the_first_rows():
     x, w = np.asarray(batch.inputs, np.float64), np.ones((3, 1))
     rates = []
     for rows in (None, 4):
-        tx = fj.kfac(None, line, fj.gaussian, example=batch, fisher="ggn", damping=0.2, model_rows=rows)
+        tx = fj.kfac(
+            line,
+            fj.gaussian,
+            example=batch,
+            damping=0.2,
+            curvature=fj.Curvature(estimator="ggn"),
+            step=fj.Adaptive(model_rows=rows),
+        )
         params = {"w": jnp.ones((3, 1))}
         given = {"w": jnp.asarray(gradient(w), jnp.float32)}
         updates, state = jax.jit(tx.update)(given, tx.init(params), params, batch=batch)
@@ -176,7 +194,12 @@ def test_the_rate_can_be_scaled_by_a_schedule():
     w, damping = np.ones((3, 1)), 0.2
     given = {"w": jnp.asarray(gradient(w), jnp.float32)}
     tx = fj.kfac(
-        None, line, fj.gaussian, example=batch, fisher="ggn", damping=damping, rate_scale=lambda n: 0.5 / (1 + n / 2)
+        line,
+        fj.gaussian,
+        example=batch,
+        damping=damping,
+        curvature=fj.Curvature(estimator="ggn"),
+        step=fj.Adaptive(rate_scale=lambda n: 0.5 / (1 + n / 2)),
     )
     update, state = jax.jit(tx.update), tx.init({"w": jnp.ones((3, 1))})
     for number, share in ((0, 0.5), (2, 0.25)):
@@ -193,7 +216,14 @@ def test_the_rate_can_be_scaled_by_a_schedule():
 def test_the_loss_that_is_given_is_not_evaluated_anew():
     batch, gradient, _ = linear_setting(0)
     params, given = {"w": jnp.ones((3, 1))}, {"w": jnp.asarray(gradient(np.ones((3, 1))), jnp.float32)}
-    tx = fj.kfac(None, line, fj.gaussian, example=batch, fisher="ggn", damping=0.2, model_rows=4)
+    tx = fj.kfac(
+        line,
+        fj.gaussian,
+        example=batch,
+        damping=0.2,
+        curvature=fj.Curvature(estimator="ggn"),
+        step=fj.Adaptive(model_rows=4),
+    )
     update, state = jax.jit(tx.update), tx.init(params)
     _, own = update(given, state, params, batch=batch)
     value = float(jnp.sum((batch.inputs @ params["w"] - batch.targets) ** 2)) / 12 + 0.5 * np.log(2 * np.pi)
@@ -212,9 +242,14 @@ def test_factors_can_come_from_a_window_of_rows_that_moves_on():
     batch, gradient, _ = linear_setting(0)
     x, w = np.asarray(batch.inputs, np.float64), np.ones((3, 1))
     tx = fj.kfac(
-        None, line, fj.gaussian, example=batch, fisher="ggn", damping=0.2, update_freq=1, factor_rows=4,
-        min_momentum=0.0, max_momentum=0.0, adapt_every=100,
-    )  # fmt: skip
+        line,
+        fj.gaussian,
+        example=batch,
+        damping=0.2,
+        curvature=fj.Curvature(estimator="ggn"),
+        refresh=fj.Refresh(period=1, factor_rows=4),
+        step=fj.Adaptive(min_momentum=0.0, max_momentum=0.0, adapt_period=100),
+    )
     params = {"w": jnp.ones((3, 1))}
     given = {"w": jnp.asarray(gradient(w), jnp.float32)}
     update, state = jax.jit(tx.update), tx.init(params)
@@ -225,15 +260,22 @@ def test_factors_can_come_from_a_window_of_rows_that_moves_on():
         natural = np.linalg.solve(x[rows].T @ x[rows] / 4 + damping * np.eye(3), gradient(w))
         np.testing.assert_allclose(updates["w"], -float(state.learning_rate) * natural, rtol=1e-4)
     with pytest.raises(ValueError, match="from 1 to the 6 rows"):
-        fj.kfac(None, line, fj.gaussian, example=batch, factor_rows=7)
-    with pytest.raises(ValueError, match="leave out factor_rows="):
+        fj.kfac(line, fj.gaussian, example=batch, refresh=fj.Refresh(factor_rows=7))
+    with pytest.raises(ValueError, match="leave out factor_rows"):
         tx.update(given, state, params, batch=batch, taps=[])
 
 
-@pytest.mark.parametrize("kept", [{}, {"statistics_freq": 2}])
+@pytest.mark.parametrize("kept", [{}, {"statistics_period": 2}])
 def test_factors_are_renewed_more_often_at_first(kept):
     batch, gradient, _ = linear_setting(0)
-    tx = fj.kfac(0.1, line, fj.gaussian, example=batch, fisher="empirical", update_freq=4, refresh_ramp=3, **kept)
+    tx = fj.kfac(
+        line,
+        fj.gaussian,
+        example=batch,
+        learning_rate=0.1,
+        curvature=fj.Curvature(estimator="empirical"),
+        refresh=fj.Refresh(period=4, ramp=3, **kept),
+    )
     params = {"w": jnp.ones((3, 1))}
     given = {"w": jnp.asarray(gradient(np.ones((3, 1))), jnp.float32)}
 
@@ -247,7 +289,7 @@ def test_factors_are_renewed_more_often_at_first(kept):
 
 
 def train(damping, params, batch, steps):
-    tx = fj.kfac(None, model, example=batch, damping=damping)
+    tx = fj.kfac(model, example=batch, damping=damping)
 
     def step(carry, key):
         params, state = carry
@@ -273,7 +315,7 @@ def test_a_step_that_raises_the_loss_is_not_taken():
     grads = jax.tree.map(
         lambda g: -g, value_and_gradient(params, batch)[1]
     )  # uphill: what the model predicts is wrong
-    tx = fj.kfac(None, model, example=batch, damping=0.5, fisher="ggn")
+    tx = fj.kfac(model, example=batch, damping=0.5, curvature=fj.Curvature(estimator="ggn"))
     start = tx.init(params)
     start = start._replace(factors=start.factors._replace(step=jnp.asarray(60)))  # later than the first fifty
     updates, state = jax.jit(tx.update)(grads, start, params, batch=batch)
@@ -287,7 +329,7 @@ def test_a_bad_batch_moves_nothing_and_is_counted():
     _, grads = value_and_gradient(params, batch)
     nan = fj.Batch(batch.inputs.at[0, 0].set(jnp.nan), batch.targets, batch.weights)
     for rate in (0.1, None):
-        tx = fj.kfac(rate, model, example=batch, fisher="ggn")
+        tx = fj.kfac(model, example=batch, learning_rate=rate, curvature=fj.Curvature(estimator="ggn"))
         update = jax.jit(tx.update)
         _, state = update(grads, tx.init(params), params, batch=batch)
         bad_grads = jax.tree.map(lambda x: x * jnp.nan, grads)
@@ -301,7 +343,7 @@ def test_a_bad_batch_moves_nothing_and_is_counted():
 
 def test_it_serves_a_part_of_the_parameters():
     params, batch = setting()
-    inner = fj.kfac(None, model, example=batch, fisher="ggn", model_params=params)
+    inner = fj.kfac(model, example=batch, model_params=params, curvature=fj.Curvature(estimator="ggn"))
     labels = {"w": "kfac", "b": "kfac", "head": "adamw"}
     tx = optax.multi_transform({"kfac": inner, "adamw": optax.adamw(1e-2)}, labels)
     state, update = tx.init(params), jax.jit(tx.update)

@@ -16,7 +16,14 @@ def test_damping_follows_the_ratio_of_the_fall_to_the_predicted_one():
     slopes = -2 / (ratios + 1 / (1 + DAMPING))
     batch = fj.Batch(jnp.ones((1, 1)), jnp.ones((1, 1)))
     apply_fn = lambda params, x: x @ params["w"]  # noqa: E731
-    tx = fj.kfac(None, apply_fn, fj.gaussian, example=batch, damping=DAMPING, fisher="ggn", adapt_every=1)
+    tx = fj.kfac(
+        apply_fn,
+        fj.gaussian,
+        example=batch,
+        damping=DAMPING,
+        curvature=fj.Curvature(estimator="ggn"),
+        step=fj.Adaptive(adapt_period=1),
+    )
     params = {"w": jnp.zeros((1, 1))}
 
     @jax.jit

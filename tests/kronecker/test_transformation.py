@@ -46,17 +46,17 @@ gradient = jax.jit(jax.grad(mean_loss))
 @jax.jit
 def reference(params, batch, grads, damping=1e-2):
     """The natural gradient of factors from this batch, outside optax."""
-    return fj.precondition(fj.kfac_factors(model, params, batch, damping=damping), grads)
+    return fj.precondition(fj.kfac_factors(model, fj.categorical, params, batch, damping=damping), grads)
 
 
 @functools.cache
-def jitted(update_freq=2, **options):
+def jitted():
     _, batch = setting()
-    tx = fj.scale_by_kfac(model, example=batch, damping=1e-2, update_freq=update_freq, **options)
+    tx = fj.scale_by_kfac(model, example=batch, damping=1e-2, refresh=fj.Refresh(period=2))
     return tx, jax.jit(tx.update, donate_argnames="state")
 
 
-def test_factors_are_fresh_from_the_first_step_and_every_update_freq_steps():
+def test_factors_are_fresh_from_the_first_step_and_every_period():
     params, batch = setting()
     tx, update = jitted()
     state = tx.init(params)
@@ -129,7 +129,9 @@ def test_padding_alone_changes_nothing_and_one_token_is_enough():
 
 def test_it_trains_inside_scan():
     params, batch = setting()
-    precondition = fj.scale_by_kfac(model, example=batch, damping=0.1, update_freq=3, fisher="ggn")
+    precondition = fj.scale_by_kfac(
+        model, example=batch, damping=0.1, curvature=fj.Curvature(estimator="ggn"), refresh=fj.Refresh(period=3)
+    )
     tx = optax.chain(precondition, optax.scale(-0.5))
 
     def step(carry, _):
@@ -161,7 +163,9 @@ def test_multi_transform_gives_it_some_parameters_and_adamw_others():
 
 def test_inject_hyperparams_moves_the_damping():
     params, batch = setting()
-    tx = optax.inject_hyperparams(fj.scale_by_kfac, fj.kfac_static_args)(model, example=batch, damping=1e-2)
+    tx = optax.inject_hyperparams(fj.scale_by_kfac, static_args=("apply_fn", "likelihood"))(
+        model, example=batch, damping=1e-2
+    )
     grads = gradient(params, batch)
     state = tx.init(params)
     update = jax.jit(tx.update)
@@ -201,7 +205,10 @@ def test_nnx_optimizer_recipe():
     module = Model()
     graph, _ = nnx.split(module, nnx.Param)
     precondition = fj.scale_by_kfac(
-        lambda params, x: nnx.merge(graph, params)(x), example=batch, damping=1e-2, token_cap=4, policy="all"
+        lambda params, x: nnx.merge(graph, params)(x),
+        example=batch,
+        damping=1e-2,
+        curvature=fj.Curvature(token_cap=4, policy="all"),
     )
     optimizer = nnx.Optimizer(module, optax.chain(precondition, optax.sgd(0.1)), wrt=nnx.Param)
 
@@ -216,7 +223,15 @@ def test_nnx_optimizer_recipe():
     # The cap draws the same columns inside the transformation as outside.
     @jax.jit
     def by_hand(params):
-        factors = fj.kfac_factors(model, params, batch, damping=1e-2, token_cap=4, policy="all", key=key)
+        factors = fj.kfac_factors(
+            model,
+            fj.categorical,
+            params,
+            batch,
+            damping=1e-2,
+            key=key,
+            curvature=fj.Curvature(token_cap=4, policy="all"),
+        )
         natural = fj.precondition(factors, jax.grad(mean_loss)(params, batch))
         return jax.tree.map(lambda p, x: p - 0.1 * x, params, natural), factors
 
@@ -233,7 +248,10 @@ def test_a_flax_train_state_in_bfloat16():
     _, batch = setting()
     params = module.init(jax.random.key(0), batch.inputs)
     tx = optax.chain(
-        fj.scale_by_kfac(module.apply, example=batch, storage=jnp.bfloat16, policy="all"), optax.scale(-1.0)
+        fj.scale_by_kfac(
+            module.apply, example=batch, curvature=fj.Curvature(factor_dtype=jnp.bfloat16, policy="all")
+        ),
+        optax.scale(-1.0),
     )
     state = TrainState.create(apply_fn=module.apply, params=params, tx=tx)
 
@@ -256,11 +274,11 @@ def test_a_flax_train_state_in_bfloat16():
 
 def test_what_cannot_be_is_said_at_once():
     params, batch = setting()
-    with pytest.raises(ValueError, match="update_freq is a whole number"):
-        fj.scale_by_kfac(model, example=batch, update_freq=0)
+    with pytest.raises(ValueError, match="period is a whole number"):
+        fj.scale_by_kfac(model, example=batch, refresh=fj.Refresh(period=0))
     with pytest.raises(ValueError, match="policy is one of"):
-        fj.scale_by_kfac(model, example=batch, policy="some")
-    tx = fj.scale_by_kfac(model, example=batch, fisher="sampled")
+        fj.scale_by_kfac(model, example=batch, curvature=fj.Curvature(policy="some"))
+    tx = fj.scale_by_kfac(model, example=batch, curvature=fj.Curvature(estimator="sampled"))
     state = tx.init(params)
     with pytest.raises(ValueError, match="pass key="):
         tx.update(params, state, params, batch=batch)

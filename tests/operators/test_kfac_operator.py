@@ -114,7 +114,8 @@ def factors_of(tied, **options):
         batch = fj.Batch(jnp.asarray(TOKENS), jnp.asarray(LABELS), jnp.asarray(WEIGHTS))
         # Labels that the oracle knows stand for those drawn from the model.
         likelihood = fj.categorical._replace(sample=lambda key, outputs, temperature: jnp.asarray(LABELS))
-        run = jax.jit(lambda p: fj.kfac_factors(apply_fn, p, batch, likelihood, key=jax.random.key(0), **options))
+        key, chosen = jax.random.key(0), fj.Curvature(**options)
+        run = jax.jit(lambda p: fj.kfac_factors(apply_fn, likelihood, p, batch, key=key, curvature=chosen))
         return params, batch, run(params)
 
 
@@ -124,16 +125,16 @@ def factors_of(tied, **options):
         (False, {"policy": "never"}),
         (False, {"policy": "never", "eigenvalue_correction": True}),
         (False, {"policy": "all", "eigenvalue_correction": True}),
-        (False, {"policy": "all", "fisher": "exact_head"}),
+        (False, {"policy": "all", "estimator": "exact_head"}),
         (True, {"policy": "all"}),
-        (True, {"policy": "all", "fisher": "exact_head"}),
+        (True, {"policy": "all", "estimator": "exact_head"}),
     ],
     ids=str,
 )
 def test_products_and_eigenvalues_are_those_of_the_dense_kronecker_matrices(tied, options):
     params, _, factors = factors_of(tied, **options)
     dense = dense_blocks(
-        parameters(tied), options.get("fisher") == "exact_head", options.get("eigenvalue_correction", False)
+        parameters(tied), options.get("estimator") == "exact_head", options.get("eigenvalue_correction", False)
     )
     with jax.enable_x64(True):
         rng = np.random.default_rng(1)
@@ -143,7 +144,7 @@ def test_products_and_eigenvalues_are_those_of_the_dense_kronecker_matrices(tied
         for path, matrices in dense.items():
             for v, w, F in zip(given[path], found[path], matrices, strict=True):
                 assert np.abs(w - v @ F).max() < 1e-10 * max(np.abs(F).max(), 1) * np.abs(v).max(), path
-        seen = fj.kfac_spectrum(factors)
+        seen = fj.kfac_tools.kfac_spectrum(factors)
     everything = []
     for path, matrices in dense.items():
         values = np.sort(np.concatenate([np.linalg.eigvalsh(F) for F in matrices]))[::-1]
@@ -166,7 +167,7 @@ def test_the_largest_products_are_found_without_the_others():
         wanted = np.sort(np.outer(a, g).ravel())[::-1][:k]
         assert np.array_equal(spectrum.largest_products(a, g, k), wanted)
     _, _, factors = factors_of(False, policy="never")
-    every, few = fj.kfac_spectrum(factors), fj.kfac_spectrum(factors, 6)
+    every, few = fj.kfac_tools.kfac_spectrum(factors), fj.kfac_tools.kfac_spectrum(factors, 6)
     assert np.array_equal(few.eigenvalues, every.eigenvalues[:6])
     assert few.paths == every.paths[:6]
     assert all(len(block.eigenvalues) <= 6 for block in few.blocks.values())
@@ -175,13 +176,13 @@ def test_the_largest_products_are_found_without_the_others():
 
 
 def test_blocks_without_a_closed_form_are_left_to_lanczos_beyond_a_size(monkeypatch):
-    _, _, factors = factors_of(True, policy="all", fisher="exact_head")
-    wanted = fj.kfac_spectrum(factors, 4)
+    _, _, factors = factors_of(True, policy="all", estimator="exact_head")
+    wanted = fj.kfac_tools.kfac_spectrum(factors, 4)
     monkeypatch.setattr(spectrum, "DENSE_LIMIT", 0)
     with pytest.raises(ValueError, match=r"'embed'.*pass key="):
-        fj.kfac_spectrum(factors, 4)
+        fj.kfac_tools.kfac_spectrum(factors, 4)
     with jax.enable_x64(True):
-        found = fj.kfac_spectrum(factors, 4, key=jax.random.key(0))
+        found = fj.kfac_tools.kfac_spectrum(factors, 4, key=jax.random.key(0))
         top = fj.lanczos(
             fj.operators.kfac(factors), parameters_like(True), num_steps=30, num_eigenvalues=4, key=jax.random.key(1)
         )
@@ -201,14 +202,14 @@ def test_a_training_state_gives_the_factors_of_its_last_refresh():
     params, batch, _ = factors_of(False, policy="never")
     params, batch = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (params, batch))
     params["step"] = jnp.array(3)
-    options = {"damping": 0.1, "diagonal": lambda path: "embed" in path}
-    tx = fj.kfac(0.1, apply_fn, example=batch, fisher="empirical", **options)
+    chosen = fj.Curvature(estimator="empirical", diagonal=lambda path: "embed" in path)
+    tx = fj.kfac(apply_fn, example=batch, learning_rate=0.1, damping=0.1, curvature=chosen)
     state = tx.init(params)
     with pytest.raises(ValueError, match="after the first update"):
-        fj.kfac_factors_from_state(state, apply_fn, params, batch)
+        fj.kfac_tools.kfac_factors_from_state(state, apply_fn, fj.categorical, params, batch)
     grads = jax.tree.map(lambda x: jnp.ones_like(x) if x.ndim else np.zeros((), jax.dtypes.float0), params)
     _, state = jax.jit(lambda g, s: tx.update(g, s, params, batch=batch))(grads, state)
-    factors = fj.kfac_factors_from_state(state, apply_fn, params, batch, diagonal=options["diagonal"])
+    factors = fj.kfac_tools.kfac_factors_from_state(state, apply_fn, fj.categorical, params, batch, curvature=chosen)
     like = fj.operators.restrict(params)
     v = jax.tree.map(jnp.cos, like)
     product = jax.jit(lambda mv, v: mv(v))(fj.operators.kfac(factors), v)
@@ -217,16 +218,16 @@ def test_a_training_state_gives_the_factors_of_its_last_refresh():
     for name in v:
         if v[name] is not None:
             np.testing.assert_allclose(back[name], v[name], rtol=5e-3, atol=5e-3, err_msg=name)
-    with pytest.raises(ValueError, match=r"'embed'.*diagonal="):
-        fj.kfac_factors_from_state(state, apply_fn, params, batch)
+    with pytest.raises(ValueError, match=r"'embed'.*curvature="):
+        fj.kfac_tools.kfac_factors_from_state(state, apply_fn, fj.categorical, params, batch)
     with pytest.raises(TypeError, match="kfac_factors_from_state"):
         fj.operators.kfac(state)
     with pytest.raises(ValueError, match="found 0"):
-        fj.kfac_factors_from_state((), apply_fn, params, batch)
+        fj.kfac_tools.kfac_factors_from_state((), apply_fn, fj.categorical, params, batch)
     with pytest.raises(ValueError, match=r"shape \[2, 3, 3\].*found \[3, 3\]"):
         fj.operators.kfac(factors)(v | {"kernel": v["kernel"][0]})
     with pytest.raises(ValueError, match=r"4 leaves.*5"):
         fj.operators.kfac(factors)(v | {"head": None})
     for k in (0, 10_000):
         with pytest.raises(ValueError, match="between 1 and the dimension"):
-            fj.kfac_spectrum(factors, k)
+            fj.kfac_tools.kfac_spectrum(factors, k)

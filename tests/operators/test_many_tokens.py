@@ -48,7 +48,7 @@ def test_trace_and_density_are_those_of_a_loop():
     matvec = fj.operators.empirical_fisher(of.apply, fj.categorical, of.params, of.batch)
     x = np.sqrt(of.weights / of.weights.sum())[:, None] * flat(scores())
     wanted = np.linalg.svd(x, compute_uv=False) ** 2
-    found = fj.trace(matvec, of.params, num_products=3 * len(wanted) + 6, key=jax.random.key(1))
+    found = fj.spectra.trace(matvec, of.params, num_products=3 * len(wanted) + 6, key=jax.random.key(1))
     assert abs(found.value / wanted.sum() - 1) < 1e-4
     found = fj.spectral_density(matvec, of.params, num_steps=len(wanted) + 4, num_probes=4, key=jax.random.key(2))
     for nodes, weights in zip(found.nodes, found.weights, strict=True):

@@ -25,7 +25,9 @@ def trees():
 
 def uses(params, fishers):
     """Everything that works under ``jit``."""
-    tx = optax.chain(fj.scale_by_fisher(fishers[0], damping=1.0), fj.protect_important(fishers[1], 0.25))
+    tx = optax.chain(
+        fj.continual.scale_by_fisher(fishers[0], damping=1.0), fj.continual.protect_important(fishers[1], 0.25)
+    )
     scaled, _ = tx.update(params[1], tx.init(params[0]))
     saliency = fj.saliency(params[0], fishers[0])
     mask = fj.prune_mask(saliency, 0.4, structured=False)
@@ -33,16 +35,16 @@ def uses(params, fishers):
         "merged": fj.merge_params(params, fishers, floor=0.1),
         "penalty": jax.value_and_grad(fj.ewc_penalty)(params[0], params[1], fishers[0]),
         "scaled": scaled,
-        "pruned": fj.apply_mask(params[0], mask),
+        "pruned": fj.stats.apply_mask(params[0], mask),
         "rows": fj.prune_mask(saliency, 0.4),
-        "away": fj.project_away(params[0], fishers[0], 0.3),
-        "conflict": fj.conflict(params[0], params[1], tuple(fishers)),
+        "away": fj.continual.project_away(params[0], fishers[0], 0.3),
+        "conflict": fj.shift.conflict(params[0], params[1], *fishers),
     }
 
 
 def host_uses(state_a, state_b):
     shift = fj.importance_shift(state_a, state_b)
-    return {"p": shift.p, "decided": fj.decide(state_a, 1.0).p}
+    return {"p": shift.p, "decided": fj.stats.decide(state_a, 1.0).p}
 
 
 def states(values):

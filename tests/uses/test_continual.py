@@ -44,8 +44,6 @@ def test_group_sums_are_spread_evenly():
     spread = {"w": np.broadcast_to(rows["w"] / 4, (4, 3)), "b": np.full(3, rows["b"] / 3)}
     wanted = fj.ewc_penalty(params, anchor, spread)
     np.testing.assert_allclose(fj.ewc_penalty(params, anchor, rows), wanted, rtol=1e-6)
-    averages = {"w": rows["w"] / 4, "b": rows["b"] / 3}
-    np.testing.assert_allclose(fj.ewc_penalty(params, anchor, averages, averaged=True), wanted, rtol=1e-6)
     moments = fj.welford.observe(jax.tree.map(lambda x: jnp.stack([jnp.float32(x)] * 2), rows))
     np.testing.assert_allclose(fj.ewc_penalty(params, anchor, moments), wanted, rtol=1e-6)
 
@@ -60,7 +58,7 @@ def test_half_precision_parameters_are_penalised_in_float32():
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_updates_are_scaled_by_the_fisher(power):
     params, grads, fisher = problem()
-    tx = fj.scale_by_fisher(fisher, damping=0.1, power=power)
+    tx = fj.continual.scale_by_fisher(fisher, damping=0.1, power=power)
     state = tx.init(params)
     found, after = jax.jit(tx.update)(jax.tree.map(jnp.float32, grads), state)
     for k in params:
@@ -69,7 +67,7 @@ def test_updates_are_scaled_by_the_fisher(power):
 
 
 def test_half_precision_updates_keep_their_dtype():
-    tx = fj.scale_by_fisher(jnp.array([0.0, 3.0]), damping=1.0)
+    tx = fj.continual.scale_by_fisher(jnp.array([0.0, 3.0]), damping=1.0)
     found, _ = tx.update(jnp.ones(2, jnp.bfloat16), tx.init(jnp.ones(2, jnp.bfloat16)))
     assert found.dtype == jnp.bfloat16
     assert found.tolist() == [1, 0.25]
@@ -79,7 +77,9 @@ def test_they_work_in_chains_and_on_parts_of_the_tree():
     params, grads, fisher = (jax.tree.map(jnp.float32, x) for x in problem())
     labels = {"w": "protected", "b": "free"}
     chains = {
-        "protected": optax.chain(fj.scale_by_fisher(fisher, damping=1.0), fj.protect_important(fisher, 0.25)),
+        "protected": optax.chain(
+            fj.continual.scale_by_fisher(fisher, damping=1.0), fj.continual.protect_important(fisher, 0.25)
+        ),
         "free": optax.identity(),
     }
     tx = optax.chain(optax.multi_transform(chains, labels), optax.scale(-0.1))
@@ -93,20 +93,22 @@ def test_they_work_in_chains_and_on_parts_of_the_tree():
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_the_projection_zeroes_the_most_important_and_nothing_else(scope):
     tree, _, fisher = problem()
-    found = fj.project_away(tree, fisher, 1 / 3, scope=scope)
+    found = fj.continual.project_away(tree, fisher, 1 / 3, scope=scope)
     everything = np.concatenate([x.ravel() for x in fisher.values()])
     for k, f in fisher.items():
         pool = everything if scope == "global" else f.ravel()
         top = f >= np.sort(pool)[-pool.size // 3]
         np.testing.assert_array_equal(found[k], np.where(top, 0, np.float32(tree[k])))
-    again = fj.project_away(found, fisher, 1 / 3, scope=scope)
+    again = fj.continual.project_away(found, fisher, 1 / 3, scope=scope)
     jax.tree.map(np.testing.assert_array_equal, again, found)
-    jax.tree.map(np.testing.assert_array_equal, fj.project_away(tree, fisher, 0.0), jax.tree.map(np.float32, tree))
+    jax.tree.map(
+        np.testing.assert_array_equal, fj.continual.project_away(tree, fisher, 0.0), jax.tree.map(np.float32, tree)
+    )
 
 
 def test_whole_groups_are_protected_together():
     tree = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
-    found = fj.project_away(tree, {"w": jnp.array([1.0, 8.0, 2.0]), "b": jnp.array(0.3)}, 0.25)
+    found = fj.continual.project_away(tree, {"w": jnp.array([1.0, 8.0, 2.0]), "b": jnp.array(0.3)}, 0.25)
     np.testing.assert_array_equal(found["w"], np.broadcast_to([1, 0, 1], (4, 3)))
     np.testing.assert_array_equal(found["b"], 1)
 
@@ -117,11 +119,17 @@ def test_whole_groups_are_protected_together():
         (lambda p, f: fj.ewc_penalty(p, {"w": p["w"]}, f), r"only in the parameters: \['b'\]"),
         (lambda p, f: fj.ewc_penalty(p, p | {"b": jnp.ones(2)}, f), r"\['b'\] has shape \[3\] in the parameters and"),
         (lambda p, f: fj.ewc_penalty(p, p, f | {"b": -f["b"]}), r"\['b'\] of the Fisher has the entry -"),
-        (lambda p, f: fj.scale_by_fisher(f, damping=0), "damping is positive, in units of the Fisher, found 0"),
-        (lambda p, f: fj.scale_by_fisher(f, damping=1, power=-1), "power is not negative, found -1"),
-        (lambda p, f: fj.scale_by_fisher(f, damping=1).init({"w": p["w"]}), r"only in the Fisher: \['b'\]"),
-        (lambda p, f: fj.project_away(p, f, 1.5), r"fraction is the share to protect, a static number in \[0, 1\]"),
-        (lambda p, f: fj.protect_important(f, 0.5).init({"w": p["w"]}), r"only in the Fisher: \['b'\]"),
+        (
+            lambda p, f: fj.continual.scale_by_fisher(f, damping=0),
+            "damping is positive, in units of the Fisher, found 0",
+        ),
+        (lambda p, f: fj.continual.scale_by_fisher(f, damping=1, power=-1), "power is not negative, found -1"),
+        (lambda p, f: fj.continual.scale_by_fisher(f, damping=1).init({"w": p["w"]}), r"only in the Fisher: \['b'\]"),
+        (
+            lambda p, f: fj.continual.project_away(p, f, 1.5),
+            r"fraction is the share to protect, a static number in \[0, 1\]",
+        ),
+        (lambda p, f: fj.continual.protect_important(f, 0.5).init({"w": p["w"]}), r"only in the Fisher: \['b'\]"),
     ],
 )
 def test_bad_input_is_one_sentence_that_names_it(call, sentence):

@@ -17,7 +17,9 @@ def model(seed):
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))  # noqa: E731
     params = {"a": {"kernel": draw(3, 4), "bias": draw(4)}, "b": draw(4, 3)}
     batch = fj.Batch(draw(12, 3) * jnp.geomspace(0.1, 3, 3), jnp.asarray(rng.integers(0, 3, 12)))
-    return params, fj.kfac_factors(apply_fn, params, batch, damping=0.01 * (seed + 1), policy="never")
+    return params, fj.kfac_factors(
+        apply_fn, fj.categorical, params, batch, damping=0.01 * (seed + 1), curvature=fj.Curvature(policy="never")
+    )
 
 
 def dense(params, seed):
@@ -47,7 +49,7 @@ def test_it_solves_the_dense_system():
     scales = [0.3, 2.0, 1.1]
     with jax.enable_x64(True):
         models, factors = zip(*(model(i) for i in range(3)), strict=True)
-        found = jax.jit(lambda p, f: fj.merge_kfac(p, f, scales=scales, tolerance=1e-12, max_steps=200))(
+        found = jax.jit(lambda p, f: fj.kfac_tools.merge_kfac(p, f, scales=scales, tolerance=1e-12, max_steps=200))(
             models, factors
         )
     curvatures = [[c * m for m in dense(p, i)] for i, (c, p) in enumerate(zip(scales, models, strict=True))]
@@ -63,7 +65,7 @@ def test_it_solves_the_dense_system():
 
 def test_equal_models_come_back_and_equal_factors_give_the_mean():
     (params, factors), (other, _) = (model(i) for i in range(2))
-    merge = jax.jit(fj.merge_kfac)
+    merge = jax.jit(fj.kfac_tools.merge_kfac)
     same = merge([params] * 2, [factors] * 2)
     jax.tree.map(np.testing.assert_array_equal, same.params, params)
     assert (float(same.residual), int(same.num_steps)) == (0, 0)
@@ -73,7 +75,7 @@ def test_equal_models_come_back_and_equal_factors_give_the_mean():
 
 def test_a_scale_of_zero_leaves_the_other_model_as_it_is():
     (params, factors), (other, _) = (model(i) for i in range(2))
-    found = fj.merge_kfac([params, other], [factors] * 2, scales=[0, 1])
+    found = fj.kfac_tools.merge_kfac([params, other], [factors] * 2, scales=[0, 1])
     jax.tree.map(np.testing.assert_array_equal, found.params, other)
     assert (float(found.residual), int(found.num_steps)) == (0, 0)
 
@@ -88,11 +90,19 @@ def test_a_tied_embedding_and_the_true_fisher_of_a_head_solve_their_system_too(f
         params = {"e": jnp.asarray(rng.standard_normal((5, 3)))}
         batch = fj.Batch(*(jnp.asarray(rng.integers(0, 5, (2, 8)), jnp.int32) for _ in range(2)))
         key = jax.random.key(seed)
-        return params, fj.kfac_factors(tied, params, batch, fisher=fisher, damping=0.1 * (seed + 1), key=key)
+        return params, fj.kfac_factors(
+            tied,
+            fj.categorical,
+            params,
+            batch,
+            damping=0.1 * (seed + 1),
+            key=key,
+            curvature=fj.Curvature(estimator=fisher),
+        )
 
     with jax.enable_x64(True):
         models, factors = zip(*(made(i) for i in range(2)), strict=True)
-        found = fj.merge_kfac(models, factors, tolerance=1e-12)
+        found = fj.kfac_tools.merge_kfac(models, factors, tolerance=1e-12)
         flat = [np.asarray(p["e"]).ravel() for p in models]
         unit = np.eye(15).reshape(15, 5, 3)
         matrices = [
@@ -107,11 +117,14 @@ def test_a_tied_embedding_and_the_true_fisher_of_a_head_solve_their_system_too(f
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda p, f: fj.merge_kfac([p, p], [f]), "2 models need as many factors, found 1"),
-        (lambda p, f: fj.merge_kfac([p], [p]), "factors 0 are those of fj.kfac_factors, found dict"),
-        (lambda p, f: fj.merge_kfac([p, p], [f, f], scales=[1.0, -1.0]), "scale 1 is -1.0"),
-        (lambda p, f: fj.merge_kfac([p], [f], max_steps=0), "max_steps is at least 1, found 0"),
-        (lambda p, f: fj.merge_kfac([p, {"b": p["b"]}], [f, f]), "model 0 and model 1 have different trees"),
+        (lambda p, f: fj.kfac_tools.merge_kfac([p, p], [f]), "2 models need as many factors, found 1"),
+        (lambda p, f: fj.kfac_tools.merge_kfac([p], [p]), "factors 0 are those of fj.kfac_factors, found dict"),
+        (lambda p, f: fj.kfac_tools.merge_kfac([p, p], [f, f], scales=[1.0, -1.0]), "scale 1 is -1.0"),
+        (lambda p, f: fj.kfac_tools.merge_kfac([p], [f], max_steps=0), "max_steps is at least 1, found 0"),
+        (
+            lambda p, f: fj.kfac_tools.merge_kfac([p, {"b": p["b"]}], [f, f]),
+            "model 0 and model 1 have different trees",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(call, sentence):

@@ -102,14 +102,14 @@ def test_task_vectors_are_merged_around_the_base():
     (base, *params), weights = models(4), fishers(3)
     task = by_hand([jax.tree.map(lambda p, b: np.asarray(p, float) - b, x, base) for x in params], weights)
     for scale in (1.0, -1.0, 2.5):
-        found = fj.merge_task_vectors(base, params, weights, scale=scale)
+        found = fj.continual.merge_task_vectors(base, params, weights, scale=scale)
         for name in base:
             np.testing.assert_allclose(found[name], base[name] + scale * task[name], rtol=1e-5, atol=1e-5)
     # Equally weighted, scale 3 is plain task arithmetic of three.
     ones = [jax.tree.map(jnp.ones_like, p) for p in params]
-    found = fj.merge_task_vectors(base, params, ones, scale=3.0)
+    found = fj.continual.merge_task_vectors(base, params, ones, scale=3.0)
     np.testing.assert_allclose(found["b"], sum(p["b"] for p in params) - 2 * base["b"], rtol=1e-5, atol=1e-5)
-    jax.tree.map(np.testing.assert_array_equal, fj.merge_task_vectors(base, [base] * 2, weights[:2]), base)
+    jax.tree.map(np.testing.assert_array_equal, fj.continual.merge_task_vectors(base, [base] * 2, weights[:2]), base)
 
 
 def test_it_compiles_to_the_same_and_a_negative_fisher_is_no_number_there():
@@ -132,7 +132,7 @@ def test_shrinking_is_its_formula_and_comes_nearer_to_the_truth():
     truth = rng.lognormal(0, 0.5, 400)
     values = truth * rng.gamma(0.5, 2.0, (20, 400))
     moments = fj.welford.observe({"w": jnp.float32(values)}, unit="sequence")
-    found = jax.jit(fj.shrunk_mean)(moments)["w"]
+    found = jax.jit(fj.stats.shrunk_mean)(moments)["w"]
     mean, error = values.mean(0), values.std(0, ddof=1) / np.sqrt(20)
     np.testing.assert_allclose(found, shrunk_by_hand(mean, error), rtol=1e-4)
     off = [np.mean((np.log(x) - np.log(truth)) ** 2) for x in (np.asarray(found, float), mean)]
@@ -141,9 +141,9 @@ def test_shrinking_is_its_formula_and_comes_nearer_to_the_truth():
 
 def test_what_is_certain_or_alone_is_not_shrunk():
     values = jnp.array([[1.0, 2.0, 8.0], [1.0, 2.0, 8.0]])
-    np.testing.assert_array_equal(fj.shrunk_mean(fj.welford.observe(values, unit="sequence")), values[0])
+    np.testing.assert_array_equal(fj.stats.shrunk_mean(fj.welford.observe(values, unit="sequence")), values[0])
     alone = fj.welford.observe(jnp.array([[1.0, 0.0], [3.0, 0.0]]), unit="sequence")
-    np.testing.assert_array_equal(fj.shrunk_mean(alone), [2, 0])
+    np.testing.assert_array_equal(fj.stats.shrunk_mean(alone), [2, 0])
 
 
 def broken(change):

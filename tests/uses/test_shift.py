@@ -126,12 +126,12 @@ def windows(rng, number, size, scales=None):
     return parts
 
 
-@pytest.mark.parametrize("kind", ["step", "window"])
-def test_a_steady_stream_does_not_drift(kind):
+@pytest.mark.parametrize("alternative", ["step", "window"])
+def test_a_steady_stream_does_not_drift(alternative):
     rng = np.random.default_rng(8)
     p, discoveries = [], []
     for _ in range(4):
-        found = fj.importance_drift(windows(rng, 5, 15), kind=kind)
+        found = fj.shift.importance_drift(windows(rng, 5, 15), alternative=alternative)
         p.append(found.p)
         discoveries.append(np.nanmin(found.q) <= 0.05)
     p = np.concatenate(p)
@@ -147,8 +147,8 @@ def test_a_step_is_found_where_it_happened():
     scales[2:, 0, 0] = 3
     scales[4, 0, 1] = 4
     values = rng.gamma(2.0, 1.0, (6, 30, 8)) * scales
-    step = fj.importance_drift([state(x) for x in values])
-    window = fj.importance_drift([state(x) for x in values], kind="window")
+    step = fj.shift.importance_drift([state(x) for x in values])
+    window = fj.shift.importance_drift([state(x) for x in values], alternative="window")
     assert (step.change[0], window.change[1]) == (2, 4)
     assert step.q[0] < 1e-6
     assert window.q[1] < 1e-3
@@ -163,7 +163,7 @@ def test_a_step_is_found_where_it_happened():
 def test_two_windows_are_a_shift():
     rng = np.random.default_rng(10)
     a, b = (state(rng.gamma(2.0, 1.0, (30, 8))) for _ in range(2))
-    drift, shift = fj.importance_drift([a, b]), fj.importance_shift(b, a)
+    drift, shift = fj.shift.importance_drift([a, b]), fj.importance_shift(b, a)
     for name in ("difference", "standard_error", "z", "p", "q", "testable"):
         np.testing.assert_allclose(getattr(drift, name), getattr(shift, name), rtol=1e-6)
 
@@ -187,9 +187,15 @@ def good(groups=8, rows=30):
         (lambda: fj.importance_shift(good(), jnp.ones(8)), "the second state is a Welford state or moments"),
         (lambda: fj.importance_shift(good(), good(), min_effective=99), "no group has 99 effective observations"),
         (lambda: fj.importance_shift(good(), good(), method="by chance"), "method is 'bh' or 'by'"),
-        (lambda: fj.importance_drift([good()]), "two or more windows, found 1"),
-        (lambda: fj.importance_drift([good(), good(7)]), r"array has shape \[8\] in window 0 and \[7\] in window 1"),
-        (lambda: fj.importance_drift([good(), good()], kind="ramp"), "kind is 'step' or 'window', found 'ramp'"),
+        (lambda: fj.shift.importance_drift([good()]), "two or more windows, found 1"),
+        (
+            lambda: fj.shift.importance_drift([good(), good(7)]),
+            r"array has shape \[8\] in window 0 and \[7\] in window 1",
+        ),
+        (
+            lambda: fj.shift.importance_drift([good(), good()], alternative="ramp"),
+            "alternative is 'step' or 'window', found 'ramp'",
+        ),
     ],
 )
 def test_states_that_do_not_belong_together_are_refused(call, sentence):

@@ -72,21 +72,23 @@ def test_conflict_is_a_weighted_cosine():
     rng = np.random.default_rng(3)
     x, y, f, g = ({"w": rng.standard_normal((4, 3)), "b": rng.standard_normal(3)} for _ in range(4))
     f, g = (jax.tree.map(np.exp, t) for t in (f, g))
-    weights = {"none": (None, 1.0), "one": (f, f), "pair": ((f, g), jax.tree.map(lambda a, b: np.sqrt(a * b), f, g))}
+    weights = {"none": ((), 1.0), "one": ((f,), f), "pair": ((f, g), jax.tree.map(lambda a, b: np.sqrt(a * b), f, g))}
     flat = [np.concatenate([t["b"], t["w"].ravel()]) for t in (x, y)]
     for given, w in weights.values():
         w = np.ones(15) if isinstance(w, float) else np.concatenate([w["b"], w["w"].ravel()])
-        found = jax.jit(lambda x, y, given=given: fj.conflict(x, y, given))(x, y)
+        found = jax.jit(lambda x, y, given=given: fj.shift.conflict(x, y, *given))(x, y)
         cosine = (w * flat[0] * flat[1]).sum() / np.sqrt((w * flat[0] ** 2).sum() * (w * flat[1] ** 2).sum())
         products = w * flat[0] * flat[1]
         np.testing.assert_allclose(found.cosine, cosine, rtol=1e-5)
         np.testing.assert_allclose(found.opposed, -products[products < 0].sum() / np.abs(products).sum(), rtol=1e-5)
-    same, against = fj.conflict(x, x, f), fj.conflict(x, jax.tree.map(np.negative, x), f)
+    same, against = fj.shift.conflict(x, x, f), fj.shift.conflict(x, jax.tree.map(np.negative, x), f)
     np.testing.assert_allclose([same.cosine, against.cosine], [1, -1], rtol=1e-6)
     assert (float(same.opposed), float(against.opposed)) == (0, 1)
     rows = {"w": np.array([3.0, 6.0, 9.0]), "b": np.ones(3)}
     spread = {"w": np.broadcast_to(rows["w"] / 4, (4, 3)), "b": np.ones(3)}
-    np.testing.assert_allclose(fj.conflict(x, y, rows).cosine, fj.conflict(x, y, spread).cosine, rtol=1e-6)
+    np.testing.assert_allclose(
+        fj.shift.conflict(x, y, rows).cosine, fj.shift.conflict(x, y, spread).cosine, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,11 +98,14 @@ def test_conflict_is_a_weighted_cosine():
         (lambda: fj.overlap(np.ones(3), -np.ones(3)), "array of the second Fisher has the entry -1"),
         (lambda: fj.overlap(np.ones(3), np.ones(3), 0), r"top_fraction is a share in \(0, 1\], found 0"),
         (
-            lambda: fj.conflict(np.ones(3), {"a": np.ones(3)}),
+            lambda: fj.shift.conflict(np.ones(3), {"a": np.ones(3)}),
             "the first direction and the second direction have diff",
         ),
-        (lambda: fj.conflict(np.ones(3), np.ones(3), -np.ones(3)), "array of the Fisher has the entry -1"),
-        (lambda: fj.conflict(np.ones(3), np.ones(3), (np.ones(3),) * 3), "one tree or a pair of them, found 3"),
+        (lambda: fj.shift.conflict(np.ones(3), np.ones(3), -np.ones(3)), "array of the Fisher has the entry -1"),
+        (
+            lambda: fj.shift.conflict(np.ones(3), np.ones(3), None, np.ones(3)),
+            "other= is the Fisher of",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_that_names_it(call, sentence):

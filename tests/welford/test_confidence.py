@@ -19,7 +19,7 @@ def test_the_interval_is_t_quantiles_of_the_standard_error(level):
     assert n == 6
     lower, upper = scipy.stats.t.interval(level, n - 1, loc=mean, scale=error)
     for x in (moments, fj.welford.add(fj.welford.init(moments), moments)):
-        found = fj.welford.confidence_interval(x, level)
+        found = fj.welford.interval(x, level)
         assert found[0]["a"].dtype == np.float64
         np.testing.assert_allclose(found[0]["a"], lower, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(found[1]["a"], upper, rtol=1e-5)
@@ -28,13 +28,13 @@ def test_the_interval_is_t_quantiles_of_the_standard_error(level):
 @pytest.mark.parametrize("level", [0, 1, -0.1, 95, float("nan")])
 def test_a_level_is_a_probability(level):
     with pytest.raises(ValueError, match="level is a probability between 0 and 1"):
-        fj.welford.confidence_interval(fj.welford.observe(jnp.array([1.0, 2.0])), level)
+        fj.welford.interval(fj.welford.observe(jnp.array([1.0, 2.0])), level)
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_fewer_than_two_observations_have_no_interval(n):
     moments = fj.welford.observe(jnp.array([1.0, 2.0]), jnp.arange(2) < n, unit="sequence")
-    lower, upper = fj.welford.confidence_interval(moments)
+    lower, upper = fj.welford.interval(moments)
     assert np.isnan(lower)
     assert np.isnan(upper)
     assert float(fj.welford.mean(moments)) == n
@@ -61,7 +61,7 @@ def test_a_nominal_95_interval_holds_the_truth_as_often_as_it_says():
     assert 0.92 < covered < 0.97
     # One of them is what the library gives on the host.
     moments = fj.welford.observe(jnp.float32(values[0]), jnp.float32(length[0]), unit="sequence")
-    lower, upper = fj.welford.confidence_interval(moments)
+    lower, upper = fj.welford.interval(moments)
     np.testing.assert_allclose([lower, upper], mean[0] + quantile * error[0] * np.array([-1, 1]), rtol=1e-5)
     # The spread of single units is no error of the mean: an interval from it would hold the truth always.
     assert np.mean(np.abs(mean - 2) <= quantile * np.sqrt(variance)) == 1

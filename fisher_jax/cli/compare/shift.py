@@ -36,7 +36,7 @@ class RowShift(NamedTuple):
 
     before: Importance  # in A
     after: Importance  # in B
-    shift: fj.Shift
+    shift: fj.shift.Shift
     reason: np.ndarray  # of objects: why a row is not tested, "" where it is
     total: Total
 
@@ -72,7 +72,7 @@ def row_shift(a: Task, b: Task, kind: str) -> RowShift:
     return RowShift(before, after, shift, reason, _total(before, after))
 
 
-def _shift(first: Any, second: Any, a: Task, b: Task) -> fj.Shift:
+def _shift(first: Any, second: Any, a: Task, b: Task) -> fj.shift.Shift:
     """B minus A."""
     for task, state in ((a, first), (b, second)):
         if (count := fj.welford.count(state)) < 2:
@@ -131,6 +131,6 @@ def layer_shift(a: Task, b: Task, model: LanguageModel) -> LayerShift:
     wanted = {**sizes, "parts": several(before)}
     families = {}
     for name in ("tensors", "heads", "parts", "wholes"):
-        q = fj.q_values({path: fields[-1][name][path] for path in wanted[name]})
+        q = fj.stats.q_values({path: fields[-1][name][path] for path in wanted[name]})
         families[name] = {path: Change._make([*(x[name][path] for x in fields), q[path]]) for path in q}
     return LayerShift(before, after, **families)

@@ -56,7 +56,9 @@ class Subject:
     @cached_property
     def factors(self) -> Any:
         """K-FAC factors as the library makes them."""
-        make = jax.jit(lambda params, batch: fj.kfac_factors(self.model.apply, params, batch, damping=1.0))
+        make = jax.jit(
+            lambda params, batch: fj.kfac_factors(self.model.apply, fj.categorical, params, batch, damping=1.0)
+        )
         return make(self.params, self.batch)
 
     @cached_property

@@ -147,7 +147,7 @@ def merge(
     scales = list(settings.weights) or None
     if base is None:
         return fj.merge_params(params, fishers, scales=scales, floor=settings.floor)
-    return fj.merge_task_vectors(
+    return fj.continual.merge_task_vectors(
         base.params, params, fishers, scale=settings.scale, scales=scales, floor=settings.floor
     )
 

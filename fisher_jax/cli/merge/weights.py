@@ -18,7 +18,7 @@ from fisher_jax.cli.run.choice_error import Way
 from fisher_jax.cli.run.json_files import digest
 from fisher_jax.models import LanguageModel
 from fisher_jax.models.layout import flatten, unflatten
-from fisher_jax.uses.align import check_not_negative, values_of
+from fisher_jax.uses.trees import check_not_negative
 
 
 class Weights(NamedTuple):
@@ -105,7 +105,7 @@ def _from_file(path: Path) -> tuple[Any, str | None, str]:
     if content["content"] == "foreign":
         raise InputError(f"{path} was not written by fj.exchange.save; save the Fisher information with it.")
     kind = content["metadata"].get("kind")
-    return values_of(fj.exchange.load(path)), kind, "groups of the file"
+    return fj.mean(fj.exchange.load(path)), kind, "groups of the file"
 
 
 def _from_report(task: Task, model: LanguageModel) -> tuple[Any, str | None, str]:

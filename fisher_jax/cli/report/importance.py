@@ -45,7 +45,7 @@ def importance(arrays: dict[str, Any], kind: str, level: float) -> Importance:
     import fisher_jax as fj
 
     state = arrays[kind]
-    lower, upper = fj.welford.confidence_interval(state, level=level)
+    lower, upper = fj.welford.interval(state, level=level)
     return Importance(
         np.asarray(fj.welford.mean(state), np.float64),
         np.asarray(fj.welford.standard_error(state), np.float64),

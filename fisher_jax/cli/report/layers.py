@@ -99,7 +99,7 @@ def _nodes(path: str) -> list[str]:
 def read_layers(state: Any, model: LanguageModel, settings: ReportSettings) -> Layers:
     """Host arrays of the Welford state that `layer_estimator` fills."""
     sizes = part_sizes(model, settings)
-    limits = fj.welford.confidence_interval(state, level=settings.level)
+    limits = fj.welford.interval(state, level=settings.level)
     measured = jax.tree.map(Measured, *(on_parts(x, sizes) for x in (fj.welford.mean(state), *limits)), sizes)
     return Layers(**measured, units=float(fj.welford.count(state)), tokens=float(fj.welford.weight(state)))
 

@@ -135,8 +135,8 @@ def eigenvalues_of(setup: Setup, console: Console, folder: Path, every: float | 
         found = fj.lanczos(
             apply, like, num_steps=settings.max_products, num_eigenvalues=settings.k,
             which=settings.which, key=jax.random.key(settings.seed), max_basis=basis_size(settings, setup.dimension),
-            tol=settings.tol, check_every=settings.check_every or None, jit=False, resume=settings.resume,
-            save=None if every is None else folder, save_every=lambda steps: checkpoint.due(),
+            tol=settings.tol, check_period=settings.check_every or None, jit=False, resume=settings.resume,
+            save=None if every is None else folder, save_period=lambda steps: checkpoint.due(),
         )  # fmt: skip
         if len(display.seconds) < 2:  # resumed at the end: the one product has compiled, and another is timed
             apply(jax.tree.map(jnp.zeros_like, like))
@@ -208,9 +208,9 @@ def block_spectra_of(setup: Setup) -> dict[str, dict[int | None, Any]]:
     number = int(np.sum(weights > 0))
     rows = np.flatnonzero(np.any(weights > 0, axis=1))
     some = fj.Batch(batch.inputs[rows], batch.targets[rows], jnp.asarray(weights[rows]))
-    kind = "empirical" if settings.operator == "empirical-fisher" else "sampled"
+    kind = "empirical" if settings.operator == "empirical-fisher" else "true"
     leaves = flatten(model.params)
-    spectra: dict[str, fj.BlockSpectrum] = {}
+    spectra: dict[str, fj.spectra.BlockSpectrum] = {}
     for names in _passes(setup.sizes, number):
         spectra |= fj.block_spectrum(
             model.apply, fj.categorical, model.params, some, kind=kind, blocks=_slashed,

@@ -1,7 +1,7 @@
 """The optimizers of `fisher-jax train`, with defaults that need no tuning at the sizes of its models."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
@@ -62,18 +62,19 @@ def build(settings: TrainSettings, apply_fn: Callable, example: fj.Batch) -> opt
     rate, decay, damping = hyperparameters(settings)
     if settings.optimizer.startswith("kfac"):
         return fj.kfac(
-            None if rate is None else schedule(settings, rate), apply_fn, example=_shapes(example), damping=damping,
-            weight_decay=decay, update_freq=settings.update_every, **_KFAC[settings.optimizer],
-        )  # fmt: skip
+            apply_fn,
+            example=_shapes(example),
+            learning_rate=None if rate is None else schedule(settings, rate),
+            damping=damping,
+            weight_decay=decay,
+            refresh=fj.Refresh(period=settings.update_every, factor_decay=0.9),
+            step=None if rate is None else fj.FixedRate(kl_clip=1e-2),
+        )
     assert rate is not None
     made = _OPTAX[settings.optimizer](schedule(settings, rate), decay)
     return optax.with_extra_args_support(optax.chain(optax.clip_by_global_norm(_CLIP), made))
 
 
-_KFAC: dict[str, dict[str, Any]] = {
-    "kfac": {"factor_decay": 0.9},
-    "kfac-fixed": {"factor_decay": 0.9, "kl_clip": 1e-2},
-}
 _OPTAX: dict[str, Callable[[optax.Schedule, float], optax.GradientTransformation]] = {
     "adamw": lambda rate, decay: optax.adamw(rate, b2=0.95, weight_decay=decay),
     "sgd": lambda rate, decay: optax.chain(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import fisher_jax as fj
@@ -161,8 +162,8 @@ def largest_difference(model: LanguageModel, written: LanguageModel, kept: np.nd
     rows = [written.tokenizer.encode(text, special=False)[:64] for text in texts[:2]]
     length = min(map(len, rows))
     short = np.array([row[:length] for row in rows], np.int32)
-    whole = np.asarray(model.apply(model.params, kept[short].astype(np.int32)))[..., kept]
-    return float(np.max(np.abs(whole - np.asarray(written.apply(written.params, short)))))
+    whole = np.asarray(model.apply(model.params, jnp.asarray(kept[short], jnp.int32)))[..., kept]
+    return float(np.max(np.abs(whole - np.asarray(written.apply(written.params, jnp.asarray(short))))))
 
 
 def summary(before: Loss, after: Loss) -> dict[str, Any]:

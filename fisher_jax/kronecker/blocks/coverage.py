@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax.batch import Batch
-from fisher_jax.kronecker.blocks.plan import Block, Rules, choice
-from fisher_jax.kronecker.blocks.problem import Problem, block_plan, check_options
-from fisher_jax.likelihoods import Likelihood, categorical
+from fisher_jax.batch.arguments import check_arguments
+from fisher_jax.kronecker.blocks.plan import Block, Rules
+from fisher_jax.kronecker.blocks.problem import block_plan, problem_of
+from fisher_jax.kronecker.options import Curvature, check_option
+from fisher_jax.likelihoods import Likelihood
 
 __all__ = ["KFACCoverage", "kfac_coverage"]
 
@@ -36,18 +38,13 @@ class KFACCoverage:
 
 def kfac_coverage(
     apply_fn: Callable[[Any, Any], Array],
+    likelihood: Likelihood,
     params: Tree,
     batch: Batch,
-    likelihood: Likelihood = categorical,
     *,
-    fisher: str = "empirical",
-    policy: str = "auto",
-    token_cap: int | None = 1024,
-    shared: str = "expand",
-    diagonal: Callable[[str], bool] | None = None,
-    eigenvalue_correction: bool | Callable[[str], bool] = False,
+    curvature: Curvature = Curvature(),
 ) -> KFACCoverage:
-    """Which block `fj.kfac_factors`, with the same options, gives every parameter; nothing is computed.
+    """Which block `fj.kfac_factors`, with the same ``curvature``, gives every parameter; nothing is computed.
 
     For a kernel the sizes of its factors, the input of 1 that stands for its bias counted, how ``G`` is kept, and
     whether eigenvalues are corrected; for every other leaf what it gets instead.
@@ -56,23 +53,25 @@ def kfac_coverage(
         params, batch: arrays or ``jax.ShapeDtypeStruct``s.
 
     Raises:
-        ValueError: an unknown option; a parameter without a block, named with its line and the way out.
+        ValueError: a parameter without a block, named with its line and the way out.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> apply_fn = lambda params, x: (x * params["scale"]) @ params["kernel"] + params["bias"]
         >>> params = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3), "scale": jnp.ones(2)}
-        >>> print(fj.kfac_coverage(apply_fn, params, fj.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 2, 2]))))
+        >>> batch = fj.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 2, 2]))
+        >>> print(fj.kfac_tools.kfac_coverage(apply_fn, fj.categorical, params, batch))
         ['bias']    [3]     an input of ['kernel']
         ['kernel']  [2, 3]  A [3, 3] (x) G [3, 3], the head
         ['scale']   [2]     diagonal
     """
-    check_options(policy, fisher, shared, token_cap, 1.0)
-    rules = Rules(policy, token_cap, fisher, shared, choice(eigenvalue_correction), diagonal or (lambda path: False))
+    check_arguments(apply_fn, likelihood, batch=batch)
+    check_option("curvature", curvature, Curvature)
+    problem = problem_of(apply_fn, likelihood, curvature)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     told = {}
-    for block in block_plan(Problem(apply_fn, likelihood, rules), params, batch):
-        told[block.leaf] = _told(block, rules)
+    for block in block_plan(problem, params, batch)[1]:
+        told[block.leaf] = _told(block, problem.rules)
         if block.bias is not None:
             told[block.bias] = f"an input of {block.path}"
     return KFACCoverage(
@@ -90,7 +89,7 @@ def _told(block: Block, rules: Rules) -> str:
     width = block.width + (block.bias is not None)
     inputs = f"frequencies of {width} rows" if block.kind == "embedding" else f"A [{width}, {width}]"
     outputs = f"G [{block.units}, {block.units}]"
-    if block.head and rules.fisher == "exact_head":
+    if block.head and rules.estimator == "exact_head":
         outputs += " in closed form" + (f" from {block.columns} tokens" if block.low_rank else "")
     elif block.low_rank:
         outputs += f" by {block.columns} columns"

@@ -27,7 +27,7 @@ class Rules:
 
     policy: str = "auto"
     token_cap: int | None = 1024
-    fisher: str = "empirical"
+    estimator: str = "empirical"
     shared: str = "expand"
     corrected: Callable[[str], bool] = lambda path: False
     diagonal: Callable[[str], bool] = lambda path: False
@@ -82,13 +82,13 @@ class Block:
         return self.is_corrected(rules) and not (self.kind == "dense" and self.low_rank)
 
 
-def plan(specs: list[Spec], leaves: list, paths: list[str], found: Structure, rules: Rules) -> tuple[Block, ...]:
+def plan(found: Structure, leaves: list, paths: list[str], rules: Rules) -> tuple[Block, ...]:
     """A block for every leaf that is to be followed.
 
     Raises:
         ValueError: a leaf without a block, named with the operation, its line and the way out.
     """
-    uses: list[list[Spec]] = [[s for s in specs if s.leaf == i] for i in range(len(leaves))]
+    uses = [found.uses(i) for i in range(len(leaves))]
     blocks = {}
     for i, (leaf, path) in enumerate(zip(leaves, paths, strict=True)):
         if rules.follow(path):
@@ -107,13 +107,13 @@ def plan(specs: list[Spec], leaves: list, paths: list[str], found: Structure, ru
 
 def _check_correction(block: Block, rules: Rules) -> None:
     """Nothing stays uncorrected silently."""
-    closed_form = block.head and rules.fisher == "exact_head"
+    closed_form = block.head and rules.estimator == "exact_head"
     if not block.is_corrected(rules) or (block.kind != "tied" and not closed_form):
         return
     reason = (
         "an embedding tied to its head is a sum of two products without common eigenvectors"
         if block.kind == "tied"
-        else "fisher='exact_head' has the head's output factor in closed form, without gradients of tokens"
+        else "estimator='exact_head' has the head's output factor in closed form, without gradients of tokens"
     )
     raise ValueError(
         f"the eigenvalues of {block.path} cannot be corrected: {reason}; leave it as it is with "
@@ -186,7 +186,7 @@ def _dense(block: Block, x: Any, uses: list[Spec], found: Structure, rules: Rule
             raise ValueError(f"{block.path} is used both as it is and transposed; {_way_out(block.path)}")
     apart, units, width = _sizes(first)
     tokens = sum(_tokens(spec, apart, units) for spec in uses)
-    head = found.head == block.leaf and len(uses) == 1 and not first.loops
+    head = found.head is not None and found.head.leaf == block.leaf and len(uses) == 1
     number = math.prod(x.shape) // (width * units)
     block = dataclasses.replace(block, number=number, units=units, width=width, head=head)
     return _with_policy(block, tokens, rules)

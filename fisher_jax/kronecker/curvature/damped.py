@@ -77,14 +77,14 @@ def _apply(block: Block, found: BlockFactors, M: Array, damping: Any, form: str,
     if isinstance(G, SoftmaxHead) and power != -1:
         raise ValueError(
             f"the low-rank true Fisher of the head {block.path} has a closed form for the inverse only, found power="
-            f"{power}; use policy='never' or fisher='sampled'"
+            f"{power}; use policy='never' or estimator='sampled'"
         )
     if isinstance(G, SoftmaxHead) and (form == "exact" or found.rows is not None):
         cost = block.units * G.columns.shape[-1] ** 2 * M.shape[-1]
         if cost > EXACT_HEAD_LIMIT:
             raise ValueError(
                 f"exact damping of the softmax head {block.path} takes {cost:.0e} operations, at most "
-                f"{EXACT_HEAD_LIMIT:.0e} are allowed; lower token_cap, or use fisher='sampled'"
+                f"{EXACT_HEAD_LIMIT:.0e} are allowed; lower token_cap, or use estimator='sampled'"
             )
     if found.rows is not None:
         if isinstance(G, SoftmaxHead):

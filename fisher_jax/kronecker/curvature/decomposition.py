@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from fisher_jax._support.outline import outline
 from fisher_jax._support.placement import automatic, mesh_of, spec_of
 from fisher_jax.kronecker.blocks.plan import Block, Rules
-from fisher_jax.kronecker.curvature.corrected import column_weights, second_moments
+from fisher_jax.kronecker.blocks.problem import Problem
+from fisher_jax.kronecker.curvature.eigenvalue_correction import column_weights, second_moments
+from fisher_jax.kronecker.factors.eigen_stacks import eigen_stacks
 from fisher_jax.kronecker.factors.forms import Diagonal, Eigen, Factor, LowRank, diagonal, gram, stored
-from fisher_jax.kronecker.factors.spread import eigen_stacks
 from fisher_jax.kronecker.factors.woodbury import SoftmaxHead, head_matrix, softmax_head
 from fisher_jax.kronecker.statistics.observation import Observation
 
@@ -35,25 +37,27 @@ class BlockFactors(NamedTuple):
     diagonal: Array | None = None
     eigenvalues: Array | None = None
 
+    def __repr__(self) -> str:
+        return outline(self)
+
 
 def decompose(
     blocks: tuple[Block, ...],
     seen: Observation,
-    storage: Any = None,
-    rules: Rules | None = None,
-    axis_name: Any = None,
+    problem: Problem,
+    factor_dtype: Any = None,
     mesh: Any = None,
 ) -> tuple[BlockFactors, ...]:
-    """Normalise the sums of an observation and decompose them; ``rules`` say which eigenvalues are corrected.
+    """Normalise the sums of an observation and decompose them.
 
-    ``mesh`` is that of the model's arguments, whose devices share the work.
+    ``factor_dtype`` is that of columns; ``mesh`` is that of the model's arguments, whose devices share the work.
     """
-    rules = rules or Rules()
+    rules, axis_name = problem.rules, problem.axis_name
 
     def run(seen):
         around = mesh_of()  # inside Explicit axes are automatic
         weight = jnp.where(seen.weight > 0, seen.weight, 1)
-        parts = [_parts(b, sums, weight, seen, storage) for b, sums in zip(blocks, seen.sums, strict=True)]
+        parts = [_parts(b, sums, weight, seen, factor_dtype) for b, sums in zip(blocks, seen.sums, strict=True)]
         places = [(i, name) for i, part in enumerate(parts) for name in ("A", "G") if part.get(name) is not None]
         spectra = eigen_stacks([parts[i][name] for i, name in places], around or mesh, axis_name)
         bases: list[dict] = [{} for _ in blocks]
@@ -85,7 +89,7 @@ def _places(block: Block, sums: dict, seen: Observation, rules: Rules) -> Any:
     return BlockFactors(A, G, P() if block.kind == "tied" else None, eigenvalues=corrected_places)
 
 
-def _parts(block: Block, sums: dict, weight: Array, seen: Observation, storage: Any) -> dict:
+def _parts(block: Block, sums: dict, weight: Array, seen: Observation, factor_dtype: Any) -> dict:
     """What a block's factors are made of, normalised; ``A`` and ``G`` are stacks of matrices to decompose."""
     if block.kind == "diagonal":
         return {"diagonal": sums["squares"] / weight}
@@ -104,7 +108,7 @@ def _parts(block: Block, sums: dict, weight: Array, seen: Observation, storage: 
             return parts | {"head": jax.tree.map(lambda x: x[None], head)}
         return parts | {"G": head_matrix(head)[None]}
     if block.low_rank:
-        columns = stored(sums["U"] / jnp.sqrt(weight), storage)
+        columns = stored(sums["U"] / jnp.sqrt(weight), factor_dtype)
         return parts | {"columns": columns, "G": gram(columns)}
     return parts | {"G": sums["G"] / weight}
 

@@ -9,12 +9,13 @@ import numpy as np
 from jax.tree_util import Partial
 
 from fisher_jax._support.dtypes import wide_dtype
+from fisher_jax._support.outline import outline
 from fisher_jax.kronecker.blocks.plan import Block
 from fisher_jax.kronecker.curvature.factors import BlockFactors, Factors
 from fisher_jax.kronecker.curvature.product import block_product
 from fisher_jax.kronecker.factors.forms import Eigen, LowRank
 from fisher_jax.kronecker.factors.woodbury import SoftmaxHead
-from fisher_jax.spectra.krylov import lanczos
+from fisher_jax.spectra import lanczos
 
 __all__ = ["DENSE_LIMIT", "BlockEigenvalues", "KFACSpectrum", "kfac_spectrum"]
 
@@ -41,6 +42,9 @@ class BlockEigenvalues(NamedTuple):
     num_zero: int
     trace: float
 
+    def __repr__(self) -> str:
+        return outline(self)
+
 
 class KFACSpectrum(NamedTuple):
     """What `kfac_spectrum` found.
@@ -58,6 +62,9 @@ class KFACSpectrum(NamedTuple):
     trace: float
     dimension: int
 
+    def __repr__(self) -> str:
+        return outline(self)
+
 
 def kfac_spectrum(factors: Factors, num_eigenvalues: int | None = None, *, key: Any = None) -> KFACSpectrum:
     """Eigenvalues of the block diagonal ``F`` that `fj.kfac_factors` found, without damping and without products.
@@ -74,7 +81,7 @@ def kfac_spectrum(factors: Factors, num_eigenvalues: int | None = None, *, key: 
     ``A``), and by `fj.lanczos` beyond, with residual bounds.
 
     Args:
-        factors: of `fj.kfac_factors`, or of a training state by `fj.kfac_factors_from_state`.
+        factors: of `fj.kfac_factors`, or of a training state by `fj.kfac_tools.kfac_factors_from_state`.
         num_eigenvalues: of all blocks together, and of each block at most; ``None``: all of them.
         key: of Lanczos's start vectors, where it is needed.
 
@@ -87,8 +94,8 @@ def kfac_spectrum(factors: Factors, num_eigenvalues: int | None = None, *, key: 
         >>> import fisher_jax as fj, jax.numpy as jnp
         >>> apply_fn = lambda params, x: x @ params["kernel"]
         >>> batch = fj.Batch(jnp.diag(jnp.array([2.0, 1.0])), jnp.array([[1.0], [1.0]]))
-        >>> factors = fj.kfac_factors(apply_fn, {"kernel": jnp.zeros((2, 1))}, batch, fj.gaussian)
-        >>> found = fj.kfac_spectrum(factors, 2)  # A = diag(2, 1/2), G = 1
+        >>> factors = fj.kfac_factors(apply_fn, fj.gaussian, {"kernel": jnp.zeros((2, 1))}, batch)
+        >>> found = fj.kfac_tools.kfac_spectrum(factors, 2)  # A = diag(2, 1/2), G = 1
         >>> [round(float(x), 4) for x in found.eigenvalues], found.paths[0], round(found.trace, 4)
         ([2.0, 0.5], "['kernel']", 2.5)
     """

@@ -98,19 +98,19 @@ def diagonal(values: Float[Array, " n"]) -> Diagonal:
     return Diagonal(wide(values))
 
 
-def low_rank(columns: Float[Array, "n T"], storage: Any = None) -> LowRank:
+def low_rank(columns: Float[Array, "n T"], dtype: Any = None) -> LowRank:
     """``U U^T`` from ``U``, with the eigendecomposition of the Gram matrix ``U^T U``.
 
-    ``storage=jnp.bfloat16`` halves the memory: each entry of ``U`` then has a relative error of up to ``2**-8``, and
+    ``dtype=jnp.bfloat16`` halves the memory: each entry of ``U`` then has a relative error of up to ``2**-8``, and
     ``U U^T`` of the rounded ``U`` is what is inverted, exactly.
     """
-    columns = stored(columns, storage)
+    columns = stored(columns, dtype)
     return LowRank(columns, *eigen(gram(columns)))
 
 
-def stored(columns: Array, storage: Any = None) -> Array:
+def stored(columns: Array, dtype: Any = None) -> Array:
     """``U`` in the dtype that it is kept in."""
-    return wide(columns) if storage is None else jnp.asarray(columns).astype(storage)
+    return wide(columns) if dtype is None else jnp.asarray(columns).astype(dtype)
 
 
 def gram(columns: Float[Array, "*N n T"]) -> Float[Array, "*N T T"]:

@@ -72,7 +72,7 @@ def push_through(A: Factor, G: LowRank, B: Float[Array, "T in"], damping: Any, p
 
     For a gradient that is made of the very tokens of the factor: cheaper, and far more accurate in float32 at small
     damping, since nothing of size ``1 / damping`` is subtracted. The transformation does not use it: a gradient may
-    have been clipped, decayed or summed over micro-batches on its way there, and at ``update_freq=10`` the one
+    have been clipped, decayed or summed over micro-batches on its way there, and at ``period=10`` the one
     product saved at a refresh is a twentieth of what ten updates of a head cost (``experiments/bench_kfac.py``).
     """
     return product(G.columns, exact(A, Eigen(G.values, G.vectors), B, damping, power))

@@ -11,13 +11,15 @@ from jaxtyping import Array
 from fisher_jax._support.jax_internals import is_traced
 from fisher_jax._support.selection import Chosen, matches
 from fisher_jax.batch import Batch
-from fisher_jax.kronecker.blocks.plan import Block, Rules
-from fisher_jax.kronecker.blocks.problem import Problem, block_plan
+from fisher_jax.batch.arguments import check_arguments
+from fisher_jax.kronecker.blocks.plan import Block
+from fisher_jax.kronecker.blocks.problem import block_plan, problem_of
 from fisher_jax.kronecker.curvature.factors import BlockFactors, Factors
 from fisher_jax.kronecker.factors.forms import LowRank
 from fisher_jax.kronecker.factors.woodbury import SoftmaxHead
 from fisher_jax.kronecker.optimizer.transformation import KFACState
-from fisher_jax.likelihoods import categorical
+from fisher_jax.kronecker.options import Curvature, check_option
+from fisher_jax.likelihoods import Likelihood
 
 __all__ = ["kfac_factors_from_state"]
 
@@ -27,12 +29,13 @@ Tree = Any
 def kfac_factors_from_state(
     state: Any,
     apply_fn: Callable[[Any, Any], Array],
+    likelihood: Likelihood,
     params: Tree,
-    example: Batch,
+    batch: Batch,
     *,
-    diagonal: Callable[[str], bool] | None = None,
-    parameters: Chosen = None,
     damping: Any = 1e-3,
+    curvature: Curvature = Curvature(),
+    parameters: Chosen = None,
 ) -> Factors:
     """The factors that a state of `fj.scale_by_kfac` or `fj.kfac` holds, as `fj.kfac_factors` gives them.
 
@@ -40,13 +43,14 @@ def kfac_factors_from_state(
 
     Args:
         state: any optax state that has one `KFACState` in it.
-        apply_fn, params, example: the model, its parameters and a batch, or the shapes of both.
-        diagonal: what ``scale_by_kfac`` was given.
+        apply_fn, likelihood, params, batch: the model, its parameters and a batch, or the shapes of both.
+        damping: of the result; the state has none.
+        curvature: what the transformation was given.
         parameters: under ``optax.masked`` or ``multi_transform`` the part that K-FAC sees: a pattern, a predicate or
             a tree of booleans, as in `fj.operators.restrict`.
-        damping: of the result; the state has none.
 
     Raises:
+        TypeError: an argument in the place of another.
         ValueError: no `KFACState`, or several; one before its first update; blocks that are not those of the model.
 
     Example:
@@ -55,23 +59,27 @@ def kfac_factors_from_state(
         >>> batch = fj.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 2, 2]))
         >>> params, tx = {"kernel": jnp.zeros((2, 3))}, fj.scale_by_kfac(apply_fn, example=batch)
         >>> _, state = tx.update(params, tx.init(params), params, batch=batch)
-        >>> factors = fj.kfac_factors_from_state(state, apply_fn, params, batch)
-        >>> round(fj.kfac_spectrum(factors, 1).trace, 4)  # a.a = 2, times the mean of g.g = 2/3
+        >>> factors = fj.kfac_tools.kfac_factors_from_state(state, apply_fn, fj.categorical, params, batch)
+        >>> round(fj.kfac_tools.kfac_spectrum(factors, 1).trace, 4)  # a.a = 2, times the mean of g.g = 2/3
         1.3333
     """
+    check_arguments(apply_fn, likelihood, batch=batch)
+    check_option("curvature", curvature, Curvature)
     inner = _only(state)
     if not is_traced(inner.age) and int(inner.age) < 0:
         raise ValueError("the K-FAC state has no factors yet: they are there after the first update")
     chosen = dict(zip(_paths(params), matches(params, parameters), strict=True))
-    rules = Rules(diagonal=diagonal or (lambda path: False), follow=lambda path: chosen[path])
-    plan = block_plan(Problem(apply_fn, categorical, rules), params, example)
+    # Which way the Fisher was taken leaves no trace in a plan, but for the options that go with it.
+    problem = problem_of(apply_fn, likelihood, curvature.settled("sampled"))
+    rules = dataclasses.replace(problem.rules, follow=lambda path: chosen[path])
+    _, plan = block_plan(problem._replace(rules=rules), params, batch)
     if len(plan) != len(inner.blocks):
         raise ValueError(
-            f"the K-FAC state has {len(inner.blocks)} blocks and the parameters {len(plan)}; pass the diagonal= that "
-            "scale_by_kfac had, and parameters= where it saw a part of them"
+            f"the K-FAC state has {len(inner.blocks)} blocks and the parameters {len(plan)}; pass the curvature= "
+            "that it was made with, and parameters= where it saw a part of them"
         )
     kept = tuple(_matched(block, found) for block, found in zip(plan, inner.blocks, strict=True))
-    return Factors(inner.blocks, jnp.asarray(damping), kept)
+    return Factors(inner.blocks, jnp.asarray(damping), kept, curvature.form, curvature.power)
 
 
 def _only(state: Any) -> KFACState:
@@ -92,7 +100,7 @@ def _matched(block: Block, found: BlockFactors) -> Block:
     if wanted != seen:
         raise ValueError(
             f"the block of {block.path} is {block.kind} with sizes {wanted} in the model, and {seen} in the K-FAC "
-            "state; pass the diagonal= that scale_by_kfac had, and parameters= where it saw a part of the tree"
+            "state; pass the curvature= that it was made with, and parameters= where it saw a part of the tree"
         )
     if not isinstance(found.G, LowRank | SoftmaxHead):
         return dataclasses.replace(block, low_rank=False, columns=0)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax._support.dtypes import wide
-from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import Tokens, log_probs, mean_of
 from fisher_jax.likelihoods import Likelihood
 
 __all__ = ["LocalModel", "best_step", "local_model", "loss", "tree_dot"]
@@ -38,24 +38,19 @@ def tree_dot(a: Tree, b: Tree) -> Array:
     )
 
 
-def _mean(outputs: Array, batch: Batch, values: Array) -> Array:
-    """Mean of a number per token over weighted tokens; tokens without weight are not read."""
-    weights = jnp.ones(outputs.shape[:-1]) if batch.weights is None else jnp.asarray(batch.weights)
-    weights = jnp.maximum(weights, 0)
-    total = weights.sum()
-    return jnp.sum(weights * jnp.where(weights > 0, values, 0)) / jnp.where(total > 0, total, 1)
-
-
-def loss(apply_fn: Callable, likelihood: Likelihood, params: Tree, batch: Batch) -> Array:
+def loss(apply_fn: Callable, likelihood: Likelihood, params: Tree, tokens: Tokens) -> Array:
     """Mean negative log-likelihood per weighted token."""
-    outputs = apply_fn(params, batch.inputs)
-    return -_mean(outputs, batch, likelihood.log_prob(outputs, batch.targets))
+    return _loss_of(likelihood, apply_fn(params, tokens.inputs), tokens)
+
+
+def _loss_of(likelihood: Likelihood, outputs: Array, tokens: Tokens) -> Array:
+    return -mean_of(log_probs(likelihood, outputs, tokens.targets, tokens.weights), tokens.weights)
 
 
 def local_model(
     outputs_of: Callable[[Tree], Array],
     likelihood: Likelihood,
-    batch: Batch,
+    tokens: Tokens,
     moving: Tree,
     grads: Tree,
     directions: tuple[Tree, Tree],
@@ -67,10 +62,10 @@ def local_model(
     curved = [likelihood.fisher_product(outputs, t) for t in tangents]
 
     def entry(i, j):
-        fisher = _mean(outputs, batch, jnp.sum(wide(tangents[i]) * wide(curved[j]), -1))
+        fisher = mean_of(jnp.sum(wide(tangents[i]) * wide(curved[j]), -1), tokens.weights)
         return fisher + damping * tree_dot(directions[i], directions[j])
 
-    value = -_mean(outputs, batch, likelihood.log_prob(outputs, batch.targets))
+    value = _loss_of(likelihood, outputs, tokens)
     off = entry(0, 1)
     curvature = jnp.array([[entry(0, 0), off], [off, entry(1, 1)]])
     return LocalModel(value, jnp.array([tree_dot(grads, d) for d in directions]), curvature)

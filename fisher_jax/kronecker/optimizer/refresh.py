@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from fisher_jax._support.outline import outline
 from fisher_jax.kronecker.curvature.decomposition import BlockFactors
+from fisher_jax.kronecker.options import Curvature, Refresh
 from fisher_jax.kronecker.statistics.averaging import averaged
 from fisher_jax.kronecker.statistics.observation import Observation
 
-__all__ = ["KFACState", "check_periods", "refresh", "refresh_raw"]
+__all__ = ["KFACState", "check_together", "renewed"]
 
 
 class KFACState(NamedTuple):
@@ -24,7 +26,7 @@ class KFACState(NamedTuple):
         age: int32, updates that these factors have served; -1 before there are any.
         rejected: int32, updates with a batch or gradients that cannot be used; read it with ``fj.check``.
         reasons: int32 bits, why.
-        raw: sums that stay between refreshes, with ``statistics_freq`` or ``factor_decay``; else ``None``.
+        raw: sums that stay between refreshes, with ``statistics_period`` or ``factor_decay``; else ``None``.
         raw_age: int32, updates since the last statistics; -1 before there are any.
     """
 
@@ -36,36 +38,44 @@ class KFACState(NamedTuple):
     raw: Observation | None = None
     raw_age: Any = None
 
+    def __repr__(self) -> str:
+        return outline(self)
 
-def check_periods(
-    fisher: str, corrected: Any, update_freq: Any, statistics_freq: Any, decay: Any, rank: int | None
-) -> bool:
-    """Whether statistics stay in the state."""
-    if statistics_freq is not None and not (isinstance(statistics_freq, int) and 1 <= statistics_freq <= update_freq):
+
+def check_together(curvature: Curvature, refresh: Refresh) -> None:
+    """Raise where such a curvature cannot be refreshed in this way."""
+    if refresh.factor_decay is not None and curvature.estimator == "exact_head":
         raise ValueError(
-            f"statistics_freq is a whole number from 1 to update_freq={update_freq}, found {statistics_freq!r}"
+            "estimator='exact_head' has a closed form for one batch, not for an average: leave out factor_decay, or "
+            "use estimator='sampled'"
         )
-    if decay is not None and not 0 <= decay < 1:
-        raise ValueError(f"factor_decay is the share of the past that stays, in [0, 1), found {decay}")
-    if rank is not None and (decay is None or rank < 1):
-        raise ValueError(f"factor_rank is at least 1 and belongs to factor_decay=, found {rank}")
-    if decay is not None and fisher == "exact_head":
+    if curvature.eigenvalue_correction and refresh.keeps_statistics:
         raise ValueError(
-            "the true Fisher of a head has a closed form for one batch, not for an average: leave out factor_decay, "
-            "or use fisher='sampled'"
-        )
-    keeps = statistics_freq is not None or decay is not None
-    if corrected and keeps:
-        raise ValueError(
-            "eigenvalue_correction projects the batch that the bases come from: leave out statistics_freq and "
+            "eigenvalue_correction projects the batch that the bases come from: leave out statistics_period and "
             "factor_decay"
         )
-    return keeps
 
 
-def refresh(build: Callable, state: KFACState, seen: Callable, update_freq: int) -> tuple[KFACState, Array]:
+def renewed(build: Callable, state: KFACState, seen: Callable, how: Refresh) -> tuple[KFACState, Array]:
     """Fresh factors where they are due and the batch can be used, and why it cannot."""
+    state = _due_early(state, how)
+    state, bad = (_from_kept if how.keeps_statistics else _from_batch)(build, state, seen, how)
+    return state._replace(step=optax.safe_increment(state.step)), bad
 
+
+def _due_early(state: KFACState, how: Refresh) -> KFACState:
+    """Ages as those of factors that are due, where they are older than the ramp allows."""
+    if not isinstance(how.ramp, int):
+        return state
+    early = state.age > state.step // how.ramp
+    age = jnp.where(early, jnp.maximum(state.age, how.period), state.age)
+    if state.raw_age is None:
+        return state._replace(age=age)
+    raw_age = jnp.where(early, jnp.maximum(state.raw_age, how.statistics_period or how.period), state.raw_age)
+    return state._replace(age=age, raw_age=raw_age)
+
+
+def _from_batch(build: Callable, state: KFACState, seen: Callable, how: Refresh) -> tuple[KFACState, Array]:
     def fresh(old):
         found = seen()
         usable = (found.bad == 0) & (found.weight > 0)
@@ -75,37 +85,34 @@ def refresh(build: Callable, state: KFACState, seen: Callable, update_freq: int)
     def stale(old):
         return old, jnp.zeros((), bool), jnp.zeros((), jnp.int32)
 
-    due = _due(state.age, update_freq)
-    blocks, renewed, bad = jax.lax.cond(due, fresh, stale, state.blocks)
-    return state._replace(blocks=blocks, step=optax.safe_increment(state.step), age=_older(state.age, renewed)), bad
+    blocks, ready, bad = jax.lax.cond(_due(state.age, how.period), fresh, stale, state.blocks)
+    return state._replace(blocks=blocks, age=_older(state.age, ready)), bad
 
 
-def refresh_raw(
-    build: Callable, state: KFACState, seen: Callable, update_freq: int, statistics_freq: int | None, decay: Any
-) -> tuple[KFACState, Array]:
+def _from_kept(build: Callable, state: KFACState, seen: Callable, how: Refresh) -> tuple[KFACState, Array]:
     """Statistics where they are due, and factors from them where those are; none from before a batch refused now."""
 
     def fresh(old):
         found = seen()
         usable = (found.bad == 0) & (found.weight > 0)
+        decay = how.factor_decay
         new = found._replace(bad=jnp.zeros_like(found.bad)) if decay is None else averaged(old, found, decay)
         return jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, old), usable, found.bad
 
     def stale(old):
         return old, jnp.zeros((), bool), jnp.zeros((), jnp.int32)
 
-    due = _due(state.age, update_freq)
-    wanted = due if statistics_freq is None else _due(state.raw_age, statistics_freq)
-    raw, renewed, bad = jax.lax.cond(wanted, fresh, stale, state.raw)
-    ready = due & (renewed | ~wanted)
+    due = _due(state.age, how.period)
+    wanted = due if how.statistics_period is None else _due(state.raw_age, how.statistics_period)
+    raw, taken, bad = jax.lax.cond(wanted, fresh, stale, state.raw)
+    ready = due & (taken | ~wanted)
     blocks = jax.lax.cond(ready, lambda raw, old: build(raw), lambda raw, old: old, raw, state.blocks)
-    ages = _older(state.age, ready), _older(state.raw_age, renewed)
-    step = optax.safe_increment(state.step)
-    return state._replace(blocks=blocks, step=step, age=ages[0], raw=raw, raw_age=ages[1]), bad
+    ages = _older(state.age, ready), _older(state.raw_age, taken)
+    return state._replace(blocks=blocks, age=ages[0], raw=raw, raw_age=ages[1]), bad
 
 
-def _due(age: Array, freq: int) -> Array:
-    return (age < 0) | (age >= freq)
+def _due(age: Array, period: int) -> Array:
+    return (age < 0) | (age >= period)
 
 
 def _older(age: Array, renewed: Array) -> Array:

@@ -22,7 +22,7 @@ def check_rows(rows: int | None, example: Batch) -> None:
         raise ValueError(f"factor_rows is from 1 to the {number} rows of the batch, found {rows}")
 
 
-def first_rows(batch: Batch, rows: int | None) -> Batch:
+def first_rows(batch: Any, rows: int | None) -> Any:
     """So many rows from the first on; all with ``None``."""
     return batch if rows is None else jax.tree.map(lambda x: x[:rows], batch)
 

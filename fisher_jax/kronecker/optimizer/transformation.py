@@ -13,29 +13,23 @@ from fisher_jax._support import rejection
 from fisher_jax._support.jax_internals import zeros
 from fisher_jax._support.placement import mesh_of
 from fisher_jax.batch import Batch
-from fisher_jax.kronecker.blocks.plan import Rules, choice
-from fisher_jax.kronecker.blocks.problem import Problem, block_plan, check_options
+from fisher_jax.batch.arguments import check_arguments, check_batch
+from fisher_jax.kronecker.blocks.problem import block_plan, problem_of
 from fisher_jax.kronecker.curvature.damped import solve
 from fisher_jax.kronecker.curvature.decomposition import decompose
-from fisher_jax.kronecker.curvature.factors import check_form
 from fisher_jax.kronecker.optimizer import partial_trees
 from fisher_jax.kronecker.optimizer.partial_trees import aligned
-from fisher_jax.kronecker.optimizer.refresh import KFACState, check_periods, refresh, refresh_raw
+from fisher_jax.kronecker.optimizer.refresh import KFACState, check_together, renewed
+from fisher_jax.kronecker.optimizer.rows import check_rows, window
+from fisher_jax.kronecker.options import Curvature, Refresh, check_option
 from fisher_jax.kronecker.statistics.averaging import widened
 from fisher_jax.kronecker.statistics.joining import on_any_device
 from fisher_jax.kronecker.statistics.observation import observe, observe_taps
 from fisher_jax.likelihoods import Likelihood, categorical
 
-__all__ = ["KFACState", "aligned", "kfac_static_args", "scale_by_kfac"]
+__all__ = ["KFACState", "aligned", "at", "scale_by_kfac"]
 
 Tree = Any
-
-kfac_static_args = (
-    "apply_fn", "likelihood", "example", "update_freq", "fisher", "policy", "token_cap", "form", "power", "shared",
-    "temperature", "storage", "diagonal", "eigenvalue_correction", "statistics_freq", "factor_decay", "factor_rank",
-    "model_params", "axis_name",
-)  # fmt: skip
-"""What must stay static: ``optax.inject_hyperparams(fj.scale_by_kfac, fj.kfac_static_args)``."""
 
 
 def scale_by_kfac(
@@ -44,27 +38,16 @@ def scale_by_kfac(
     *,
     example: Batch,
     damping: Any = 1e-3,
-    update_freq: int = 10,
-    fisher: str = "empirical",
-    policy: str = "auto",
-    token_cap: int | None = 1024,
-    form: str = "auto",
-    power: float = -1.0,
-    shared: str = "expand",
-    temperature: float = 1.0,
-    storage: Any = None,
-    diagonal: Callable[[str], bool] | None = None,
-    eigenvalue_correction: bool | Callable[[str], bool] = False,
-    statistics_freq: int | None = None,
-    factor_decay: float | None = None,
-    factor_rank: int | None = None,
+    curvature: Curvature = Curvature(),
+    refresh: Refresh = Refresh(),
     model_params: Tree = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradients: updates become ``(F + damping I)**power`` times the gradient, block by block.
 
-    ``update(grads, state, params, batch=batch, key=key)``. The first update and every ``update_freq``-th after it
-    computes fresh factors on its own batch (`fj.kfac_factors` says how), so that they are there from the first step.
+    ``update(grads, state, params, batch=batch, key=key)``. The first update and every ``refresh.period``-th after
+    it computes fresh factors on its own batch (`fj.kfac_factors` says how), so that they are there from the first
+    step.
     Instead of ``batch`` alone, ``taps=`` from the training step's own ``fj.value_grad_and_taps(loss)`` save the
     model evaluation; ``taps_scale`` times that loss is the summed log-likelihood up to its sign (``W`` for a mean
     loss). With weights other than 0 and 1 they count ``w**2`` where a batch counts ``w``.
@@ -77,19 +60,13 @@ def scale_by_kfac(
     Under ``optax.masked`` and ``multi_transform`` the transformation sees a part of the tree: give the whole tree as
     ``update(..., model_params=params)``, and its shapes as ``model_params=`` here. Only parameters in the part need
     blocks. Under ``optax.MultiSteps`` put it inside: the factors are those of the last micro-batch of a step. Under
-    ``optax.inject_hyperparams`` name ``fj.kfac_static_args``.
+    ``optax.inject_hyperparams`` name what is called: ``static_args=("apply_fn", "likelihood")``.
 
     Args:
         example: a `Batch` of arrays or ``jax.ShapeDtypeStruct``s, with the shapes of every batch to come.
-        damping: in the units of ``F``: per weighted token.
-        update_freq: updates that share factors.
-        statistics_freq: statistics are taken every so many updates, at most ``update_freq``, and stay in the state;
-            factors are decomposed from them every ``update_freq`` updates. ``None``: at the refresh.
-        factor_decay: sums and what divides them are averaged with it before they are decomposed: ``A`` and ``G`` are
-            means over the tokens of all statistics so far, those ``k`` statistics ago with ``factor_decay**k`` times
-            their weight. Exact for all but columns ``U``, of which the ``factor_rank`` (as many as one batch gives)
-            with the largest eigenvalues stay: exact where the rank of the average is not above. ``None``: the newest
-            statistics alone.
+        damping: in the units of ``F``: per weighted token. A number, an array, or a schedule of the updates so far.
+        curvature: what the factors are of, how they are kept and inverted.
+        refresh: when factors are renewed, and from what.
         model_params: the whole tree (or its ``ShapeDtypeStruct``s), where ``init`` sees a part.
         axis_name: inside ``jax.shard_map(..., check_vma=False)`` the mesh axes over which rows of the batch are
             spread. ``init`` and ``update`` both run there, ``example`` has the shapes of one device's part, and
@@ -97,7 +74,10 @@ def scale_by_kfac(
             gathered (at most ``token_cap`` of each device, then of all together), and every device holds the same
             state. A bad value on any device rejects the batch on all.
 
-    The other arguments, and the errors, are those of `fj.kfac_factors`.
+    Raises:
+        TypeError: an argument in the place of another.
+        ValueError: options that cannot go together; a parameter without a block, named with its line and the way out;
+            ``update`` without what it needs, or with a batch of other shapes.
 
     Example:
         >>> import fisher_jax as fj, jax, jax.numpy as jnp, optax
@@ -110,23 +90,25 @@ def scale_by_kfac(
         >>> int(state[0].age), updates["kernel"].shape
         (1, (2, 3))
     """
-    check_options(policy, fisher, shared, token_cap, temperature)
-    check_form(form, eigenvalue_correction, fisher)
-    keeps = check_periods(fisher, eigenvalue_correction, update_freq, statistics_freq, factor_decay, factor_rank)
-    if not isinstance(update_freq, int) or update_freq < 1:
-        raise ValueError(f"update_freq is a whole number, at least 1, found {update_freq!r}")
-    rules = Rules(policy, token_cap, fisher, shared, choice(eigenvalue_correction), diagonal or (lambda path: False))
-    problem = Problem(apply_fn, likelihood, rules, temperature, axis_name)
-    build = functools.partial(decompose, storage=storage, rules=rules, axis_name=axis_name)
+    check_arguments(apply_fn, likelihood, example=example)
+    check_option("curvature", curvature, Curvature)
+    check_option("refresh", refresh, Refresh)
+    refresh = refresh.settled(ramp=None)
+    check_together(curvature, refresh)
+    check_rows(refresh.factor_rows, example)
+    example = window(example, refresh.factor_rows)
+    problem = problem_of(apply_fn, likelihood, curvature, axis_name)
+    build = functools.partial(decompose, problem=problem, factor_dtype=curvature.factor_dtype)
+    keeps = refresh.keeps_statistics
     shapes = partial_trees.shapes(model_params)
 
     def init(params: Tree) -> KFACState:
         whole = partial_trees.whole(params, shapes, "init: give its shapes as scale_by_kfac(..., model_params=)")
         part = partial_trees.restricted(problem, params)
-        plan = block_plan(part, whole, example)
+        _, plan = block_plan(part, whole, example)
         key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-        seen = jax.eval_shape(lambda p, b, k: observe(part, plan, p, b, k), whole, example, key)
-        raw = widened(plan, seen, factor_rank) if keeps else None
+        seen = jax.eval_shape(lambda p, b, k: observe(part, *block_plan(part, p, b), b, k), whole, example, key)
+        raw = widened(plan, seen, refresh.factor_rank) if keeps else None
         blocks = jax.tree.map(zeros, jax.eval_shape(functools.partial(build, plan), raw or seen))
         # Each counter its own buffer, so that the state can be donated.
         step, age, rejected, reasons = (jnp.full((), n, jnp.int32) for n in (0, -1, 0, 0))
@@ -144,36 +126,42 @@ def scale_by_kfac(
             raise ValueError(
                 f"scale_by_kfac needs {missing}: call update(grads, state, params, batch=batch, key=key)"
             )
+        if taps is not None and refresh.factor_rows is not None:
+            raise ValueError("taps= hold all rows of the batch: leave out factor_rows, or give batch= alone")
         if taps is not None and taps_scale is None:
             raise ValueError("taps= needs taps_scale=, the number that makes the training loss the summed one")
         if batch is not None:
+            check_batch(batch)
+            batch = window(batch, refresh.factor_rows, state.step)
             _check_shapes(batch, example)
         whole = partial_trees.whole(given, None, "update: give it as update(..., model_params=)")
         part = partial_trees.restricted(problem, updates)
-        plan = block_plan(part, whole, example)
+        program, plan = block_plan(part, whole, example if batch is None else batch)
 
         def seen():
             if taps is None:
                 assert batch is not None
-                return observe(part, plan, whole, batch, key)
-            lead = jax.eval_shape(apply_fn, whole, example.inputs).shape[:-1]
-            return observe_taps(part, plan, taps, taps_scale, lead, batch or Batch(None, None), key)
+                return observe(part, program, plan, batch, key)
+            return observe_taps(part, program, plan, taps, taps_scale, batch or Batch(None, None), key)
 
         decompose_all = functools.partial(build, plan, mesh=mesh_of(whole, batch, taps))
-        if keeps:
-            state, bad = refresh_raw(decompose_all, state, seen, update_freq, statistics_freq, factor_decay)
-        else:
-            state, bad = refresh(decompose_all, state, seen, update_freq)
+        step = state.step
+        state, bad = renewed(decompose_all, state, seen, refresh)
         leaves, treedef = aligned(updates, whole)
         finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates)]))
         bad = on_any_device(bad | rejection.reason_mask(non_finite=~finite), axis_name)
-        found = solve(plan, state.blocks, leaves, damping, form, power)
+        found = solve(plan, state.blocks, leaves, at(damping, step), curvature.form, curvature.power)
         ready = state.age >= 0
         found = [jnp.where(ready, x, jnp.zeros_like(x)) if _is_floating(x) else x for x in found]
         state = state._replace(rejected=state.rejected + (bad != 0).astype(jnp.int32), reasons=state.reasons | bad)
         return jax.tree.unflatten(treedef, [x for x in found if x is not None]), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def at(value: Any, step: Array) -> Any:
+    """The value of a schedule at this update; a number or an array as it is."""
+    return value(step) if callable(value) else value
 
 
 def _is_floating(x: Any) -> bool:

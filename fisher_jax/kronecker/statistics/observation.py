@@ -11,10 +11,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from fisher_jax._support import rejection
-from fisher_jax._support.dtypes import wide, wide_dtype
+from fisher_jax._support.dtypes import wide
 from fisher_jax._support.placement import automatic, spec_of
-from fisher_jax._tracing import program
+from fisher_jax._tracing.program import Program, differentiate, with_ids
 from fisher_jax.batch import Batch
+from fisher_jax.batch.tokens import log_probs, readable, tokens_of, without_padding
 from fisher_jax.kronecker.blocks.plan import Block, Rules
 from fisher_jax.kronecker.blocks.problem import Problem
 from fisher_jax.kronecker.factors.forms import chosen
@@ -22,7 +23,7 @@ from fisher_jax.kronecker.statistics.joining import on_any_device, over_columns,
 from fisher_jax.kronecker.statistics.second_moments import Masks, places, statistic
 from fisher_jax.likelihoods import Likelihood
 
-__all__ = ["Observation", "observe", "observe_taps", "token_weights"]
+__all__ = ["Observation", "observe", "observe_taps"]
 
 Tree = Any
 
@@ -45,25 +46,27 @@ class Observation(NamedTuple):
     taps: tuple[list, Masks] | None = None
 
 
-def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Batch, key: Any) -> Observation:
+def observe(problem: Problem, program: Program, blocks: tuple[Block, ...], batch: Batch, key: Any) -> Observation:
     """Statistics of every block from one backward pass (``ggn``: one for each output)."""
     rules = problem.rules
-    out = jax.eval_shape(problem.apply_fn, params, batch.inputs)
-    weights, bad = token_weights(problem, out, batch)
+    (out,) = program.structure.outputs
+    tokens, bad = tokens_of(problem.likelihood, out, batch, rules.estimator == "empirical")
+    # A real position counts among the inputs of a layer, whether or not its row has a loss.
+    program, weights = program.on(without_padding(batch.inputs, batch.real)), tokens.weights
     masks, label_key = _masks(problem, weights, batch, key)
-    sampled = rules.fisher in ("sampled", "exact_head")
+    sampled = rules.estimator in ("sampled", "exact_head")
     if sampled and key is None:
-        raise ValueError(f"fisher={rules.fisher!r} draws labels from the model: pass key=")
-    root = jnp.sqrt(jnp.maximum(weights, 0))
+        raise ValueError(f"estimator={rules.estimator!r} draws labels from the model: pass key=")
+    root = jnp.sqrt(weights)
     whole = any(block.needs_taps(rules) for block in blocks)
 
     def one(column):
-        def loss(params, inputs, targets, root):
-            outputs = problem.apply_fn(params, inputs)
+        def loss(outputs):
             fixed = jax.lax.stop_gradient(outputs)
-            if rules.fisher == "ggn":
-                direction = problem.likelihood.fisher_factor(fixed, column)
-                return jnp.sum(root[..., None] * jnp.where(root[..., None] > 0, direction * outputs, 0))
+            if rules.estimator == "ggn":
+                direction = problem.likelihood.fisher_factor(readable(fixed, root), column)
+                return jnp.sum(root[..., None] * (direction * readable(outputs, root)))
+            targets = tokens.targets
             if sampled:
                 draw = functools.partial(problem.likelihood.sample, temperature=problem.temperature)
                 targets = automatic(draw, PartitionSpec(), label_key, fixed)
@@ -80,13 +83,12 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
             return automatic(sums, places(tap, owner[tap.leaf], rules), tap.inputs, tap.cotangents, masks)
 
         reduce = None if whole else kept
-        traced = program.trace(loss, params, (batch.inputs, batch.targets, root), {}, reduce, lambda i: i in followed)
-        value, _, taps = program.differentiate(traced)
+        value, _, taps = differentiate(program, loss, reduce=reduce, follow=followed.__contains__)
         found = [(t.leaf, t.use, t.reduced if reduce else _raw(t, owner, masks, rules)) for t in taps]
         found = [(leaf, use, over_devices(x, problem.axis_name)) for leaf, use, x in found]
         return sums_of_blocks(blocks, found, masks, rules), value, taps if whole else []
 
-    if rules.fisher == "ggn":
+    if rules.estimator == "ggn":
         sums, values, taps = jax.lax.map(one, jnp.arange(out.shape[-1]))
         sums = tuple(over_columns(found) for found in sums)
         finite = jnp.all(jnp.isfinite(values))
@@ -95,8 +97,8 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
         finite = jnp.isfinite(value)
     finite &= jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
     probabilities = None
-    if rules.fisher == "exact_head":
-        outputs = problem.apply_fn(params, batch.inputs)
+    if rules.estimator == "exact_head":
+        outputs = program()
         find = functools.partial(_probabilities, problem, blocks)
         vocabulary = spec_of(outputs)[-1:] or (None,)
         out_places = (PartitionSpec(*vocabulary, None), PartitionSpec())
@@ -106,23 +108,27 @@ def observe(problem: Problem, blocks: tuple[Block, ...], params: Tree, batch: Ba
         p, w = probabilities
         gather = functools.partial(jax.lax.all_gather, axis_name=problem.axis_name, tiled=True)
         probabilities = gather(p, axis=1), gather(w)
-    weight, bad = _everywhere(weights.sum(), bad, problem.axis_name)
+    weight, bad = _everywhere(tokens.total_weight, bad, problem.axis_name)
     return Observation(sums, weight, bad, probabilities, (taps, masks) if whole else None)
 
 
 def observe_taps(
-    problem: Problem, blocks: tuple[Block, ...], taps: list, scale: Any, lead: tuple[int, ...], batch: Batch, key: Any
+    problem: Problem, program: Program, blocks: tuple[Block, ...], taps: list, scale: Any, batch: Batch, key: Any
 ) -> Observation:
-    """The same from raw taps of the training step's own backward pass; ``scale`` times its loss is the summed one."""
+    """The same from raw taps of the training step's own backward pass; ``scale`` times its loss is the summed one.
+
+    A batch without targets has none to look at.
+    """
     rules = problem.rules
-    if rules.fisher != "empirical":
+    if rules.estimator != "empirical":
         raise ValueError(
-            f"taps of the training loss hold its own labels; fisher={rules.fisher!r} needs batch= instead"
+            f"taps of the training loss hold its own labels; estimator={rules.estimator!r} needs batch= instead"
         )
-    weights = _weights(lead, jnp.float32, batch)
-    masks, _ = _masks(problem, weights, batch, key)
+    (out,) = program.structure.outputs
+    tokens, bad = tokens_of(problem.likelihood, out, batch, batch.targets is not None)
+    masks, _ = _masks(problem, tokens.weights, batch, key)
     owner = {i: b for b in blocks for i in (b.leaf, b.bias) if i is not None}
-    taps = [tap for tap in taps if tap.leaf in owner]
+    taps = with_ids([tap for tap in taps if tap.leaf in owner], program.structure)
     for tap in taps:
         if tap.cotangents is None:
             raise ValueError(f"the tap of {tap.path} was reduced; pass the taps of fj.value_grad_and_taps(loss)")
@@ -131,10 +137,9 @@ def observe_taps(
     found = [(leaf, use, over_devices(x, problem.axis_name)) for leaf, use, x in found]
     sums = sums_of_blocks(blocks, found, masks, rules)
     finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
-    negative = ~jnp.all((weights >= 0) & jnp.isfinite(weights))
-    bad = rejection.reason_mask(non_finite=~finite, negative_weight=negative)
+    bad = bad | rejection.reason_mask(non_finite=~finite)
     whole = any(block.needs_taps(rules) for block in blocks)
-    weight, bad = _everywhere(weights.sum(), bad, problem.axis_name)
+    weight, bad = _everywhere(tokens.total_weight, bad, problem.axis_name)
     return Observation(sums, weight, bad, None, (taps, masks) if whole else None)
 
 
@@ -165,7 +170,7 @@ def _everywhere(weight: Array, bad: Array, axis_name: Any) -> tuple[Array, Array
 
 def _log_likelihood(likelihood: Likelihood) -> Callable:
     def total(outputs, targets, root):
-        return jnp.sum(root * jnp.where(root > 0, likelihood.log_prob(outputs, targets), 0))
+        return jnp.sum(root * log_probs(likelihood, outputs, targets, root))
 
     return total
 
@@ -184,34 +189,9 @@ def _masks(problem: Problem, weights: Array, batch: Batch, key: Any) -> tuple[Ma
     return Masks(weights, batch.real, offsets, rows), label_key
 
 
-def _weights(lead: tuple[int, ...], dtype: Any, batch: Batch) -> Array:
-    weights = jnp.ones(lead, dtype) if batch.weights is None else jnp.asarray(batch.weights).astype(dtype)
-    if weights.shape != lead:
-        raise ValueError(
-            f"weights have one value per token, the leading shape of the outputs {list(lead)}, found "
-            f"{list(weights.shape)}"
-        )
-    return weights
-
-
-def token_weights(problem: Problem, out: Any, batch: Batch) -> tuple[Array, Array]:
-    """Weights of the tokens, and why the batch cannot be used."""
-    weights = _weights(out.shape[:-1], wide_dtype(out.dtype), batch)
-    bad = rejection.reason_mask(negative_weight=~jnp.all((weights >= 0) & jnp.isfinite(weights)))
-    if problem.rules.fisher == "empirical":
-        inside = problem.likelihood.in_range(out, batch.targets)
-        if inside.shape != weights.shape:
-            raise ValueError(
-                f"targets of shape {list(jnp.shape(batch.targets))} do not fit {problem.likelihood.name} outputs of "
-                f"shape {list(out.shape)}"
-            )
-        bad = bad | rejection.reason_mask(target_out_of_range=jnp.any((weights > 0) & ~inside))
-    return weights, bad
-
-
 def _probabilities(problem, blocks, outputs, weights, masks) -> tuple[Array, Array]:
     """Softmax of the outputs, ``[V, T]``: of all tokens, or of as many as a low-rank head keeps."""
-    z, w = wide(outputs).reshape(-1, outputs.shape[-1]), weights.ravel()
+    z, w = wide(readable(outputs, weights)).reshape(-1, outputs.shape[-1]), weights.ravel()
     (head,) = [b for b in blocks if b.head]
     cap = problem.rules.token_cap
     if head.low_rank and cap is not None and cap < len(w):

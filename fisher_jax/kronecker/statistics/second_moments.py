@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
@@ -13,6 +15,7 @@ from fisher_jax._support.dtypes import wide
 from fisher_jax._support.jax_internals import lookup
 from fisher_jax._support.placement import spec_of
 from fisher_jax._tracing.dense import matrices, operand_axes
+from fisher_jax._tracing.places import UnfollowedError, input_token_axes, of_real_positions, of_rows, of_tokens
 from fisher_jax._tracing.program import Tap
 from fisher_jax._tracing.provenance import Segment, Use
 from fisher_jax.kronecker.blocks.convolution import patches
@@ -68,9 +71,11 @@ def observations(tap: Tap, block: Block, masks: Masks, rules: Rules) -> tuple[Ar
     assert tap.cotangents is not None
     rows = patches if tap.kind == "conv" else matrices
     a, g = rows(tap.use, tuple(map(wide, tap.inputs)), wide(tap.cotangents))
-    mask = _mask(tap, block, masks, a.shape[1]).astype(a.dtype)
+    mask = _mask(tap, block, masks).astype(a.dtype)
+    # What does not count may be NaN, as an attention over nothing is.
+    a = jnp.where((mask > 0)[None, :, None], a, jnp.zeros_like(a))
     if rules.shared == "reduce" and not block.head:
-        a, g, mask = _reduce(a, g, mask, masks.rows, tap.path)
+        a, g, mask = _reduce(tap, a, g, mask, masks.rows)
     if block.bias is not None:
         a = jnp.concatenate([a, jnp.ones((*a.shape[:2], 1), a.dtype)], -1)
     return a, g, mask
@@ -146,46 +151,54 @@ def lookups(tap: Tap, block: Block, masks: Masks) -> tuple[Array, Array, Array]:
     offset = lookup(tap.use.options, tap.use.operand.shape).offset
     g = wide(jnp.moveaxis(tap.cotangents, offset, range(-len(offset), 0)))
     g = g.reshape(1, indices.size, -1)
-    mask = _mask(tap, dataclasses.replace(block, head=False), masks, indices.size).astype(g.dtype)
+    mask = _mask(tap, dataclasses.replace(block, head=False), masks).astype(g.dtype)
     return indices.ravel(), g, mask
 
 
-def _mask(tap: Tap, block: Block, masks: Masks, tokens: int) -> Array:
-    """Weight of every position of a use in the moments of its inputs: the loss's at the head, else real or not."""
-    if block.head:
-        if masks.weights.size != tokens:
-            raise ValueError(
-                f"the head {tap.path} meets {tokens} positions where the outputs have {masks.weights.size} tokens"
-            )
-        return masks.weights.ravel()
-    real = masks.real
-    if real is None:
-        return jnp.ones(tokens)
-    real = jnp.asarray(real).astype(bool)
-    if "shared" not in tap.use.loops:
-        if real.size == tokens:
-            return real.ravel()
-        if real.ndim == 1 and tokens % real.size == 0:  # positions of rows that are real as a whole
-            return jnp.repeat(real, tokens // real.size)
-        if real.shape[0] == tokens:  # pooled over positions
-            return real.reshape(tokens, -1).any(1)
-        if real.size == tokens * real.shape[0]:  # the same for every row
-            return real.any(0).ravel()
-    raise ValueError(
-        f"{tap.path} meets {tokens} positions at {tap.use.where}, which the padding mask of shape {list(real.shape)} "
-        "does not describe: leave out Batch.real, or treat the parameter with diagonal="
-    )
+def _shape(tap: Tap) -> tuple[int, ...]:
+    """Of what a use meets, along which its tokens lie, without loops."""
+    assert tap.inputs is not None
+    return jnp.shape(jnp.asarray(tap.cotangents) if tap.kind == "conv" else tap.inputs[0])
 
 
-def _reduce(a: Array, g: Array, mask: Array, rows: int, path: str) -> tuple[Array, Array, Array]:
+def _mask(tap: Tap, block: Block, masks: Masks) -> Array:
+    """Weight of every token of a use in the moments of its inputs: the loss's at the head, else real or not."""
+    shape = _shape(tap)
+    try:
+        if block.head:
+            return of_tokens(tap.use, shape, masks.weights)
+        if masks.real is not None:
+            return of_real_positions(tap.use, shape, masks.real)
+    except UnfollowedError as error:
+        what = "the weights of the loss" if block.head else "the padding mask Batch.real"
+        place = f" at {tap.use.where}" if tap.use.where else ""
+        raise ValueError(
+            f"{what} cannot be laid on the tokens of {tap.path}{place}: {error}; treat the parameter with diagonal= "
+            "of fj.Curvature" + ("" if block.head else ", or leave out Batch.real where nothing is padding")
+        ) from None
+    return jnp.ones(math.prod(shape[i] for i in input_token_axes(tap.use, len(shape))))
+
+
+def _reduce(tap: Tap, a: Array, g: Array, mask: Array, rows: int) -> tuple[Array, Array, Array]:
     """One observation for each row: the mean of its inputs, the sum of its output gradients."""
-    if a.shape[1] % rows:
-        raise ValueError(f'shared="reduce" needs positions by row; {path} meets {a.shape[1]} in {rows} rows')
-    mask = mask.reshape(rows, -1)
-    count = mask.sum(1)
-    a, g = (x.reshape(x.shape[0], rows, -1, x.shape[-1]) for x in (a, g))
-    mean = jnp.einsum("brsi,rs->bri", a, mask) / jnp.where(count > 0, count, 1)[None, :, None]
-    return mean, g.sum(2), (count > 0).astype(mask.dtype)
+    try:
+        row = of_rows(tap.use, _shape(tap)) if rows > 1 else np.zeros(a.shape[1], np.int32)
+    except UnfollowedError as error:
+        raise ValueError(
+            f'shared="reduce" needs the row of every token of {tap.path} at {tap.use.where}: {error}'
+        ) from None
+    count = _by_row(mask, row, rows)
+    mean = _by_row(a * mask[:, None], row, rows) / jnp.where(count > 0, count, 1)[:, None]
+    return mean, _by_row(g, row, rows), (count > 0).astype(mask.dtype)
+
+
+def _by_row(x: Array, row: np.ndarray, rows: int) -> Array:
+    """Sums of the tokens of each row; tokens lie along the last axis, or the one before it where there are units."""
+    axis = max(0, x.ndim - 2)
+    if np.array_equal(row, np.repeat(np.arange(rows), row.size // rows)):
+        return x.reshape(*x.shape[:axis], rows, -1, *x.shape[axis + 1 :]).sum(axis + 1)
+    shape = (*x.shape[:axis], rows, *x.shape[axis + 1 :])
+    return jnp.zeros(shape, x.dtype).at[(slice(None),) * axis + (row,)].add(x)
 
 
 def combine(statistics: list[tuple[Use, Tree]], block: Block, masks: Masks, rules: Rules) -> dict[str, Array]:

@@ -17,7 +17,7 @@ from fisher_jax._support.jax_internals import lookup
 from fisher_jax._support.meshes import automatic
 from fisher_jax._tracing.dense import matrices
 from fisher_jax._tracing.taps import Tap, capture
-from fisher_jax.batch.tokens import Part
+from fisher_jax.batch.tokens import Tokens
 from fisher_jax.spectra.blocks.partition import Block
 from fisher_jax.spectra.blocks.scores import Problem, row_loss
 
@@ -27,7 +27,7 @@ Tree = Any
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def smaller(problem: Problem, params: Tree, part: Part, blocks: tuple[Block, ...]) -> list[int]:
+def smaller(problem: Problem, params: Tree, part: Tokens, blocks: tuple[Block, ...]) -> list[int]:
     """Places of the blocks whose taps take less memory than their scores and than their covariance."""
     # Shapes alone, without the places on a mesh that arrays have.
     arguments = (params, part, jax.eval_shape(lambda: _keys(problem, part, jax.random.key(0))))
@@ -65,7 +65,7 @@ def _only_tap(taps: list[Tap], block: Block, sizes: list[int]) -> Tap | None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def grams(problem: Problem, blocks: tuple[Block, ...], params: Tree, part: Part, key: Array) -> list[Array]:
+def grams(problem: Problem, blocks: tuple[Block, ...], params: Tree, part: Tokens, key: Array) -> list[Array]:
     """For every block the Gram matrices ``[layers, N, N]`` of all rows' scores."""
 
     def run(params, part, key):
@@ -75,11 +75,11 @@ def grams(problem: Problem, blocks: tuple[Block, ...], params: Tree, part: Part,
     return automatic(run, params, part, key)
 
 
-def _keys(problem: Problem, part: Part, key: Array) -> Array:
+def _keys(problem: Problem, part: Tokens, key: Array) -> Array:
     return jax.random.split(key, problem.num_samples * part.weights.shape[0])
 
 
-def _taps(problem: Problem, params: Tree, part: Part, keys: Array) -> list[Tap]:
+def _taps(problem: Problem, params: Tree, part: Tokens, keys: Array) -> list[Tap]:
     """Taps with a leading axis of rows, once for every sample."""
     moving = problem.selection.restrict(params)
     repeated = jax.tree.map(lambda x: jnp.concatenate([x] * problem.num_samples), part)

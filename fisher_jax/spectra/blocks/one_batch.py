@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from fisher_jax._support.selection import Chosen
 from fisher_jax.batch import Batch
+from fisher_jax.batch.arguments import check_arguments
 from fisher_jax.batch.tokens import require_usable
 from fisher_jax.likelihoods import Likelihood
 from fisher_jax.spectra.blocks import gram
@@ -59,7 +60,7 @@ def block_spectrum(
         top_k: how many eigenvalues are returned, the largest. Blocks with fewer parameters return all they have.
         damping: of the log-determinant and the damped condition number.
         unit: ``"token"`` or ``"sequence"`` (a row of the batch).
-        kind: ``"empirical"`` (the batch's labels) or ``"sampled"`` (labels drawn from the model with ``key``).
+        kind: ``"empirical"`` (the batch's labels) or ``"true"`` (labels drawn from the model with ``key``).
         blocks: ``"parameter"``: every leaf; ``"module"``: leaves that share all of their path but the last key; or a
             function ``path -> name`` of ``jax.tree_util.keystr``'s paths, ``None`` to leave one out.
         stacked: leaves whose leading axis is one of layers (as scanned layers have): one block per layer,
@@ -68,7 +69,7 @@ def block_spectrum(
         parameters: the leaves to look at, chosen in the same way.
         num_samples: labels drawn per token.
         chunk_size: gradients alive at once.
-        key: for ``kind="sampled"``.
+        key: for ``kind="true"``.
 
     Returns:
         ``{name: BlockSpectrum}`` of numpy values, see `BlockSpectrum` and `Capacity`. On the host; not under ``jit``.
@@ -87,6 +88,7 @@ def block_spectrum(
         >>> [round(float(x), 3) for x in found["['kernel']"].eigenvalues]
         [1.333, 0.333]
     """
+    check_arguments(apply_fn, likelihood, batch=batch)
     state_room.check_options(unit, kind, num_samples, chunk_size, 1)
     check_layout(apply_fn, params, batch.inputs)
     found = partition(params, blocks, stacked, parameters, apply_fn, likelihood, batch)
@@ -95,13 +97,13 @@ def block_spectrum(
     problem = Problem(apply_fn, likelihood, found.selection, unit, kind, num_samples, chunk_size)
     key = state_room.key_for(kind, key)
     part, bad = state_room.tokens(problem, params, batch)
-    require_usable(bad, part.weights.sum())
+    require_usable(bad, part.total_weight)
     num_scores = int(state_room.count_scores(problem, part.weights))
     by_taps = gram.smaller(problem, params, part, found.blocks) if takes_whole_rows(problem, part.weights) else []
     tapped = tuple(found.blocks[i] for i in by_taps)
     grams = gram.grams(problem, tapped, params, part, key) if tapped else []
     spectra: dict[str, BlockSpectrum] = {}
-    options, weight = {"top_k": top_k, "damping": damping}, float(part.weights.sum())
+    options, weight = {"top_k": top_k, "damping": damping}, float(part.total_weight)
     for block, matrix in zip(tapped, grams, strict=True):
         spectra |= state_room.spectra_of(block.names(), matrix, weight, block.size, num_scores, "taps", options)
     rest = tuple(block for i, block in enumerate(found.blocks) if i not in by_taps)

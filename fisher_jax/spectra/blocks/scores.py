@@ -11,7 +11,7 @@ from jaxtyping import Array
 from fisher_jax._support import passes
 from fisher_jax._support.meshes import automatic
 from fisher_jax._support.selection import Selection
-from fisher_jax.batch.tokens import Part, log_probs
+from fisher_jax.batch.tokens import Tokens, log_probs
 from fisher_jax.likelihoods import Likelihood
 
 __all__ = ["Problem", "check_layout", "fold", "row_loss", "takes_whole_rows"]
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
 class _Row(NamedTuple):
     """One row of a batch, with a key for its labels; the leading axis of length 1 is kept."""
 
-    part: Part
+    part: Tokens
     key: Array
 
 
@@ -62,7 +62,7 @@ def check_layout(apply_fn: Callable, params: Tree, inputs: Any) -> None:
         ) from error
 
 
-def fold(problem: Problem, params: Tree, part: Part, key: Array, absorb: Callable, carry: Any) -> Any:
+def fold(problem: Problem, params: Tree, part: Tokens, key: Array, absorb: Callable, carry: Any) -> Any:
     """``carry = absorb(carry, leaves, live)`` over all scores.
 
     ``leaves`` are the moving leaves' scores ``[chunk, ...]``, zero where not ``live``. Every row runs alone.
@@ -101,7 +101,7 @@ def _by_row(problem: Problem, params: Tree, row: Callable, number: int, absorb: 
     return jax.lax.scan(step, carry, jnp.arange(0, number, chunk))[0]
 
 
-def row_loss(problem: Problem, params: Tree, moving: Tree, part: Part, key: Array) -> Array:
+def row_loss(problem: Problem, params: Tree, moving: Tree, part: Tokens, key: Array) -> Array:
     """The scalar whose gradient is the score of a row."""
     outputs = problem.apply_fn(problem.selection.join(moving, params), part.inputs)
     targets, weights = _targets(problem, outputs, part, key), part.weights
@@ -145,7 +145,7 @@ def _by_token(problem: Problem, params: Tree, row: Callable, number: int, absorb
     return jax.lax.scan(step, carry, jnp.arange(number))[0]
 
 
-def _targets(problem: Problem, outputs: Array, part: Part, key: Array) -> Any:
+def _targets(problem: Problem, outputs: Array, part: Tokens, key: Array) -> Any:
     if problem.kind == "empirical":
         return part.targets
     return problem.likelihood.sample(key, jax.lax.stop_gradient(outputs))

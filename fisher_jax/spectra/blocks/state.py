@@ -14,14 +14,25 @@ from fisher_jax._support.dtypes import common_dtype, wide_dtype
 from fisher_jax._support.errors import RejectedBatchError
 from fisher_jax._support.meshes import automatic
 from fisher_jax.batch import Batch
-from fisher_jax.batch.tokens import Part, weigh
+from fisher_jax.batch.tokens import Tokens, tokens_of
 from fisher_jax.spectra.blocks import kept
 from fisher_jax.spectra.blocks.capacity import BlockSpectrum, spectrum
 from fisher_jax.spectra.blocks.partition import Block
 from fisher_jax.spectra.blocks.scores import Problem, fold
 
-__all__ = ["Setting", "State", "check_options", "check_top_k", "count_scores", "finalize", "init", "key_for",
-           "spectra_of", "tokens", "update"]  # fmt: skip
+__all__ = [
+    "BlockSpectraState",
+    "Setting",
+    "check_options",
+    "check_top_k",
+    "count_scores",
+    "finalize",
+    "init",
+    "key_for",
+    "spectra_of",
+    "tokens",
+    "update",
+]  # fmt: skip
 
 Tree = Any
 
@@ -32,7 +43,7 @@ Tree = Any
     meta_fields=["names"],
 )
 @dataclasses.dataclass(frozen=True)
-class State:
+class BlockSpectraState:
     """What a stream of batches has shown.
 
     Attributes:
@@ -69,13 +80,13 @@ class Setting:
 def check_options(unit: str, kind: str, num_samples: int, chunk_size: int, max_scores: int) -> None:
     if unit not in ("token", "sequence"):
         raise ValueError(f"unit is 'token' or 'sequence', found {unit!r}")
-    if kind not in ("empirical", "sampled"):
-        raise ValueError(f"kind is 'empirical' or 'sampled', found {kind!r}")
+    if kind not in ("empirical", "true"):
+        raise ValueError(f"kind is 'empirical' or 'true', found {kind!r}")
     for name, x in (("num_samples", num_samples), ("chunk_size", chunk_size), ("max_scores", max_scores)):
         if x < 1:
             raise ValueError(f"{name} is at least 1, found {x}")
     if num_samples > 1 and kind == "empirical":
-        raise ValueError("num_samples draws labels: it needs kind='sampled'")
+        raise ValueError("num_samples draws labels: it needs kind='true'")
 
 
 def check_top_k(top_k: int | None, damping: float, largest: int) -> None:
@@ -86,15 +97,15 @@ def check_top_k(top_k: int | None, damping: float, largest: int) -> None:
 
 
 def key_for(kind: str, key: Array | None) -> Array:
-    if kind == "sampled" and key is None:
-        raise ValueError("kind='sampled' draws labels: pass key=")
+    if kind == "true" and key is None:
+        raise ValueError("kind='true' draws labels: pass key=")
     return jax.random.key(0) if key is None else key
 
 
-def tokens(problem: Problem, params: Tree, batch: Batch) -> tuple[Part, Array]:
+def tokens(problem: Problem, params: Tree, batch: Batch) -> tuple[Tokens, Array]:
     # As the rows will run: a model that looks sharded tokens up may name no place for them there.
     outputs = jax.eval_shape(lambda p, x: automatic(problem.apply_fn, p, x), params, batch.inputs)
-    part, bad = weigh(problem.likelihood, outputs, batch, problem.kind == "empirical")
+    part, bad = tokens_of(problem.likelihood, outputs, batch, problem.kind == "empirical")
     if part.weights.ndim == 0:
         raise ValueError("outputs are [rows, ..., K], found [K] without rows")
     rows = part.weights.shape[0]
@@ -114,7 +125,7 @@ def count_scores(problem: Problem, weights: Array) -> Array:
     return jnp.sum(active) * problem.num_samples
 
 
-def init(setting: Setting, params: Tree) -> State:
+def init(setting: Setting, params: Tree) -> BlockSpectraState:
     leaves = jax.tree.leaves(setting.problem.selection.restrict(params))
     held, traces = [], []
     for block in setting.blocks:
@@ -123,7 +134,7 @@ def init(setting: Setting, params: Tree) -> State:
         held.append(kept.keep(layers, block.size, setting.max_scores, setting.chunk, dtype))
         traces.append(jnp.zeros((2, layers), dtype))
     dtype = common_dtype(*(x.dtype for x in traces))
-    return State(
+    return BlockSpectraState(
         kept=tuple(held), traces=tuple(traces), weight=jnp.zeros(2, dtype), count=jnp.zeros(2, dtype),
         rejected=jnp.zeros((), jnp.int32), reasons=jnp.zeros((), jnp.int32),
         names=tuple(block.names() for block in setting.blocks),
@@ -131,11 +142,11 @@ def init(setting: Setting, params: Tree) -> State:
 
 
 @jax.jit
-def update(setting: Setting, state: State, params: Tree, batch: Batch, key: Array) -> State:
+def update(setting: Setting, state: BlockSpectraState, params: Tree, batch: Batch, key: Array) -> BlockSpectraState:
     return automatic(lambda *arguments: _add(setting, *arguments), state, params, batch, key)
 
 
-def _add(setting: Setting, state: State, params: Tree, batch: Batch, key: Array) -> State:
+def _add(setting: Setting, state: BlockSpectraState, params: Tree, batch: Batch, key: Array) -> BlockSpectraState:
     problem = setting.problem._replace(chunk_size=setting.chunk)
     part, bad = tokens(problem, params, batch)
 
@@ -158,7 +169,7 @@ def _add(setting: Setting, state: State, params: Tree, batch: Batch, key: Array)
         state,
         kept=tuple(map(kept.combine, state.kept, held)),
         traces=tuple(map(add, state.traces, traces)),
-        weight=add(state.weight, part.weights.sum()),
+        weight=add(state.weight, part.total_weight),
         count=add(state.count, count_scores(problem, part.weights)),
     )
     new = jax.tree.map(lambda a, b: jnp.where(bad == 0, a, b), new, state)
@@ -166,7 +177,9 @@ def _add(setting: Setting, state: State, params: Tree, batch: Batch, key: Array)
     return dataclasses.replace(new, rejected=rejected, reasons=state.reasons | bad)
 
 
-def finalize(state: State, top_k: int | None, damping: float, largest: int | None = None) -> dict[str, BlockSpectrum]:
+def finalize(
+    state: BlockSpectraState, top_k: int | None, damping: float, largest: int | None = None
+) -> dict[str, BlockSpectrum]:
     rejection.check(state)
     weight, num_scores = (float(np.sum(np.asarray(x, np.float64))) for x in (state.weight, state.count))
     if not num_scores:

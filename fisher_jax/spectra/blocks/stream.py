@@ -7,12 +7,13 @@ from jaxtyping import Array
 
 from fisher_jax._support.selection import Chosen
 from fisher_jax.batch import Batch
+from fisher_jax.batch.arguments import check_arguments, check_batch
 from fisher_jax.likelihoods import Likelihood, categorical
 from fisher_jax.spectra.blocks import state as state_room
 from fisher_jax.spectra.blocks.capacity import BlockSpectrum
 from fisher_jax.spectra.blocks.partition import Grouping, partition
 from fisher_jax.spectra.blocks.scores import Problem, check_layout
-from fisher_jax.spectra.blocks.state import Setting, State
+from fisher_jax.spectra.blocks.state import BlockSpectraState, Setting
 
 __all__ = ["BlockSpectra", "block_spectra"]
 
@@ -23,14 +24,14 @@ class BlockSpectra(NamedTuple):
     """Pure functions, in the manner of an optax transformation.
 
     Attributes:
-        init: ``init(params) -> State``, empty; ``jax.eval_shape(init, params)`` tells the memory.
-        update: ``update(state, params, batch, key=None) -> State``, under ``jit`` if you like, with the state
-            donated. A bad batch changes nothing but ``rejected``.
+        init: ``init(params) -> BlockSpectraState``, empty; ``jax.eval_shape(init, params)`` tells the memory.
+        update: ``update(state, params, batch, key=None) -> BlockSpectraState``, under ``jit`` if you like, with
+            the state donated. A bad batch changes nothing but ``rejected``.
         finalize: ``finalize(state, *, top_k=None, damping=1e-3) -> {name: BlockSpectrum}``, on the host.
     """
 
-    init: Callable[[Tree], State]
-    update: Callable[..., State]
+    init: Callable[[Tree], BlockSpectraState]
+    update: Callable[..., BlockSpectraState]
     finalize: Callable[..., dict[str, BlockSpectrum]]
 
 
@@ -73,7 +74,7 @@ def block_spectra(
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
-        >>> stream = fj.block_spectra(lambda p, x: x @ p["kernel"], fj.gaussian, max_scores=4)
+        >>> stream = fj.spectra.block_spectra(lambda p, x: x @ p["kernel"], fj.gaussian, max_scores=4)
         >>> params = {"kernel": jnp.zeros((2, 1))}
         >>> state = stream.init(params)
         >>> for x, y in (([1.0, 0.0], 2.0), ([0.0, 1.0], 4.0)):
@@ -81,6 +82,9 @@ def block_spectra(
         >>> stream.finalize(state)["['kernel']"].eigenvalues.tolist()
         [8.0, 2.0]
     """
+    check_arguments(apply_fn, likelihood)
+    if example is not None:
+        check_batch(example, "example")
     state_room.check_options(unit, kind, num_samples, chunk_size, max_scores)
 
     def setting(params: Tree) -> Setting:
@@ -88,14 +92,17 @@ def block_spectra(
         problem = Problem(apply_fn, likelihood, found.selection, unit, kind, num_samples, chunk_size)
         return Setting(problem, found.blocks, max_scores)
 
-    def init(params: Tree) -> State:
+    def init(params: Tree) -> BlockSpectraState:
         return state_room.init(setting(params), params)
 
-    def update(state: State, params: Tree, batch: Batch, key: Array | None = None) -> State:
+    def update(state: BlockSpectraState, params: Tree, batch: Batch, key: Array | None = None) -> BlockSpectraState:
+        check_batch(batch)
         check_layout(apply_fn, params, batch.inputs)
         return state_room.update(setting(params), state, params, batch, state_room.key_for(kind, key))
 
-    def finalize(state: State, *, top_k: int | None = None, damping: float = 1e-3) -> dict[str, BlockSpectrum]:
+    def finalize(
+        state: BlockSpectraState, *, top_k: int | None = None, damping: float = 1e-3
+    ) -> dict[str, BlockSpectrum]:
         return state_room.finalize(state, top_k, damping)
 
     return BlockSpectra(init, update, finalize)

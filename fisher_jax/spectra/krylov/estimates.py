@@ -53,7 +53,7 @@ def trace(
 
     Example:
         >>> import fisher_jax as fj, jax, jax.numpy as jnp
-        >>> found = fj.trace(lambda v: 2 * v, jnp.zeros(100), num_products=6, key=jax.random.key(0))
+        >>> found = fj.spectra.trace(lambda v: 2 * v, jnp.zeros(100), num_products=6, key=jax.random.key(0))
         >>> round(found.value, 2), round(found.standard_error, 3)
         (200.0, 0.0)
     """
@@ -71,20 +71,20 @@ def frobenius_norm(
 ) -> Estimate:
     """``|A|_F``, the root of the sum of squares of the eigenvalues of a symmetric operator.
 
-    ``|A|_F**2 = |A Q|_F**2 + |A P|_F**2`` with ``Q`` and ``u`` as for `fj.trace` and ``P = I - Q Q^T``: the first
-    part exactly, the second as the mean of ``(n - k) |A u|**2 / u^T u``. The square is unbiased; the standard error
-    of its root is that of the square divided by twice the root.
+    ``|A|_F**2 = |A Q|_F**2 + |A P|_F**2`` with ``Q`` and ``u`` as for `fj.spectra.trace` and ``P = I - Q Q^T``: the
+    first part exactly, the second as the mean of ``(n - k) |A u|**2 / u^T u``. The square is unbiased; the standard
+    error of its root is that of the square divided by twice the root.
 
     Args:
-        matvec, like, num_products, key, storage, jit: see `fj.trace`.
+        matvec, like, num_products, key, storage, jit: see `fj.spectra.trace`.
 
     Raises:
-        ValueError: as `fj.trace`.
+        ValueError: as `fj.spectra.trace`.
 
     Example:
         >>> import fisher_jax as fj, jax, jax.numpy as jnp
         >>> matvec = lambda v: jnp.zeros(50).at[0].set(3.0).at[1].set(4.0) * v
-        >>> found = fj.frobenius_norm(matvec, jnp.zeros(50), num_products=8, key=jax.random.key(0))
+        >>> found = fj.spectra.frobenius_norm(matvec, jnp.zeros(50), num_products=8, key=jax.random.key(0))
         >>> round(found.value, 4)
         5.0
     """

@@ -30,7 +30,7 @@ def lanczos(
     max_basis: int | None = None,
     tol: float = 1e-3,
     max_restarts: int | None = None,
-    check_every: int | None = None,
+    check_period: int | None = None,
     start: Tree | None = None,
     eigenvectors: bool = False,
     matvec_dtype: Any = None,
@@ -39,7 +39,7 @@ def lanczos(
     basis_dtype: Any = None,
     jit: bool = True,
     save: Any = None,
-    save_every: int | Callable[[int], bool] = 10,
+    save_period: int | Callable[[int], bool] = 10,
     resume: bool = False,
 ) -> Spectrum:
     """Eigenvalues at the ends of the spectrum of a symmetric operator, with bounds that include rounding.
@@ -69,7 +69,7 @@ def lanczos(
             ``None``: ``num_steps``.
         tol: relative to each eigenvalue; a run with restarts stops when all have converged.
         max_restarts: another reason to stop.
-        check_every: stop as soon as all have converged, looked at every so many steps. Saves products on a small
+        check_period: stop as soon as all have converged, looked at every so many steps. Saves products on a small
             model; the bounds hold as ever, but a copy of a repeated eigenvalue, or one that the start vector hardly
             contains, may not have shown itself yet. ``None``: only a full basis is looked at, before a restart.
         start: first direction, a tree like ``like``; ``None``: random.
@@ -86,8 +86,8 @@ def lanczos(
             ``4e-3 / sqrt(dimension)`` and eigenvalues good to that times ``|A|``, but no residual is below about
             ``4e-3 beta``, which the verification sees. ``None``: that of the leaves, at least float32.
         jit: ``False`` for a ``matvec`` that cannot be traced, such as a sum over a data iterator.
-        save: a folder for ``fj.checkpoint``, written every ``save_every`` steps.
-        save_every: a number, or a function that is asked after each step, with how many there are, whether to save.
+        save: a folder for ``fj.checkpoint``, written every ``save_period`` steps.
+        save_period: a number, or a function that is asked after each step, with how many there are, whether to save.
         resume: go on from ``save``; the result has the bits of an uninterrupted run.
 
     Returns:
@@ -108,12 +108,12 @@ def lanczos(
     layout = layout_of(like)
     host = sweeps.on_host(storage, layout)
     rows = _check(layout, num_steps, num_eigenvalues, which, max_basis, tol, save, resume)
-    if check_every is not None and check_every < 1:
-        raise ValueError(f"check_every is at least 1, or None, found {check_every}")
+    if check_period is not None and check_period < 1:
+        raise ValueError(f"check_period is at least 1, or None, found {check_period}")
     rules = process.rules_for(layout, matvec_dtype, basis_dtype)
     plan = Plan(num_eigenvalues, which, tol, verify)
     apply = product(matvec, layout, jit)
-    due = save_every if callable(save_every) else lambda steps: steps % save_every == 0
+    due = save_period if callable(save_period) else lambda steps: steps % save_period == 0
     facts = {
         "kind": "lanczos", "which": which, "num_eigenvalues": num_eigenvalues, "max_basis": rows, "tol": tol,
         "basis": str(basis_dtype and jnp.dtype(basis_dtype)), "on_host": host, "matvec_dtype": rules.matvec_dtype,
@@ -130,7 +130,7 @@ def lanczos(
             if (max_restarts is not None and state.restarts >= max_restarts) or _all_converged(state, plan):
                 break
             state = process.restart(state, _kept(state, plan))
-        elif check_every is not None and _due(state, plan, check_every) and _all_converged(state, plan):
+        elif check_period is not None and _due(state, plan, check_period) and _all_converged(state, plan):
             break
         state = process.step(state, apply, rules)
         if save is not None and due(state.steps):
@@ -169,10 +169,10 @@ def _leaves(tree: Tree, layout: Layout) -> list:
     return [x if place is None else jax.device_put(x, place) for x, place in zip(put, layout.places, strict=True)]
 
 
-def _due(state: Process, plan: Plan, check_every: int) -> bool:
+def _due(state: Process, plan: Plan, check_period: int) -> bool:
     """Whether it is time to look, and there is anything to look at."""
     wanted = 2 * plan.k if plan.which == "both" else plan.k
-    return state.steps % check_every == 0 and state.size >= min(wanted + 1, state.basis.layout.size)
+    return state.steps % check_period == 0 and state.size >= min(wanted + 1, state.basis.layout.size)
 
 
 def _all_converged(state: Process, plan: Plan) -> bool:

@@ -62,7 +62,7 @@ def laid_out():
     batch = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("data"))), batch)
     said = []
     with jax.set_mesh(mesh):
-        stream = fj.block_spectra(model(P("data")), fj.categorical, max_scores=16)
+        stream = fj.spectra.block_spectra(model(P("data")), fj.categorical, max_scores=16)
         for run in (
             lambda: fj.block_spectrum(model(P("data")), fj.categorical, params, batch, unit="sequence"),
             lambda: fj.block_spectrum(model(P("data", None, "model")), fj.categorical, params, batch),

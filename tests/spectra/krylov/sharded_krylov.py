@@ -54,7 +54,7 @@ def everything(place):
         "bounds": plain.residuals,
         "restarted": short.eigenvalues,
         "density": density.density,
-        "trace": [fj.trace(matvec, like, num_products=3 * ROWS, **options).value],
+        "trace": [fj.spectra.trace(matvec, like, num_products=3 * ROWS, **options).value],
     }
     return {k: np.asarray(v).tolist() for k, v in found.items()}, plain, short.num_restarts
 

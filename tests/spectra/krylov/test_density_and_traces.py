@@ -89,8 +89,8 @@ def test_what_cannot_be_asked_for_is_an_error(options):
 
 
 ESTIMATES = {
-    "trace": (fj.trace, lambda values: values.sum()),
-    "frobenius_norm": (fj.frobenius_norm, lambda values: np.sqrt((values**2).sum())),
+    "trace": (fj.spectra.trace, lambda values: values.sum()),
+    "frobenius_norm": (fj.spectra.frobenius_norm, lambda values: np.sqrt((values**2).sum())),
 }
 
 
@@ -146,6 +146,6 @@ def test_a_small_space_is_exact(kind):
 
 def test_a_nan_or_too_few_products_is_an_error():
     with pytest.raises(ValueError, match="num_products is at least 4, found 3"):
-        estimate(fj.trace, known.dense(known.SPECTRA["bulk"]), num_products=3)
+        estimate(fj.spectra.trace, known.dense(known.SPECTRA["bulk"]), num_products=3)
     with pytest.raises(fj.InputError, match="NaN"):
-        fj.trace(lambda v: v * jnp.nan, jnp.zeros(5), num_products=4, key=KEY)
+        fj.spectra.trace(lambda v: v * jnp.nan, jnp.zeros(5), num_products=4, key=KEY)

@@ -234,7 +234,7 @@ def test_without_verification_the_bound_rests_on_the_stated_type():
 
 def test_a_run_stops_when_all_have_converged_where_that_is_asked_for():
     matrix = known.dense(np.r_[np.logspace(2, 1, 4), np.linspace(0, 0.1, 96)])
-    spectrum = run(matrix, num_steps=60, num_eigenvalues=3, check_every=4)
+    spectrum = run(matrix, num_steps=60, num_eigenvalues=3, check_period=4)
     assert 4 <= spectrum.num_valid_steps <= 16
     assert spectrum.num_valid_steps % 4 == 0
     assert spectrum.converged.all()
@@ -242,9 +242,9 @@ def test_a_run_stops_when_all_have_converged_where_that_is_asked_for():
     assert run(matrix, num_steps=24, num_eigenvalues=3).num_valid_steps == 24
     # As many Ritz values as eigenvalues are asked for, and one more, must be there before any can have converged.
     bulk = known.dense(known.SPECTRA["bulk"])
-    assert run(bulk, num_steps=40, num_eigenvalues=20, tol=10.0, check_every=1).num_valid_steps == 21
-    with pytest.raises(ValueError, match="check_every"):
-        run(matrix, num_steps=4, num_eigenvalues=1, check_every=0)
+    assert run(bulk, num_steps=40, num_eigenvalues=20, tol=10.0, check_period=1).num_valid_steps == 21
+    with pytest.raises(ValueError, match="check_period"):
+        run(matrix, num_steps=4, num_eigenvalues=1, check_period=0)
 
 
 def test_a_step_reads_the_basis_twice(monkeypatch):

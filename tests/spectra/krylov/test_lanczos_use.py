@@ -54,7 +54,7 @@ def test_what_is_no_space_is_an_error(like, sentence):
     with pytest.raises(ValueError, match=sentence):
         fj.spectral_density(lambda v: v, like, num_steps=1, num_probes=1, key=KEY)
     with pytest.raises(ValueError, match=sentence):
-        fj.trace(lambda v: v, like, num_products=4, key=KEY)
+        fj.spectra.trace(lambda v: v, like, num_products=4, key=KEY)
 
 
 @pytest.mark.parametrize("jit", [True, False])
@@ -128,8 +128,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, storage, basis_dt
     in_one_go = len(products)
     products.clear()
     with pytest.raises(InterruptedError):
-        run(lambda v: matvec(v, until=24), known.like(40), save=tmp_path / "run", save_every=5, **options)
-    again = run(matvec, known.like(40), save=tmp_path / "run", save_every=5, resume=True, **options)
+        run(lambda v: matvec(v, until=24), known.like(40), save=tmp_path / "run", save_period=5, **options)
+    again = run(matvec, known.like(40), save=tmp_path / "run", save_period=5, resume=True, **options)
     assert len(products) < in_one_go + 6
     for name, a, b in zip(whole._fields, whole, again, strict=True):
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -139,7 +139,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, storage, basis_dt
 
 
 def test_a_run_goes_on_only_where_it_belongs(tmp_path):
-    options = {"num_steps": 10, "save": tmp_path / "run", "save_every": 5}
+    options = {"num_steps": 10, "save": tmp_path / "run", "save_period": 5}
     with pytest.raises(fj.InputError, match="does not exist"):
         run(known.matvec(MATRIX), known.like(40), resume=True, **options)
     run(known.matvec(MATRIX), known.like(40), **options)

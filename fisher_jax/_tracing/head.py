@@ -1,0 +1,106 @@
+"""A softmax head in closed form: its hidden states, kernel and bias, without the outputs."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from fisher_jax._support.jax_internals import Loop, Remat, bind, contraction
+from fisher_jax._tracing.dense import operand_axes
+from fisher_jax._tracing.program import Program
+from fisher_jax._tracing.provenance import Spec, View, plain
+from fisher_jax._tracing.structure import Head, Structure
+from fisher_jax._tracing.survey import Survey
+from fisher_jax._tracing.tracing import evaluate
+
+__all__ = ["head_of", "parts"]
+
+_WAY_OUT = "use fj.lm_head.estimator(hidden_fn, head_fn), which is told hidden states and head"
+
+
+def head_of(structure: Structure) -> Head:
+    """The head of a model whose outputs are ``soft_cap * tanh((hidden @ head.T + bias) / soft_cap)``.
+
+    Raises:
+        ValueError: outputs that come from anything else.
+    """
+    head = structure.head
+    if head is None or head.other is not None:
+        found = structure.headless if head is None else head.other
+        raise ValueError(
+            "estimator='head' follows the outputs back to hidden @ head (+ bias, capped by c * tanh(z / c)) and "
+            f"found {found}; {_WAY_OUT}"
+        )
+    if head.use.kind != "dense" or operand_axes(head.use)[0] or head.use.index == 0:
+        raise ValueError(f"the product at the outputs is not a plain hidden @ head; {_WAY_OUT}")
+    return head
+
+
+def parts(program: Program) -> tuple[Array, Array, Array | None]:
+    """``hidden [..., H]``, ``head [V, H]`` and ``bias [V]`` of a program; its outputs are not computed."""
+    head = head_of(program.structure)
+    way = _Until(head.use.order, iter(program.structure.survey.own), iter(program.structure.survey.parts))
+    try:
+        program.replayed(program.leaves, program.arguments, way)
+    except _ReachedError as reached:
+        hidden, kernel = reached.hidden, reached.kernel
+    _, rows, outputs = operand_axes(head.use)
+    width = math.prod(head.use.operand.shape[i] for i in rows)
+    contracted = contraction(head.use.options).contracted[0]
+    kept = [i for i in range(hidden.ndim) if i not in contracted]
+    tokens = jnp.transpose(hidden, (*kept, *contracted))
+    (out,) = program.structure.outputs
+    if head.tokens is not None:
+        tokens = tokens.reshape(-1, width)[head.tokens]
+    matrix = jnp.transpose(kernel, (*outputs, *rows)).reshape(-1, width)
+    bias = None if head.bias is None else program.leaves[head.bias]
+    if bias is not None and bias.size != out.shape[-1]:
+        raise ValueError(f"the bias of the outputs has shape {list(bias.shape)}, not [{out.shape[-1]}]; {_WAY_OUT}")
+    return tokens.reshape(*out.shape[:-1], width), matrix, None if bias is None else bias.reshape(-1)
+
+
+class _ReachedError(Exception):
+    """The head was met; what it meets, and the kernel."""
+
+    def __init__(self, hidden: Array, kernel: Array):
+        super().__init__()
+        self.hidden, self.kernel = hidden, kernel
+
+
+@dataclasses.dataclass
+class _Until:
+    """Runs a program up to one use."""
+
+    order: int
+    own: Iterator[Spec]
+    parts: Iterator[Survey]
+
+    def constant(self, value: Any) -> Any:
+        return value
+
+    def bind(self, eqn: Any, values: list) -> list:
+        return bind(eqn, list(map(plain, values)))
+
+    def use(self, view: View, kind: str, eqn: Any, index: int, output: Any, apply: Any, inputs: tuple) -> Any:
+        if next(self.own).use.order == self.order:
+            raise _ReachedError(inputs[0], view.value)
+        return output()
+
+    def generic(self, x: Any, eqn: Any) -> Any:
+        if isinstance(x, View):
+            next(self.own)
+        return plain(x)
+
+    def remat(self, eqn: Any, remat: Remat, values: list) -> list:
+        part = next(self.parts)
+        inner = _Until(self.order, iter(part.own), iter(part.parts))
+        return [inner.generic(v, eqn) for v in evaluate(remat.traced, values, inner)]
+
+    def scan(self, eqn: Any, scan: Loop, values: list) -> list:
+        for x in values[scan.num_consts : scan.num_consts + scan.num_carry]:
+            self.generic(x, eqn)
+        next(self.parts)
+        return self.bind(eqn, values)

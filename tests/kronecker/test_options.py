@@ -1,0 +1,180 @@
+"""K-FAC's options objects: plain values that refuse what is wrong, and what optax does with them."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fisher_jax as fj
+
+CLASSES = (fj.Curvature, fj.Refresh, fj.Adaptive, fj.FixedRate)
+
+
+def apply_fn(params, x):
+    return jnp.tanh(x @ params["w"]) @ params["head"]
+
+
+def setting():
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in (("w", (3, 4)), ("head", (4, 5)))}
+    return params, fj.Batch(jnp.asarray(rng.normal(size=(6, 3)), jnp.float32), jnp.asarray([0, 1, 2, 3, 4, 0]))
+
+
+def mean_loss(params, batch):
+    return -fj.categorical.log_prob(apply_fn(params, batch.inputs), batch.targets).mean()
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_options_are_frozen_hashable_and_never_taken_for_schedules(kind):
+    found = kind()
+    assert not callable(found)
+    assert hash(found) == hash(kind())
+    assert found == kind()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(found, dataclasses.fields(kind)[0].name, None)
+    for field in dataclasses.fields(kind):
+        assert len(re.findall(rf"^        (?:\w+, )*{field.name}(?:, \w+)*: ", kind.__doc__, re.M)) == 1, field.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "allowed"),
+    [
+        (fj.Curvature, "estimator", "true", "auto, empirical, sampled, exact_head, ggn"),
+        (fj.Curvature, "policy", "some", "auto, all, hybrid, never"),
+        (fj.Curvature, "form", "half", "auto, exact, factored"),
+        (fj.Curvature, "shared", "sum", "expand, reduce"),
+        (fj.Curvature, "token_cap", 0, "at least 1, or None"),
+        (fj.Curvature, "token_cap", 2.5, "whole number"),
+        (fj.Curvature, "temperature", 0.0, "positive"),
+        (fj.Curvature, "power", float("nan"), "finite"),
+        (fj.Curvature, "factor_dtype", jnp.int8, "floating dtype or None"),
+        (fj.Curvature, "diagonal", "kernel", "function of a leaf's path or None"),
+        (fj.Curvature, "eigenvalue_correction", "all", "True, False or a function"),
+        (fj.Refresh, "period", 0, "at least 1"),
+        (fj.Refresh, "period", True, "whole number"),
+        (fj.Refresh, "statistics_period", 0, "at least 1, or None"),
+        (fj.Refresh, "factor_decay", 1.0, r"in \[0, 1\)"),
+        (fj.Refresh, "factor_rank", 0, "at least 1, or None"),
+        (fj.Refresh, "factor_rows", -1, "at least 1, or None"),
+        (fj.Refresh, "ramp", 0, "at least 1, or None"),
+        (fj.Adaptive, "adapt_period", 0, "at least 1"),
+        (fj.Adaptive, "min_damping", -1.0, "at least 0, or None"),
+        (fj.Adaptive, "min_momentum", "half", "at least 0, or None"),
+        (fj.Adaptive, "max_momentum", float("nan"), "at least 0, or None"),
+        (fj.Adaptive, "rate_scale", "falling", "auto, a number or a schedule"),
+        (fj.Adaptive, "rate_scale", 0.0, "positive, 'auto' or a schedule"),
+        (fj.Adaptive, "model_rows", 0, "at least 1, or None"),
+        (fj.FixedRate, "kl_clip", 0.0, "positive, or None"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_field_and_what_is_allowed(kind, field, value, allowed):
+    with pytest.raises(ValueError, match=f"^{field} is .*{allowed}") as error:
+        kind(**{field: value})
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"step": fj.FixedRate()}, "FixedRate.* needs learning_rate="),
+        ({"step": fj.Adaptive(), "learning_rate": 0.1}, "leave out learning_rate="),
+        ({"momentum": 0.9}, "momentum= is that of a fixed learning rate"),
+        ({"damping": lambda step: 0.1}, "its first value, not a schedule"),
+        ({"curvature": fj.Curvature(estimator="exact_head"), "refresh": fj.Refresh(factor_decay=0.9)}, "leave out"),
+    ],
+)
+def test_a_contradiction_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        fj.kfac(apply_fn, example=setting()[1], **options)
+
+
+@pytest.mark.parametrize("name", ["curvature", "refresh", "step"])
+def test_an_options_object_of_another_class_is_named(name):
+    with pytest.raises(TypeError, match=rf"^{name} is fj\.\w+\(\.\.\.\).*found dict"):
+        fj.kfac(apply_fn, example=setting()[1], **{name: {}})
+
+
+def test_a_temperature_needs_labels_that_are_drawn():
+    params, batch = setting()
+    fj.kfac(apply_fn, example=batch, curvature=fj.Curvature(temperature=2.0))  # draws its labels by itself
+    with pytest.raises(ValueError, match=r"temperature=2\.0.*estimator='sampled'"):
+        fj.kfac_factors(apply_fn, fj.categorical, params, batch, curvature=fj.Curvature(temperature=2.0))
+
+
+def steps_of(tx, params, batch, steps=4):
+    """Updates of several steps, under jit."""
+    update, state, found = jax.jit(tx.update), tx.init(params), []
+    for step in range(steps):
+        grads = jax.grad(mean_loss)(params, batch)
+        updates, state = update(grads, state, params, batch=batch, key=jax.random.key(step))
+        found.append(updates)
+        params = optax.apply_updates(params, updates)
+    return found, state
+
+
+def falling(first):
+    return lambda step: first / (1 + step)
+
+
+def same(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max()), a, b)
+
+
+STATIC = ("apply_fn", "likelihood")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learning_rate": falling(0.3), "damping": falling(0.1), "momentum": falling(0.5)},
+        {"learning_rate": 0.1, "damping": falling(0.1), "step": fj.FixedRate(kl_clip=None)},
+        {"damping": 0.2, "step": fj.Adaptive(max_momentum=0.9), "weight_decay": 0.01},
+    ],
+    ids=["schedules", "numbers", "adaptive"],
+)
+def test_kfac_under_inject_hyperparams_is_kfac(options):
+    params, batch = setting()
+    options = {"curvature": fj.Curvature(policy="never"), "refresh": fj.Refresh(period=2)} | options
+    injected = optax.inject_hyperparams(fj.kfac, static_args=STATIC)(
+        apply_fn=apply_fn, likelihood=fj.categorical, example=batch, **options
+    )
+    plain = fj.kfac(apply_fn, fj.categorical, example=batch, **options)
+    (found, state), (wanted, _) = steps_of(injected, params, batch), steps_of(plain, params, batch)
+    same(found, wanted)
+    assert {name for name, x in options.items() if callable(x)} <= state.hyperparams.keys()
+
+
+def test_scale_by_kfac_under_inject_hyperparams_follows_a_schedule_of_the_damping():
+    params, batch = setting()
+    refresh = fj.Refresh(period=1)
+    injected = optax.inject_hyperparams(fj.scale_by_kfac, static_args=STATIC)(
+        apply_fn=apply_fn, likelihood=fj.categorical, example=batch, damping=falling(0.1), refresh=refresh
+    )
+    plain = fj.scale_by_kfac(apply_fn, example=batch, damping=falling(0.1), refresh=refresh)
+    found, state = steps_of(injected, params, batch)
+    same(found, steps_of(plain, params, batch)[0])
+    assert float(state.hyperparams["damping"]) == np.float32(0.1 / 4)
+    start = params
+    for step, updates in enumerate(found):
+        factors = fj.kfac_factors(apply_fn, fj.categorical, start, batch, damping=0.1 / (1 + step))
+        same(updates, fj.precondition(factors, jax.grad(mean_loss)(start, batch)))
+        start = optax.apply_updates(start, updates)
+
+
+def test_the_rows_and_the_ramp_of_a_refresh_hold_without_kfac_too():
+    params, batch = setting()
+    first = fj.Batch(batch.inputs[:2], batch.targets[:2])
+    tx = fj.scale_by_kfac(apply_fn, example=batch, damping=0.1, refresh=fj.Refresh(period=4, factor_rows=2, ramp=2))
+    grads = jax.grad(mean_loss)(params, batch)
+    state, ages, update = tx.init(params), [], jax.jit(tx.update)
+    for step in range(6):
+        updates, state = update(grads, state, params, batch=batch)
+        ages.append(int(state.age))
+        if step == 0:
+            factors = fj.kfac_factors(apply_fn, fj.categorical, params, first, damping=0.1)
+            same(updates, fj.precondition(factors, grads))
+    assert ages == [1, 1, 2, 1, 2, 3]

@@ -108,11 +108,7 @@ def _of_kind(found: Compared, kind: str) -> list[Block]:
         picture(
             f"compare-rows-{kind}",
             f"Importance of every vocabulary row in {names[1]} against its importance in {names[0]}",
-            plots.rows_figure,
-            shift,
-            names,
-            found.vocabulary,
-            rate,
+            plots.rows_figure, shift, names, found.vocabulary, rate,
         ),
     ]  # fmt: skip
     if not len(gained) + len(lost):
@@ -121,11 +117,7 @@ def _of_kind(found: Compared, kind: str) -> list[Block]:
         picture(
             f"compare-changes-{kind}",
             "The largest gains and losses with their importance in both texts and its intervals",
-            plots.changes_figure,
-            shift,
-            names,
-            found.vocabulary,
-            rate,
+            plots.changes_figure, shift, names, found.vocabulary, rate,
         )
     )  # fmt: skip
     for word, rows in (("more", gained), ("less", lost)):

@@ -23,11 +23,7 @@ def layer_blocks(found: Findings) -> list[Block]:
         picture(
             "layers-model",
             "Heat maps of the Fisher information of every part of every layer, in total and per parameter",
-            layer_plots.model_figure,
-            layers,
-            found.columns,
-            above,
-            below,
+            layer_plots.model_figure, layers, found.columns, above, below,
         ),
         Paragraph(_how(found, layers)),
         _table(found, layers, above, below),

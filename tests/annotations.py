@@ -23,4 +23,7 @@ def check(function: Callable) -> Callable:
         return function
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", beartype.roar.BeartypeDecorHintPep585DeprecationWarning)  # of Flax's types
-        return check_by_beartype(function)
+        try:
+            return check_by_beartype(function)
+        except beartype.roar.BeartypeDecorHintException:  # `Self`, or a protocol that is not for ``isinstance``
+            return function

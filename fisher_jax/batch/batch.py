@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Shaped
 
+from fisher_jax._support.outline import outline
+
 __all__ = ["Batch", "next_token_batch"]
 
 
@@ -44,6 +46,9 @@ class Batch:
     weights: Any = None
     real: Any = None
     units: Any = None
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def next_token_batch(

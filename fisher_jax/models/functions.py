@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.jax_internals import is_traced
+from fisher_jax._support.outline import outline
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.decoder import Decoder
 
@@ -38,6 +39,9 @@ class DecoderFunctions:
 
     config: DecoderConfig
     graphdef: Any
+
+    def __repr__(self) -> str:
+        return outline(self)
 
     def hidden(self, params: Any, tokens: Int[ArrayLike, "rows positions"]) -> Float[Array, "rows positions width"]:
         """Final-normed hidden states ``[B, S, D]``, what the head multiplies, in the parameters' dtype."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fisher_jax._support.errors import InputError, shown
+from fisher_jax._support.outline import outline
 from fisher_jax._support.printable import one_line
 from fisher_jax.models import cache
 from fisher_jax.models.config import DecoderConfig
@@ -44,6 +45,9 @@ class LanguageModel(DecoderFunctions):
     tokenizer: Tokenizer
     fingerprint: str
     unread: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def load(source: str | os.PathLike | None = None, *, dtype: Any = "float32") -> LanguageModel:

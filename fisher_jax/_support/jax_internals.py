@@ -228,23 +228,23 @@ def equation(name: str, params: Mapping[str, Any], operand: jax.ShapeDtypeStruct
 
 def permutation(eqn: Any) -> tuple[int, ...]:
     """Of a ``transpose``: for each axis of the result the axis that it was."""
-    return tuple(eqn.params["permutation"])
+    return tuple(map(int, eqn.params["permutation"]))
 
 
 def broadcast_axes(eqn: Any) -> tuple[int, ...]:
     """Of a ``broadcast_in_dim``: for each axis of the operand the axis of the result that it becomes."""
-    return tuple(eqn.params["broadcast_dimensions"])
+    return tuple(map(int, eqn.params["broadcast_dimensions"]))
 
 
 def named_axes(eqn: Any) -> tuple[int, ...]:
     """Axes a ``squeeze`` removes (of the operand), an ``expand_dims`` adds (of the result) or a ``rev`` flips."""
     ndim = max(len(x.aval.shape) for x in (eqn.invars[0], eqn.outvars[0]))
-    return tuple(i % ndim for i in eqn.params["dimensions"])
+    return tuple(int(i) % ndim for i in eqn.params["dimensions"])
 
 
 def unstacked_axis(eqn: Any) -> int:
     """The axis of the operand along which an ``unstack`` takes it apart, one result for each place."""
-    return eqn.params["axis"] % len(eqn.invars[0].aval.shape)
+    return int(eqn.params["axis"]) % len(eqn.invars[0].aval.shape)
 
 
 def slice_bounds(eqn: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:

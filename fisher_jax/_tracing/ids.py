@@ -310,7 +310,7 @@ def _rev(eqn, operand, values, output, loops, constant):
 
 
 def _concatenate(eqn, operand, values, output, loops, constant):
-    axis = eqn.params["dimension"]
+    axis = int(eqn.params["dimension"])
     sizes = [x.aval.shape[axis] for x in eqn.invars]
     return _placed(values, loops + axis, sum(sizes[:operand]), sizes[operand], sum(sizes))
 
@@ -327,7 +327,7 @@ def _placed(values: np.ndarray, axis: int, start: int, size: int, whole: int) ->
 def _joining_axes(eqn: Any) -> Sequence[int]:
     """Axes along which an operation puts parts side by side."""
     if eqn.primitive.name == "concatenate":
-        return (eqn.params["dimension"],)
+        return (int(eqn.params["dimension"]),)
     return range(len(eqn.outvars[0].aval.shape)) if eqn.primitive.name == "dynamic_update_slice" else ()
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from fisher_jax._support.dtypes import wide
+from fisher_jax._support.outline import outline
 
 __all__ = ["Likelihood", "bernoulli", "categorical", "gaussian"]
 
@@ -31,6 +32,9 @@ class Likelihood(NamedTuple):
     fisher_product: Callable[..., Array]
     fisher_factor: Callable[..., Array]
     in_range: Callable[..., Array]
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def _categorical_log_prob(outputs: Float[Array, "*lead K"], targets: Shaped[Array, "*lead"]) -> Float[Array, "*lead"]:

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from fisher_jax import welford
 from fisher_jax._support.dtypes import wide_dtype
+from fisher_jax._support.outline import outline
 from fisher_jax.welford.estimator import FisherEstimator
 from fisher_jax.welford.moments import Moments, select
 
@@ -40,6 +41,9 @@ class MovingAverage:
     rejected: Array
     reasons: Array
     decay: float = 0.99
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def init(like: Tree, decay: float) -> MovingAverage:

@@ -2,9 +2,20 @@
 
 import shutil
 
+import jaxtyping
 import pytest
 
-from fisher_jax import models
+from tests import annotations
+
+
+def pytest_addoption(parser):
+    parser.addoption("--no-types", action="store_true", help="do not check the annotations of the package")
+
+
+def pytest_configure(config):
+    """Every call of the package has its arguments and its result checked against their annotations, shapes too."""
+    if not config.getoption("--no-types"):
+        jaxtyping.install_import_hook("fisher_jax", f"{annotations.__name__}.check")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,4 +31,6 @@ def cache_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shipped_model(cache_folder):
     """SmolLM2-135M-Instruct in float32."""
+    from fisher_jax import models  # after the hook of types
+
     return models.load()

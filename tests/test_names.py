@@ -1,5 +1,6 @@
 """The public names: few at the top, the others in public modules, each written down, light to import."""
 
+import dataclasses
 import importlib
 import inspect
 import pathlib
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import typing
 
+import jax.numpy as jnp
 import pytest
 
 import fisher_jax as fj
@@ -61,6 +63,21 @@ def test_every_class_that_a_function_returns_is_public(name):
     assert set(classes_in(found)) <= CLASSES
     named = re.findall(r"`([A-Z]\w+)`", (inspect.getdoc(FUNCTIONS[name]) or "").partition("Returns:")[2])
     assert set(named) <= {x.__name__ for x in CLASSES} | {"None"}
+
+
+def test_results_never_change():
+    for found in CLASSES:
+        assert hasattr(found, "_fields") or not dataclasses.is_dataclass(found) or found.__dataclass_params__.frozen
+
+
+def test_a_tap_and_a_coverage_have_a_short_repr():
+    loss = lambda params, x: jnp.sum(x @ params["w"])
+    args = {"w": jnp.ones((30, 20))}, jnp.ones((40, 30))
+    tap = fj.capture(loss)(*args)[1][0]
+    for found in (tap, tap.use, fj.coverage(loss, *args)):
+        assert len(repr(found)) < 420
+        assert "\n" not in repr(found)
+    assert "float32[40, 20]" in repr(tap)
 
 
 LIGHT = {

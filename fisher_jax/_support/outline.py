@@ -35,8 +35,12 @@ def _short(x: Any) -> str:
         return f"{x.item():.6g}"
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"{x.dtype}{list(x.shape)}"
+    if isinstance(x, tuple | list) and len(x) <= 4 and all(isinstance(part, int | float | str) for part in x):
+        return repr(x)
     if isinstance(x, tuple | list) and x and not hasattr(x, "_fields"):
         return f"<{len(x)} {type(x[0]).__name__}>"
+    if callable(x):
+        return getattr(x, "__name__", type(x).__name__)
     return f"<tree of {len(jax.tree.leaves(x))}>"
 
 

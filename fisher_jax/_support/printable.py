@@ -2,13 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
-__all__ = ["printable", "quoted", "readable", "shortened"]
+__all__ = ["one_line", "printable", "quoted", "readable", "shortened"]
 
 
-def printable(text: str) -> str:
+def printable(text: str | Path) -> str:
     """One line: line breaks, escape sequences, marks of direction, undecodable bytes and the like become `\\x1b`."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
+    return "".join(c if c.isprintable() else _escape(c) for c in str(text))
 
 
 def readable(token: str) -> str:
@@ -19,6 +20,11 @@ def readable(token: str) -> str:
     if _NO_TEXT.fullmatch(token):
         return token
     return printable(token.replace("\\", "\\\\").replace(" ", "␣")) or "∅"
+
+
+def one_line(said: object, longest: int = 150) -> str:
+    """What another library says, for a sentence of ours: on one line, and not too long for it."""
+    return shortened(printable(" ".join(str(said).split())), longest)
 
 
 def quoted(text: str) -> str:

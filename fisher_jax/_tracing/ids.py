@@ -306,7 +306,7 @@ def _unstack(eqn, operand, values, output, loops, constant):
 
 
 def _rev(eqn, operand, values, output, loops, constant):
-    return np.flip(values, [loops + i for i in named_axes(eqn)])
+    return np.flip(values, tuple(loops + i for i in named_axes(eqn)))
 
 
 def _concatenate(eqn, operand, values, output, loops, constant):

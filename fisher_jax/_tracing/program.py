@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from fisher_jax._support.jax_internals import zeros
+from fisher_jax._support.outline import outline
 from fisher_jax._tracing.ids import Carried, Lost
 from fisher_jax._tracing.provenance import Spec, Use, View
 from fisher_jax._tracing.replay import Replay, zero
@@ -58,6 +59,9 @@ class Tap:
     inputs: tuple[Array, ...] | None = None
     cotangents: Array | None = None
     reduced: Tree = None
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 @dataclasses.dataclass(frozen=True)

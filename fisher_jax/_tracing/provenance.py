@@ -9,6 +9,7 @@ import jax
 from jaxtyping import Array
 
 from fisher_jax._support.jax_internals import abstract, bind, stacked, struct
+from fisher_jax._support.outline import outline
 from fisher_jax._tracing.ids import Carried
 
 __all__ = ["Data", "Known", "Segment", "Spec", "Step", "Use", "View", "alike", "plain", "shape_of", "signature"]
@@ -93,6 +94,9 @@ class Use:
     signature: tuple = ()
     order: int = 0
     ids: Carried = ()
+
+    def __repr__(self) -> str:
+        return outline(self)
 
     def _key(self):
         operand = (self.operand.shape, str(self.operand.dtype))

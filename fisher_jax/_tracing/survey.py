@@ -26,6 +26,7 @@ from fisher_jax._support.jax_internals import (
 )
 from fisher_jax._tracing.dense import token_axes
 from fisher_jax._tracing.ids import Carried, Ids, Lost, along, carried_through, is_elementwise, is_layout, joined
+from fisher_jax._tracing.places import input_token_axes
 from fisher_jax._tracing.provenance import Data, Known, Spec, Use, View, plain, shape_of, signature
 from fisher_jax._tracing.tracing import evaluate
 
@@ -42,6 +43,7 @@ class Made:
         leaf, use: of the product.
         axes: for each axis of its output the place along it, as ids of kind 0, 1, ....
         sizes: lengths of these axes.
+        met: number of axes of what the parameter meets (of the output, for a convolution).
         bias: leaf of the bias that was added to it.
         after: whether anything but a bias followed.
         cap: how far ``c * tanh(z / c)`` has come, and ``c``.
@@ -52,10 +54,16 @@ class Made:
     use: Use
     axes: tuple[Ids, ...]
     sizes: tuple[int, ...]
+    met: int
     bias: int | None = None
     after: bool = False
     cap: tuple[str, float] | None = None
     other: str | None = None
+
+    def same(self, other: "Made") -> bool:
+        """Whether both are parts of one array."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "axes"]
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 @dataclasses.dataclass
@@ -137,7 +145,8 @@ class Survey:
         if kind in ("dense", "embedding", "conv"):
             sizes = found.type.shape
             places = tuple(along(i, np.arange(n), [i], len(sizes), self.loops) for i, n in enumerate(sizes))
-            return dataclasses.replace(found, made=Made(view.leaf, use, places, sizes))
+            met = len(sizes if kind == "conv" else inputs[0].type.shape)
+            return dataclasses.replace(found, made=Made(view.leaf, use, places, sizes, met))
         made = next((x.made for x in inputs if isinstance(x, Data) and x.made is not None), None)
         if made is None or kind == "generic":
             return found
@@ -218,17 +227,17 @@ class Survey:
         name = eqn.primitive.name
         if is_elementwise(name):
             shape = eqn.outvars[0].aval.shape
-            owners = [i for i in owners if operands[i].type.shape == shape]
             for i in owners:
                 self._learn(operands[i].made, carried[0])
+            owners = [i for i in owners if operands[i].type.shape == shape]
             if len(owners) != 1:
                 return nothing
             (i,) = owners
             return [_followed(operands[i].made, name, [x for j, x in enumerate(operands) if j != i], i)]
-        if is_layout(name) and len(owners) == 1:
-            (i,) = owners
-            made = operands[i].made
-            given = [made.axes if j == i else () for j in range(len(operands))]
+        made = operands[owners[0]].made
+        parts = name == "concatenate" and len(owners) == len(operands)
+        if (parts and all(x.made.same(made) for x in operands)) or (is_layout(name) and len(owners) == 1):
+            given = [x.made.axes if j in owners else () for j, x in enumerate(operands)]
             moved = carried_through(eqn, given, self.loops, lambda j: _constant(operands[j]), self.line)
             return [
                 dataclasses.replace(made, axes=axes)
@@ -257,9 +266,10 @@ class Survey:
             shape = [one.values.shape[places[i][0]] if places[i] else 1 for i in tokens]
             order = [places[i][0] for i in tokens if places[i]]
             rest = [i for i in range(one.values.ndim) if i not in order]
-            values = one.values.transpose([*order, *rest]).reshape(*(1,) * self.loops, *shape)
+            values = one.values.transpose([*order, *rest]).reshape(shape)
+            ids = along(one.kind, values, input_token_axes(made.use, made.met), made.met, self.loops)
             known = self.findings.learned.get(made.use.order, ())
-            self.findings.learned[made.use.order] = (*known, Ids(one.kind, values))
+            self.findings.learned[made.use.order] = (*known, ids)
 
 
 def _ids_of(x: Any) -> Carried:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax._support.outline import outline
 from fisher_jax._tracing.program import Tap, differentiate, frozen, gradient_of_use, real_scalar, trace
 from fisher_jax._tracing.provenance import Spec, Use
 from fisher_jax._tracing.structure import Structures
@@ -148,6 +149,9 @@ class Coverage:
     rows: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...]
     lines: tuple[tuple[str, ...], ...]
     loops: tuple[tuple[tuple[tuple[str, int], ...], ...], ...]
+
+    def __repr__(self) -> str:
+        return outline(self)
 
     def __str__(self) -> str:
         width = max([len(path) for path, _, _ in self.rows], default=4)

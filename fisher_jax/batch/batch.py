@@ -6,7 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int, Shaped
+
+from fisher_jax._support.outline import outline
 
 __all__ = ["Batch", "next_token_batch"]
 
@@ -44,12 +47,15 @@ class Batch:
     real: Any = None
     units: Any = None
 
+    def __repr__(self) -> str:
+        return outline(self)
+
 
 def next_token_batch(
-    tokens: Int[Array, "rows length"],
-    mask: Shaped[Array, "rows length"] | None = None,
-    loss_mask: Shaped[Array, "rows length"] | None = None,
-    units: Int[Array, " rows"] | None = None,
+    tokens: Int[ArrayLike, "rows length"],
+    mask: Shaped[ArrayLike, "rows length"] | None = None,
+    loss_mask: Shaped[ArrayLike, "rows length"] | None = None,
+    units: Int[ArrayLike, " rows"] | None = None,
 ) -> Batch:
     """Score the output at position ``t`` against the token at ``t + 1``, once and for all.
 
@@ -104,7 +110,7 @@ def row_ids(units: Any, num_rows: int) -> Int[Array, " rows"]:
     return units
 
 
-def _same_shape(name: str, mask: Any, tokens: Array) -> Float[Array, "rows length"]:
+def _same_shape(name: str, mask: Any, tokens: Array) -> Shaped[Array, "rows length"]:
     mask = jnp.asarray(mask)
     if mask.shape != tokens.shape:
         raise ValueError(f"{name} has the shape of tokens, {list(tokens.shape)}, found {list(mask.shape)}")

@@ -17,8 +17,6 @@ from fisher_jax.cli.spectrum.settings import SpectrumSettings
 from fisher_jax.cli.train.settings import TrainSettings
 from fisher_jax.cli.trim.settings import TrimSettings
 
-__all__ = ["parser", "run_command", "settings_of"]
-
 _DESCRIPTION = """Which vocabulary tokens (rows of the head) of a language model matter on a text: importance with
 confidence intervals, and what pruning by it costs; with --parameters all also every layer and attention head. Writes
 report.html, report.md, importance.csv, layers.csv and the state."""

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 from fisher_jax.cli.run.stopping import EXIT_CODE, stop_signals
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 0 when done, 2 for input that cannot be used, 130 when interrupted after saving."""

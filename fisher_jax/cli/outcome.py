@@ -10,8 +10,6 @@ from fisher_jax.cli.run.choice_error import TaskChoiceError
 from fisher_jax.cli.run.compiler import avoid_faulty_fusions
 from fisher_jax.cli.run.stopping import EXIT_CODE, InterruptedRunError, StopSignals
 
-__all__ = ["run"]
-
 _LONGEST = 800  # characters of a sentence; a name may be of any length
 
 

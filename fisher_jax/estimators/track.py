@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from fisher_jax._support.masked import is_masked
+from fisher_jax._support.outline import outline
 from fisher_jax.batch import Batch
 from fisher_jax.welford.estimator import FisherEstimator
 from fisher_jax.welford.moments import Moments, map_values
@@ -24,6 +25,9 @@ class TrackFisherState(NamedTuple):
 
     fisher: Any
     step: jax.Array
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def track_fisher(estimator: FisherEstimator, period: int = 1) -> optax.GradientTransformationExtraArgs:

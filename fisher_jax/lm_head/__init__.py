@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from fisher_jax import groups as groups_room
@@ -26,19 +27,19 @@ KINDS = ("empirical", "true")
 
 
 def moments(
-    hidden: Float[Array, "*lead width"],
-    head: Float[Array, "vocabulary width"],
-    targets: Int[Array, "*lead"] | None,
-    weights: Shaped[Array, "*lead"] | None = None,
+    hidden: Float[ArrayLike, "*lead width"],
+    head: Float[ArrayLike, "vocabulary width"],
+    targets: Int[ArrayLike, "*lead"] | None,
+    weights: Shaped[ArrayLike, "*lead"] | None = None,
     *,
     groups: "groups_room.Group | str" = "row",
     kind: str | tuple[str, ...] = "empirical",
     unit: str = "token",
-    units: Int[Array, " rows"] | None = None,
-    bias: Float[Array, " vocabulary"] | None = None,
+    units: Int[ArrayLike, " rows"] | None = None,
+    bias: Float[ArrayLike, " vocabulary"] | None = None,
     soft_cap: float | None = None,
     temperature: float = 1.0,
-    log_sum_exp: Float[Array, "*lead"] | None = None,
+    log_sum_exp: Float[ArrayLike, "*lead"] | None = None,
     chunk_size: int | None = None,
     axis_name: str | None = None,
     with_log_likelihood: bool = False,

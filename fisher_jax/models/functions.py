@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.jax_internals import is_traced
+from fisher_jax._support.outline import outline
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.decoder import Decoder
 
@@ -38,12 +40,15 @@ class DecoderFunctions:
     config: DecoderConfig
     graphdef: Any
 
-    def hidden(self, params: Any, tokens: Int[Array, "rows positions"]) -> Float[Array, "rows positions width"]:
+    def __repr__(self) -> str:
+        return outline(self)
+
+    def hidden(self, params: Any, tokens: Int[ArrayLike, "rows positions"]) -> Float[Array, "rows positions width"]:
         """Final-normed hidden states ``[B, S, D]``, what the head multiplies, in the parameters' dtype."""
         tokens = self.checked(tokens)
         return nnx.merge(self.graphdef, nested_state(params))(tokens)
 
-    def apply(self, params: Any, tokens: Int[Array, "rows positions"]) -> Float[Array, "rows positions vocab"]:
+    def apply(self, params: Any, tokens: Int[ArrayLike, "rows positions"]) -> Float[Array, "rows positions vocab"]:
         """Logits ``[B, S, V]``, float32: ``hidden head^T``, soft-capped where the configuration says so."""
         head = self.head(params)
         logits = jnp.einsum(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fisher_jax._support.errors import InputError, shown
-from fisher_jax.models.json_files import shown_path
+from fisher_jax._support.printable import printable
 
 __all__ = ["GgufHeader", "GgufTensor", "read_header"]
 
@@ -64,17 +64,15 @@ def read_header(path: Path, block_sizes: dict[int, tuple[int, int]]) -> GgufHead
     try:
         with path.open("rb") as file:
             if (magic := file.read(4)) != b"GGUF":
-                raise InputError(
-                    f"{shown_path(path)} is not a GGUF file: it begins with {magic!r} instead of b'GGUF'"
-                )
+                raise InputError(f"{printable(path)} is not a GGUF file: it begins with {magic!r} instead of b'GGUF'")
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise InputError(f"{shown_path(path)} cannot be read ({error.strerror})") from error
+        raise InputError(f"{printable(path)} cannot be read ({error.strerror})") from error
     try:
         with content:
             return header_of(Cursor(content), block_sizes)
     except DamagedError as error:
-        raise InputError(f"{shown_path(path)} is cut off or damaged ({error}); fetch the file again") from error
+        raise InputError(f"{printable(path)} is cut off or damaged ({error}); fetch the file again") from error
 
 
 class DamagedError(ValueError):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fisher_jax._support.errors import InputError, shown
+from fisher_jax._support.printable import one_line, printable
 
 __all__ = ["MOST_BYTES", "is_there", "parse_json", "read_bytes", "read_json", "read_text"]
 
@@ -22,7 +23,7 @@ def is_there(file: Path) -> bool:
     if file.is_file():
         return True
     if os.path.lexists(file):
-        raise InputError(f"{shown_path(file)} is not a file; fetch it again")
+        raise InputError(f"{printable(file)} is not a file; fetch it again")
     return False
 
 
@@ -33,7 +34,7 @@ def read_json(file: Path, *, most: int = MOST_BYTES) -> Any:
         InputError: the file cannot be read, has more than ``most`` bytes, is not UTF-8 or not JSON, gives a key
             twice, or is nested deeper than Python reads. NaN and Infinity are not JSON.
     """
-    return parse_json(read_bytes(file, most=most), shown_path(file))
+    return parse_json(read_bytes(file, most=most), printable(file))
 
 
 def read_text(file: Path, *, most: int = MOST_BYTES) -> str:
@@ -41,7 +42,7 @@ def read_text(file: Path, *, most: int = MOST_BYTES) -> str:
     try:
         return read_bytes(file, most=most).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{shown_path(file)} is not UTF-8: {error}; fetch the file again") from error
+        raise InputError(f"{printable(file)} is not UTF-8: {error}; fetch the file again") from error
 
 
 def read_bytes(file: Path, *, most: int = MOST_BYTES) -> bytes:
@@ -50,9 +51,9 @@ def read_bytes(file: Path, *, most: int = MOST_BYTES) -> bytes:
         with file.open("rb") as opened:
             content = opened.read(most + 1)
     except OSError as error:
-        raise InputError(f"{shown_path(file)} cannot be read ({error.strerror}); check the file") from error
+        raise InputError(f"{printable(file)} cannot be read ({error.strerror}); check the file") from error
     if len(content) > most:
-        raise InputError(f"{shown_path(file)} has more than {most:,} bytes, too many for such a file; fetch it again")
+        raise InputError(f"{printable(file)} has more than {most:,} bytes, too many for such a file; fetch it again")
     return content
 
 
@@ -64,7 +65,7 @@ def parse_json(content: bytes | str, label: str) -> Any:
     except RecursionError as error:
         raise InputError(f"{label} is nested too deeply to be read; fetch the file again") from error
     except ValueError as error:
-        raise InputError(f"{label} is not valid JSON ({short(error)}); fetch the file again") from error
+        raise InputError(f"{label} is not valid JSON ({one_line(error)}); fetch the file again") from error
 
 
 def refuse_constant(name: str) -> NoReturn:
@@ -78,15 +79,3 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"it gives {shown(twice)} twice")
     return found
-
-
-def short(error: BaseException, most: int = 150) -> str:
-    """What another library says, as one line for a sentence of ours."""
-    text = " ".join(str(error).split())
-    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def shown_path(file: Path) -> str:
-    """A path as it is, control characters escaped."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(file))

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from fisher_jax._support.errors import InputError, shown
+from fisher_jax._support.outline import outline
+from fisher_jax._support.printable import one_line
 from fisher_jax.models import cache
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.functions import DecoderFunctions, from_config, weight_dtype
 from fisher_jax.models.gguf_file import GgufFile
 from fisher_jax.models.gguf_tokenizer import tokenizer_from_gguf, too_many_tokens
 from fisher_jax.models.hf_folder import INDEX, ONLY, HfFolder, shards_of
-from fisher_jax.models.json_files import read_json, short
+from fisher_jax.models.json_files import read_json
 from fisher_jax.models.layout import flatten, unflatten
 from fisher_jax.models.optional import optional
 from fisher_jax.models.tokenizer import Tokenizer
@@ -43,6 +45,9 @@ class LanguageModel(DecoderFunctions):
     tokenizer: Tokenizer
     fingerprint: str
     unread: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def load(source: str | os.PathLike | None = None, *, dtype: Any = "float32") -> LanguageModel:
@@ -179,7 +184,7 @@ def from_hub(name: str) -> Path:
     except Exception as error:  # network, permissions, unknown names: the package has dozens of kinds
         raise InputError(
             f"{name!r} is no local file or folder and cannot be fetched from the Hugging Face hub "
-            f"({short(error) or type(error).__name__})"
+            f"({one_line(error) or type(error).__name__})"
         ) from error
 
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 from fisher_jax._support.errors import InputError
-from fisher_jax.models.json_files import short
+from fisher_jax._support.printable import one_line
 
 __all__ = ["refusing_panics", "silence"]
 
@@ -23,7 +23,7 @@ def refusing_panics(what: str) -> Iterator[None]:
     except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:  # a panic derives from BaseException
-        raise InputError(f"{what} ({short(error)}); fetch its files again") from error
+        raise InputError(f"{what} ({one_line(error)}); fetch its files again") from error
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fisher_jax._support.errors import InputError, shown
-from fisher_jax.models.json_files import MOST_BYTES, parse_json, short, shown_path
+from fisher_jax._support.printable import one_line, printable
+from fisher_jax.models.json_files import MOST_BYTES, parse_json
 from fisher_jax.models.optional import optional
 
 __all__ = ["StoredTensor", "open_safetensors", "read_header"]
@@ -35,7 +36,7 @@ def open_safetensors(file: Path):
     try:
         return safetensors.safe_open(file, framework="np")
     except (safetensors.SafetensorError, OSError) as error:
-        raise damaged(file, short(error)) from error
+        raise damaged(file, one_line(error)) from error
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -58,8 +59,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 raise damaged(file, f"its header would take {length:,} bytes, and {MOST_BYTES:,} are possible")
             text = opened.read(length)
     except OSError as error:
-        raise InputError(f"{shown_path(file)} cannot be read ({error.strerror}); check the file") from error
-    header = parse_json(text, f"the header of {shown_path(file)}")
+        raise InputError(f"{printable(file)} cannot be read ({error.strerror}); check the file") from error
+    header = parse_json(text, f"the header of {printable(file)}")
     if not isinstance(header, dict):
         raise damaged(file, "its header is not an object")
     notes = header.pop("__metadata__", {})
@@ -99,4 +100,4 @@ def check_filled(file: Path, places: dict[str, tuple[int, int]], size: int) -> N
 
 
 def damaged(file: Path, why: str) -> InputError:
-    return InputError(f"{shown_path(file)} is cut off or damaged ({why}); fetch the file again")
+    return InputError(f"{printable(file)} is cut off or damaged ({why}); fetch the file again")

@@ -10,6 +10,7 @@ from jaxtyping import Array
 from fisher_jax._support.dtypes import wide
 from fisher_jax._support.jax_internals import is_traced
 from fisher_jax._support.masked import is_masked
+from fisher_jax._support.outline import outline
 from fisher_jax.uses import reading
 from fisher_jax.uses.group_sums import per_parameter
 from fisher_jax.uses.pruning import prune_mask
@@ -74,6 +75,9 @@ class ScaleByFisherState(NamedTuple):
     """
 
     factor: Tree
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def scale_by_fisher(fisher: Any, *, damping: float, power: float = 1.0) -> optax.GradientTransformationExtraArgs:
@@ -190,6 +194,9 @@ class ProtectState(NamedTuple):
     """
 
     free: Tree
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def protect_important(

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fisher_jax._support.outline import outline
 from fisher_jax.uses.multiplicity import holm, q_values
 from fisher_jax.welford.per_group import Observed, effective, observed, on_tree
 
@@ -26,6 +27,9 @@ class Decisions(NamedTuple):
     p: Tree
     adjusted: Tree
 
+    def __repr__(self) -> str:
+        return outline(self)
+
 
 class CautiousPruning(NamedTuple):
     """What `prune_below` keeps.
@@ -41,6 +45,9 @@ class CautiousPruning(NamedTuple):
     adjusted: Tree
     num_pruned: int
     num_unsure: int
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def decide(x: Any, threshold: float, *, level: float = 0.95, control: str = "holm", side: str = "both") -> Decisions:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from fisher_jax._support.dtypes import wide
+from fisher_jax._support.outline import outline
 from fisher_jax.uses import reading
 from fisher_jax.uses.group_sums import per_parameter
 from fisher_jax.uses.trees import check_alike, check_not_negative
@@ -39,6 +40,9 @@ class Overlap(NamedTuple):
     p: float
     sizes: tuple[int, int, int]
 
+    def __repr__(self) -> str:
+        return outline(self)
+
 
 class Conflict(NamedTuple):
     """How two directions meet where it matters; scalars, at least float32.
@@ -50,6 +54,9 @@ class Conflict(NamedTuple):
 
     cosine: Array
     opposed: Array
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def overlap(a: Any, b: Any, top_fraction: float = 0.1) -> Overlap:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from fisher_jax import welford
+from fisher_jax._support.outline import outline
 from fisher_jax.uses.multiplicity import q_values
 from fisher_jax.uses.trees import check_alike
 from fisher_jax.welford.per_group import Observed, as_state, effective, observed, on_tree
@@ -43,6 +44,9 @@ class Shift(NamedTuple):
     q: Tree
     testable: Tree
 
+    def __repr__(self) -> str:
+        return outline(self)
+
 
 class Drift(NamedTuple):
     """When each group changed most, and whether that is more than chance; trees of NumPy arrays.
@@ -64,6 +68,9 @@ class Drift(NamedTuple):
     p: Tree
     q: Tree
     testable: Tree
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def importance_shift(

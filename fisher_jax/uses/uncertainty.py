@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fisher_jax._support.outline import outline
 from fisher_jax.uses import reading
 from fisher_jax.welford.per_group import effective, observed, on_tree
 
@@ -26,6 +27,9 @@ class DataNeeded(NamedTuple):
 
     units: Tree
     tokens: Tree
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def signal_to_noise(x: Any) -> Tree:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from fisher_jax._support.outline import outline
+
 __all__ = ["FisherEstimator"]
 
 
@@ -23,3 +25,6 @@ class FisherEstimator(NamedTuple):
     update: Callable[..., Any]
     add: Callable[[Any, Any], Any] | None = None
     group_sizes: Callable[[Any], Any] | None = None
+
+    def __repr__(self) -> str:
+        return outline(self)

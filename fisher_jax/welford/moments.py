@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from fisher_jax._support import compensated, rejection
 from fisher_jax._support.dtypes import wide
+from fisher_jax._support.outline import outline
 from fisher_jax.batch.tokens import unit_ids, weigh
 
 __all__ = [
@@ -43,6 +44,9 @@ class Fragment:
     mean: Tree
     weight: Array
     unit_id: Array
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 @functools.partial(
@@ -88,6 +92,9 @@ class Moments:
     reasons: Array
     unit: str = "token"
     scale: int = 0
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def check_unit(unit: str) -> None:

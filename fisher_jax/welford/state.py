@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from fisher_jax._support import compensated
 from fisher_jax._support.dtypes import wide_dtype
+from fisher_jax._support.outline import outline
 from fisher_jax.welford.moments import Fragment, Moments, check_unit
 
 __all__ = ["State", "init", "plain", "state_in"]
@@ -56,6 +57,9 @@ class State:
     unit: str = "token"
     scale: int = 0
     errors: bool = True
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def init(like: Tree, *, unit: str = "token", scale: int = 0) -> State:

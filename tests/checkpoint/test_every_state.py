@@ -35,6 +35,10 @@ NOT_STATES = {
     "_support.jax_internals:Contraction",
     "_support.jax_internals:Lookup",
     "_support.jax_internals:Convolution",
+    "kronecker.options:Adaptive",
+    "kronecker.options:Curvature",
+    "kronecker.options:FixedRate",
+    "kronecker.options:Refresh",
     "kronecker.blocks.plan:Rules",
     "kronecker.blocks.problem:Problem",
     "kronecker.optimizer.quadratic:LocalModel",
@@ -164,6 +168,15 @@ def curvatures():
 @pytest.fixture(scope="module")
 def states():
     return {name: state for room in (states_of_moments, answers, spectra, curvatures) for name, state in room()}
+
+
+def test_every_state_has_a_short_repr(states):
+    """No page of numbers: the names, shapes and dtypes of its fields in one line."""
+    for name, state in states.items():
+        for found in state.values() if isinstance(state, dict) else (state,):
+            assert repr(found).startswith(f"{type(found).__name__}("), name
+            assert len(repr(found)) < 420, name
+            assert "\n" not in repr(found), name
 
 
 def bits(tree):

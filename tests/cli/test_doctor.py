@@ -17,11 +17,10 @@ import fisher_jax as fj
 from fisher_jax.cli.doctor import arithmetic, estimators
 from fisher_jax.cli.doctor import command as doctor
 from fisher_jax.cli.doctor.advice import advice
-from fisher_jax.cli.doctor.examination import examination, in_time, planned
+from fisher_jax.cli.doctor.examination import CHECKS, examination, in_time, planned
 from fisher_jax.cli.doctor.records import FAILED, RIGHT, WRONG, Check, examine
 from fisher_jax.cli.doctor.settings import DoctorSettings
 from fisher_jax.cli.doctor.subject import make_subject
-from fisher_jax.cli.doctor.table import CHECKS
 from fisher_jax.cli.main import main
 from fisher_jax.models import DecoderConfig
 

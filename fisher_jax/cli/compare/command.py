@@ -16,8 +16,6 @@ from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal, table
 from fisher_jax.models import load
 
-__all__ = ["run"]
-
 # Importance means another thing where one of these differs.
 _SHARED = ("--unit", "--row-length", "--dtype")
 

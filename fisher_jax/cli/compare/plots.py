@@ -10,8 +10,6 @@ from fisher_jax.cli.page.style import Theme, drawable, log_axis, panels
 from fisher_jax.cli.report import layer_plots
 from fisher_jax.cli.report.plots import UNIT, floor_of, label_points
 
-__all__ = ["changes_figure", "layers_figure", "rows_figure"]
-
 _LABELS = 6  # largest gains, surest gains, and as many losses of both
 
 

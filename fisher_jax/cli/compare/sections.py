@@ -12,8 +12,6 @@ from fisher_jax.cli.report.layers import MODEL, part_name
 from fisher_jax.cli.report.sections import KIND_NAMES
 from fisher_jax.cli.run.progress import duration
 
-__all__ = ["blocks", "lead", "notes", "title"]
-
 _SHOWN = 15  # gains in a table, and as many losses
 SUMS = (
     ("all attention", "layers/attention"),
@@ -110,26 +108,18 @@ def _of_kind(found: Compared, kind: str) -> list[Block]:
         picture(
             f"compare-rows-{kind}",
             f"Importance of every vocabulary row in {names[1]} against its importance in {names[0]}",
-            plots.rows_figure,
-            shift,
-            names,
-            found.vocabulary,
-            rate,
+            plots.rows_figure, shift, names, found.vocabulary, rate,
         ),
-    ]
+    ]  # fmt: skip
     if not len(gained) + len(lost):
         return parts
     parts.append(
         picture(
             f"compare-changes-{kind}",
             "The largest gains and losses with their importance in both texts and its intervals",
-            plots.changes_figure,
-            shift,
-            names,
-            found.vocabulary,
-            rate,
+            plots.changes_figure, shift, names, found.vocabulary, rate,
         )
-    )
+    )  # fmt: skip
     for word, rows in (("more", gained), ("less", lost)):
         if len(rows):
             caption = f"The largest of the {len(rows):,} that matter {word} in {names[1]}"
@@ -261,18 +251,13 @@ def _layers(found: Compared) -> list[Block]:
             "a layer with several tensors, attention heads, and sums over the model."
         ),
         picture(
-            "compare-layers",
-            f"Heat map of the Fisher information in {names[1]} over that in {names[0]}",
-            plots.layers_figure,
-            layers,
-            found.columns,
-            names,
-            rate,
+            "compare-layers", f"Heat map of the Fisher information in {names[1]} over that in {names[0]}",
+            plots.layers_figure, layers, found.columns, names, rate,
         ),
         Table("Sums over the layers", header, [_part(name, change, ()) for name, change in chosen]),
         Paragraph(f"{len(kernels):,} of {tested:,} kernels of an attention head differ at q < {rate:g}."),
         *([Table("Attention heads, the surest differences", header, heads)] if heads else []),
-    ]
+    ]  # fmt: skip
 
 
 def _part(name: str, change, index: tuple) -> list[str]:

@@ -9,8 +9,6 @@ from fisher_jax.cli.run import options
 from fisher_jax.cli.run.options import Settings, option
 from fisher_jax.cli.run.values import file_or_folder, fraction
 
-__all__ = ["KINDS", "CompareSettings"]
-
 KINDS = ("empirical", "true")
 
 

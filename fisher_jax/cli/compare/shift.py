@@ -14,8 +14,6 @@ from fisher_jax.models import LanguageModel
 from fisher_jax.uses.shift import MIN_EFFECTIVE
 from fisher_jax.welford.per_group import effective, observed
 
-__all__ = ["FEW", "NEVER", "TINY", "Change", "LayerShift", "RowShift", "Total", "layer_shift", "row_shift"]
-
 # Why a row is not tested.
 NEVER = "importance 0"
 TINY = "too small for its squares in float32"

@@ -12,8 +12,6 @@ from fisher_jax.cli.page.csv_text import csv_text
 from fisher_jax.cli.report.layers import part_name
 from fisher_jax.cli.report.task_state import Task
 
-__all__ = ["Compared", "layers_csv", "rows_csv"]
-
 
 @dataclass
 class Compared:

@@ -6,8 +6,6 @@ from fisher_jax.cli.doctor.arithmetic import REDUCED
 from fisher_jax.cli.doctor.records import FAILED, WRONG, Record
 from fisher_jax.cli.run.compiler import without_faulty_fusions
 
-__all__ = ["advice"]
-
 
 def advice(records: Sequence[Record], jaxlib: str, platform: str, xla_flags: str) -> list[str]:
     """Sentences, the most likely cause first; none where all is right.

@@ -6,12 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisher_jax.cli.doctor.records import WRONG, Check, Record
+from fisher_jax.cli.doctor.records import WRONG, Check, Leaves, Record
 from fisher_jax.cli.doctor.subject import Subject
 
-__all__ = ["CHECKS", "PRODUCTS", "REDUCED", "precision_of_products"]
-
-Leaves = dict[str, np.ndarray]
 _SIZE = 256
 PRODUCTS = "matrix products"
 

@@ -9,12 +9,8 @@ import numpy as np
 import fisher_jax as fj
 from fisher_jax.cli.doctor.estimators import statistics, summary
 from fisher_jax.cli.doctor.loops import by_path
-from fisher_jax.cli.doctor.records import Check
+from fisher_jax.cli.doctor.records import Check, Leaves
 from fisher_jax.cli.doctor.subject import Subject
-
-__all__ = ["CHECKS"]
-
-Leaves = dict[str, np.ndarray]
 
 
 def squared_scores(hidden: np.ndarray, table: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:

@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from fisher_jax._support.errors import InputError
-from fisher_jax._support.printable import printable, shortened
+from fisher_jax._support.printable import one_line, printable, shortened
 from fisher_jax.cli.doctor import facts
 from fisher_jax.cli.doctor.settings import DoctorSettings
 from fisher_jax.cli.run.compiler import without_faulty_fusions
 from fisher_jax.cli.run.stopping import EXIT_CODE, stop_if_requested
-
-__all__ = ["report", "run"]
 
 _WIDTH = 79
 _REST = 3.0  # seconds for what comes after the last check
@@ -39,7 +37,7 @@ def run(settings: DoctorSettings) -> int:
         about_jax = {**facts.jax_settings(), **facts.devices()}
     except Exception as problem:  # of any kind: a plugin, a driver, a setting that JAX does not know
         sentence = (
-            f"JAX does not start: {shortened(' '.join(str(problem).split()), 400)}; correct JAX_PLATFORMS and the "
+            f"JAX does not start: {one_line(problem, 400)}; correct JAX_PLATFORMS and the "
             "settings above, or install jax and jaxlib anew."
         )
         _say("\n" + _folded(printable(sentence), "", "  "))
@@ -69,8 +67,7 @@ def report(settings: DoctorSettings, found: dict[str, str], began: float, checks
     import jaxlib
 
     from fisher_jax.cli.doctor.advice import advice
-    from fisher_jax.cli.doctor.examination import examination, in_time, planned
-    from fisher_jax.cli.doctor.table import CHECKS
+    from fisher_jax.cli.doctor.examination import CHECKS, examination, in_time, planned
 
     chosen = [check for check in checks or CHECKS if check.quick or not settings.quick]
     dtypes = settings.dtypes or _dtypes(settings.quick)

@@ -8,12 +8,9 @@ import scipy.sparse.linalg
 
 import fisher_jax as fj
 from fisher_jax.cli.doctor.loops import by_path
-from fisher_jax.cli.doctor.records import Check
+from fisher_jax.cli.doctor.records import Check, Leaves
 from fisher_jax.cli.doctor.subject import Subject
 
-__all__ = ["CHECKS"]
-
-Leaves = dict[str, np.ndarray]
 _BLOCKS = r"attention_norm|\['k'\]"
 _DENSE_LIMIT = 1024  # parameters of a block above which the dense inverse is taken by its two factors
 _K = 3

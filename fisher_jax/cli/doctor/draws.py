@@ -13,8 +13,6 @@ import numpy as np
 
 import fisher_jax as fj
 
-__all__ = ["labels", "signs"]
-
 # Logits of float16 and bfloat16 models are off by less than this share of `1 + max |logit|`.
 _MARGIN = 2.0**-5
 

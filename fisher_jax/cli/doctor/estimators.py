@@ -10,12 +10,8 @@ import numpy as np
 
 import fisher_jax as fj
 from fisher_jax.cli.doctor.loops import by_path
-from fisher_jax.cli.doctor.records import Check
+from fisher_jax.cli.doctor.records import Check, Leaves
 from fisher_jax.cli.doctor.subject import Subject
-
-__all__ = ["CHECKS", "statistics", "summary"]
-
-Leaves = dict[str, np.ndarray]
 
 
 def statistics(fisher: fj.FisherEstimator, params: Any, batch: fj.Batch, key: Any, errors: bool) -> Leaves:

@@ -7,12 +7,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from fisher_jax.cli.doctor import arithmetic, closed_form, curvature, estimators, storage
 from fisher_jax.cli.doctor.arithmetic import PRODUCTS, REDUCED, precision_of_products
 from fisher_jax.cli.doctor.records import NOT_RUN, WRONG, Check, Record, examine
 from fisher_jax.cli.doctor.subject import Subject, make_subject
 
-__all__ = ["THREAD", "examination", "in_time", "planned"]
-
+# In the order in which they run.
+CHECKS = (*arithmetic.CHECKS, *estimators.CHECKS, *closed_form.CHECKS, *curvature.CHECKS, *storage.CHECKS)
 THREAD = "checks of fisher-jax doctor"
 _TICK = 0.1  # seconds between two looks at the clock, which Ctrl-C waits for as well
 _NAN = float("nan")

@@ -9,8 +9,6 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["devices", "environment", "host", "jax_settings", "packages"]
-
 _PACKAGES = ("fisher-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "ml_dtypes")
 _VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_")
 _NAMES = ("NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "FISHER_JAX_CACHE")

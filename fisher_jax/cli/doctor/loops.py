@@ -15,8 +15,6 @@ import numpy as np
 import fisher_jax as fj
 from fisher_jax.cli.doctor import draws
 
-__all__ = ["Loops", "RowTaps", "by_path"]
-
 Leaves = dict[str, np.ndarray]
 
 

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["BROKEN", "FAILED", "NOT_RUN", "RIGHT", "WRONG", "Check", "Record", "examine", "relative_error"]
-
 RIGHT, WRONG, FAILED, NOT_RUN = "right", "WRONG", "FAILED", "not run"
 BROKEN = (WRONG, FAILED)
 

@@ -9,8 +9,6 @@ from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.options import Settings, option
 from fisher_jax.cli.run.values import file, seconds
 
-__all__ = ["DTYPES", "DoctorSettings"]
-
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

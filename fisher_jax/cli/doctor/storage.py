@@ -8,12 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import fisher_jax as fj
-from fisher_jax.cli.doctor.records import Check
+from fisher_jax.cli.doctor.records import Check, Leaves
 from fisher_jax.cli.doctor.subject import Subject
-
-__all__ = ["CHECKS"]
-
-Leaves = dict[str, np.ndarray]
 
 
 def _state(subject: Subject) -> dict:

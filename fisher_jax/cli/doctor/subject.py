@@ -13,8 +13,6 @@ from fisher_jax.cli.doctor.loops import Loops
 from fisher_jax.models import DecoderConfig, from_config
 from fisher_jax.models.functions import DecoderFunctions, abstract_params
 
-__all__ = ["CONFIG", "Subject", "make_subject"]
-
 ROWS, LENGTH = 32, 32
 SCORED = slice(15, None, 16)  # positions of the tokens that have a loss where each takes a backward pass
 CONFIG = DecoderConfig(

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,27 +27,36 @@ from fisher_jax.models.origin import Origin, read_origin
 from fisher_jax.text.bits_per_byte import Loss, bits_per_byte, difference, measure_in_pieces
 from fisher_jax.text.held_out import held_out
 
-__all__ = ["run"]
-
 TITLES = {"fisher": "Fisher information", "uniform": "equal weights", "magnitude": "magnitude"}
+
+
+class Sources(NamedTuple):
+    """What is merged, and what it is measured on."""
+
+    settings: MergeSettings
+    models: list[LanguageModel]
+    base: LanguageModel | None
+    texts: dict[str, list[str]]  # documents by the name of a text
 
 
 def run(settings: MergeSettings) -> int:
     """Merges, writes, loads what was written and measures it; the exit code."""
     console = Terminal()
     with run_folder(settings.out, interrupted=lambda: "interrupted; no model was written."):
-        loaded = [read(console, source) for source in settings.models]
+        models = [read(console, source) for source in settings.models]
         base = None if settings.base is None else read(console, settings.base, " (base)")
-        for other in [*loaded[1:], *([] if base is None else [base])]:
-            check_same(loaded[0], other)
+        for other in [*models[1:], *([] if base is None else [base])]:
+            check_same(models[0], other)
         origin = read_origin(settings.models[0])
-        check_can_be_written(loaded[0].config, origin)
-        texts = {default_task(sources): texts_of(settings, loaded[0], sources) for sources in settings.text}
-        facts = made_from(settings, loaded, base, texts)
+        check_can_be_written(models[0].config, origin)
+        amount = settings.split_documents, settings.documents, settings.characters
+        texts = {default_task(text): held_out(models[0], text, *amount) for text in settings.text}
+        sources = Sources(settings, models, base, texts)
+        facts = made_from(sources)
         earlier = read_result(settings.out, "merge.json", facts, settings.overwrite)
         if earlier is None:
             with model_folder(settings.out) as incoming:
-                merge_and_measure(settings, console, incoming, loaded, base, origin, texts, facts)
+                merge_and_measure(sources, console, incoming, origin, facts)
     if earlier is not None:
         if texts:
             console.print(table_of(earlier["bits_per_byte"]))
@@ -56,14 +65,13 @@ def run(settings: MergeSettings) -> int:
     return 0
 
 
-def made_from(
-    settings: MergeSettings, loaded: Sequence[LanguageModel], base: LanguageModel | None, texts: dict[str, list[str]]
-) -> dict[str, Any]:
+def made_from(sources: Sources) -> dict[str, Any]:
     """What decides the result, by the names of a refusal."""
+    settings, models, base, texts = sources
     return {
         **settings.fixed(),
         "--weights": list(settings.weights),  # as JSON gives it back
-        "--models": [model.fingerprint for model in loaded],
+        "--models": [model.fingerprint for model in models],
         "--base": None if base is None else base.fingerprint,
         "--states": states_digest(settings.states),
         "the text": digest(texts),
@@ -71,26 +79,19 @@ def made_from(
 
 
 def merge_and_measure(
-    settings: MergeSettings,
-    console: Terminal,
-    incoming: Path,
-    loaded: Sequence[LanguageModel],
-    base: LanguageModel | None,
-    origin: Origin,
-    texts: dict[str, list[str]],
-    facts: dict[str, Any],
-) -> None:
-    fishers = weights_of(settings, console, loaded, base)
-    merged = merge(settings, loaded, base, fishers)
+    sources: Sources, console: Terminal, incoming: Path, origin: Origin, facts: dict[str, Any]
+) -> None:  # fmt: skip
+    settings, models = sources.settings, sources.models
+    merged = merge(sources, weights_of(sources, console))
     params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), merged)
-    save_model(incoming, loaded[0].config, params, loaded[0].tokenizer, origin)
+    save_model(incoming, models[0].config, params, models[0].tokenizer, origin)
     console.say("merged", f"in {settings.dtype}")
     content = {
-        "models": {source: model.fingerprint for source, model in zip(settings.models, loaded, strict=True)},
+        "models": {source: model.fingerprint for source, model in zip(settings.models, models, strict=True)},
         **{name: getattr(settings, name) for name in ("states", "base", "by", "weights", "floor", "scale")},
     }
-    if texts:
-        content["bits_per_byte"] = evaluate(settings, console, incoming, loaded, base, texts)
+    if sources.texts:
+        content["bits_per_byte"] = evaluate(sources, console, incoming)
     write_result(incoming / "merge.json", content, facts)
 
 
@@ -121,17 +122,16 @@ def check_same(first: LanguageModel, other: LanguageModel) -> None:
                 )
 
 
-def weights_of(
-    settings: MergeSettings, console: Terminal, loaded: Sequence[LanguageModel], base: LanguageModel | None
-) -> list[Any]:
+def weights_of(sources: Sources, console: Terminal) -> list[Any]:
     """A tree for each model: what its parameters weigh."""
+    settings, models, base, _ = sources
     console.say("weights", TITLES[settings.by])
     if settings.by == "uniform":
-        return [equal(model.params) for model in loaded]
+        return [equal(model.params) for model in models]
     if settings.by == "magnitude":
-        start = jax.tree.map(jnp.zeros_like, loaded[0].params) if base is None else base.params
-        return [jax.tree.map(lambda x, y: jnp.abs(x - y), model.params, start) for model in loaded]
-    found = read_weights(settings.states, loaded)
+        start = jax.tree.map(jnp.zeros_like, models[0].params) if base is None else base.params
+        return [jax.tree.map(lambda x, y: jnp.abs(x - y), model.params, start) for model in models]
+    found = read_weights(settings.states, models)
     for source, weights in zip(settings.states, found, strict=True):
         console.print(f"  {source}: {weights.words}; each parameter weighs as the mean of its group")
     return [weights.values for weights in found]
@@ -141,11 +141,9 @@ def equal(params: Any) -> Any:
     return jax.tree.map(lambda x: jnp.ones((1,) * x.ndim), params)
 
 
-def merge(
-    settings: MergeSettings, loaded: Sequence[LanguageModel], base: LanguageModel | None, fishers: Sequence[Any]
-) -> Any:
+def merge(sources: Sources, fishers: Sequence[Any]) -> Any:
     """Merged parameters, in float32."""
-    params = [model.params for model in loaded]
+    settings, base, params = sources.settings, sources.base, [model.params for model in sources.models]
     scales = list(settings.weights) or None
     if base is None:
         return fj.merge_params(params, fishers, scales=scales, floor=settings.floor)
@@ -154,19 +152,9 @@ def merge(
     )
 
 
-def texts_of(settings: MergeSettings, model: LanguageModel, sources: Sequence[str]) -> list[str]:
-    return held_out(model, sources, settings.split_documents, settings.documents, settings.characters)
-
-
-def evaluate(
-    settings: MergeSettings,
-    console: Terminal,
-    folder: Path,
-    loaded: Sequence[LanguageModel],
-    base: LanguageModel | None,
-    texts: dict[str, list[str]],
-) -> dict[str, dict[str, float]]:
+def evaluate(sources: Sources, console: Terminal, folder: Path) -> dict[str, dict[str, float]]:
     """{model: {text: bits per byte}}, printed as a table with the differences that matter."""
+    settings, loaded, base, texts = sources
     number = sum(map(len, texts.values()))
     console.say("loss", f"{number} held-out documents of {' and '.join(texts)}")
     written = load(folder, dtype=settings.dtype)

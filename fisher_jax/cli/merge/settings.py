@@ -10,8 +10,6 @@ from fisher_jax.cli.run.options import Settings, option, refuse_model_there
 from fisher_jax.cli.run.texts import text_source
 from fisher_jax.cli.run.values import file_or_folder, finite, not_negative
 
-__all__ = ["MergeSettings"]
-
 WAYS = ("fisher", "uniform", "magnitude")
 
 

@@ -20,8 +20,6 @@ from fisher_jax.models import LanguageModel
 from fisher_jax.models.layout import flatten, unflatten
 from fisher_jax.uses.trees import check_not_negative
 
-__all__ = ["Weights", "read_weights", "states_digest"]
-
 
 class Weights(NamedTuple):
     """Fisher information of one model."""

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-__all__ = ["Block", "Contents", "Heading", "Paragraph", "Picture", "Table"]
-
 
 class Heading(NamedTuple):
     """A section title; level 1 begins a part of the page, which `Contents` can lead to by its anchor."""

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 
 from fisher_jax._support.printable import quoted
 
-__all__ = ["csv_text"]
-
 TOKEN = "token"  # the column of tokens, all of them JSON strings
 
 

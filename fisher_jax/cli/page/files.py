@@ -9,8 +9,6 @@ from fisher_jax.cli.page import html, markdown
 from fisher_jax.cli.page.blocks import Block, Picture
 from fisher_jax.cli.run.folder import read_plain, write_atomically
 
-__all__ = ["page_is_current", "remove_pages", "write_pages"]
-
 
 def write_pages(
     out: Path,

@@ -8,8 +8,6 @@ from html.parser import HTMLParser
 from fisher_jax._support.printable import printable
 from fisher_jax.cli.page.blocks import Block, Contents, Heading, Paragraph, Picture, Table
 
-__all__ = ["HEAD_LENGTH", "read_facts", "render"]
-
 # Characters in which the facts of a page are: they stand before its style.
 HEAD_LENGTH = 2**16
 

@@ -3,8 +3,6 @@
 from fisher_jax._support.printable import printable
 from fisher_jax.cli.page.blocks import Block, Contents, Heading, Paragraph, Picture, Table
 
-__all__ = ["render"]
-
 _SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_[]<>|#$~&"})
 
 

@@ -11,16 +11,12 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
 
 from fisher_jax.cli.page.blocks import Picture
-
-__all__ = [
-    "WIDTH", "Theme", "drawable", "log_axis", "log_ticks", "panels", "percent_axis", "picture", "spread",
-    "theme_context",
-]  # fmt: skip
 
 
 class Theme(NamedTuple):
@@ -132,10 +128,7 @@ def log_axis(axes: Axes, which: str, low: float, high: float, *, compact: bool =
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
-    ticks = log_ticks(low, high, compact=compact)
-    axis.set_major_locator(FixedLocator(list(ticks)))
-    axis.set_major_formatter(FixedFormatter(list(ticks.values())))
-    axis.set_minor_locator(NullLocator())
+    _fix_ticks(axis, log_ticks(low, high, compact=compact))
 
 
 def log_ticks(low: float, high: float, *, compact: bool = False, most: int = 8) -> dict[float, str]:
@@ -157,6 +150,25 @@ def _tick_text(factor: int, exponent: int, plain: bool) -> str:
         return f"{factor * 10 ** (exponent % 3)}{'kM'[exponent // 3 - 1]}"
     power = "10" + str(exponent).translate(_SUPERSCRIPTS)
     return power if factor == 1 else f"{factor}·{power}"
+
+
+def colour_bar(
+    figure: Figure, axes: Axes | list[Axes], scale: ScalarMappable, label: str, ticks: dict[float, str],
+    **options: Any,
+) -> Axes:  # fmt: skip
+    """A bar below the axes that tells what the colours stand for; its own axes."""
+    bar = figure.colorbar(scale, ax=axes, orientation="horizontal", pad=0.02, **options)
+    _fix_ticks(bar.ax.xaxis, ticks)
+    bar.ax.tick_params(labelsize=8.5)
+    bar.set_label(label, fontsize=9.5)
+    bar.outline.set_linewidth(0)  # type: ignore[operator]
+    return bar.ax
+
+
+def _fix_ticks(axis: Any, ticks: dict[float, str]) -> None:
+    axis.set_major_locator(FixedLocator(list(ticks)))
+    axis.set_major_formatter(FixedFormatter(list(ticks.values())))
+    axis.set_minor_locator(NullLocator())
 
 
 def percent_axis(axes: Axes, which: str, ticks: Sequence[float]) -> None:

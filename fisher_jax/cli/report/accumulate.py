@@ -18,8 +18,6 @@ from fisher_jax.cli.run.progress import StreamProgress
 from fisher_jax.models import LanguageModel
 from fisher_jax.text.packing import Rows
 
-__all__ = ["accumulate", "hidden_and_targets"]
-
 
 def accumulate(
     model: LanguageModel,

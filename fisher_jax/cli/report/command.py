@@ -1,10 +1,9 @@
 """`fisher-jax report` from start to end."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from rich.text import Text
 
 import fisher_jax as fj
 from fisher_jax.cli.report.accumulate import accumulate, hidden_and_targets
@@ -14,7 +13,7 @@ from fisher_jax.cli.report.layers import columns, read_layers
 from fisher_jax.cli.report.orderings import orderings
 from fisher_jax.cli.report.parts import Part
 from fisher_jax.cli.report.pruning import PruningResult, prune
-from fisher_jax.cli.report.settings import ReportSettings
+from fisher_jax.cli.report.settings import KINDS, ReportSettings
 from fisher_jax.cli.report.store import ReportStore, TaskProgress
 from fisher_jax.cli.report.summary import summary, told_again
 from fisher_jax.cli.report.writing import ReportFolder
@@ -25,14 +24,20 @@ from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal
 from fisher_jax.models import LanguageModel, load
 from fisher_jax.text.corpora import describe_sources, documents
-from fisher_jax.text.packing import Packed, Rows, longest_document, pack
-
-__all__ = ["run"]
+from fisher_jax.text.packing import Packed, longest_document, pack
 
 OTHER_KIND = {"empirical": "true", "true": "empirical"}
 # One Welford state in float32 per row or entry, with its corrections, twice on disk while it is replaced.
 _STATE_BYTES = 2 * 40
 _REPORT_BYTES = 20 * 2**20
+
+
+class Reading(NamedTuple):
+    """A model, and the text that it reads."""
+
+    settings: ReportSettings
+    model: LanguageModel
+    packed: Packed
 
 
 def run(settings: ReportSettings) -> int:
@@ -74,9 +79,10 @@ def _measure_and_write(settings: ReportSettings, console: Terminal, store: Repor
     state = store.restore()[settings.task] if progress.batches_done else None
     if settings.overwrite and settings.task in store.runs:
         ReportFolder(settings, model, store, store.restore()).drop()
-    arrays = _stream(console, settings, model, packed.stream, store, progress, state)
+    reading = Reading(settings, model, packed)
+    arrays = _stream(console, reading, store, progress, state)
     folder = ReportFolder(settings, model, store, {**store.restore(), settings.task: arrays})
-    found = folder.part() or _findings(console, settings, model, packed, progress, arrays)
+    found = folder.part() or _findings(console, reading, progress, arrays)
     if not folder.is_current():
         with console.stage("report", "pictures and tables"):
             folder.write(found if isinstance(found, Findings) else None)
@@ -117,24 +123,15 @@ def _pack(settings: ReportSettings, model: LanguageModel) -> Packed:
 def _warn_about_intervals(console: Terminal, settings: ReportSettings, packed: Packed) -> None:
     if settings.unit == "document" and len(packed.stream.names) < 2:
         console.print(
-            Text.assemble(
-                "  ",
-                ("note", "yellow"),
-                ": one document gives no intervals; give more files, --split-documents blank-line, or --unit "
-                "sequence",
-            )
+            "  note: one document gives no intervals; give more files, --split-documents blank-line, or --unit "
+            "sequence"
         )
 
 
 def _stream(
-    console: Terminal,
-    settings: ReportSettings,
-    model: LanguageModel,
-    rows: Rows,
-    store: ReportStore,
-    progress: TaskProgress,
-    state: dict[str, Any] | None,
+    console: Terminal, reading: Reading, store: ReportStore, progress: TaskProgress, state: dict[str, Any] | None
 ) -> dict[str, Any]:
+    settings, rows = reading.settings, reading.packed.stream
     if progress.finished and state is not None:
         return state
     verb = f"going on after batch {progress.batches_done} of" if progress.batches_done else "in"
@@ -148,24 +145,20 @@ def _stream(
         console.stage("stream", f"Fisher information of {whose}, {verb} {progress.num_batches} batches"),
         StreamProgress(console, rows.num_targets, progress.tokens) as display,
     ):
-        return accumulate(model, rows, settings, store, progress, state, display)
+        return accumulate(reading.model, rows, settings, store, progress, state, display)
 
 
 def _findings(
-    console: Terminal,
-    settings: ReportSettings,
-    model: LanguageModel,
-    packed: Packed,
-    progress: TaskProgress,
-    arrays: dict[str, Any],
-) -> Findings:
+    console: Terminal, reading: Reading, progress: TaskProgress, arrays: dict[str, Any]
+) -> Findings:  # fmt: skip
+    settings, model, packed = reading
     main = importance(arrays, settings.kind, settings.level)
     other = importance(arrays, OTHER_KIND[settings.kind], settings.level)
     by_entry = np.asarray(fj.welford.mean(arrays["param"])) if "param" in arrays else None
     pruning = None
     if len(packed.held_out.lengths):
         with console.stage("pruning", f"loss on {packed.held_out.num_targets:,} held-out tokens"):
-            pruning = _prune(settings, model, packed.held_out, arrays, by_entry)
+            pruning = _prune(reading, arrays, by_entry)
     return Findings(
         settings=settings,
         model_name=model.name,
@@ -184,33 +177,16 @@ def _findings(
     )
 
 
-def _prune(
-    settings: ReportSettings,
-    model: LanguageModel,
-    held_out: Rows,
-    arrays: dict[str, Any],
-    by_entry: np.ndarray | None,
-) -> PruningResult:
-    hidden, targets, numbers = hidden_and_targets(model, held_out, settings.batch_size)
+def _prune(reading: Reading, arrays: dict[str, Any], by_entry: np.ndarray | None) -> PruningResult:
+    settings, model, packed = reading
+    held_out = hidden_and_targets(model, packed.held_out, settings.batch_size)
     head, bias = model.head(model.params), model.head_bias(model.params)
     weights = np.asarray(head, np.float32)
     saliency = None
     if by_entry is not None:
         saliency = 0.5 * np.einsum("vd,vd,vd->v", by_entry, weights, weights, dtype=np.float64)
-    ranked = orderings(
-        np.asarray(fj.welford.mean(arrays["empirical"])),
-        np.asarray(fj.welford.mean(arrays["true"])),
-        weights,
-        np.asarray(arrays["counts"]),
-        saliency=saliency,
-        seed=settings.seed,
-    )
-    return prune(
-        hidden,
-        targets,
-        numbers,
-        head,
-        ranked,
-        bias=None if bias is None else np.asarray(bias, np.float32),
-        soft_cap=model.config.logit_soft_cap,
-    )
+    empirical, true = (np.asarray(fj.welford.mean(arrays[kind])) for kind in KINDS)
+    counts = np.asarray(arrays["counts"])
+    ranked = orderings(empirical, true, weights, counts, saliency=saliency, seed=settings.seed)
+    shift = None if bias is None else np.asarray(bias, np.float32)
+    return prune(*held_out, head, ranked, bias=shift, soft_cap=model.config.logit_soft_cap)

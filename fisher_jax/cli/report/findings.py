@@ -12,8 +12,6 @@ from fisher_jax.cli.report.pruning import Curve, PruningResult
 from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.text.packing import Packed
 
-__all__ = ["Findings", "lead", "title", "verdict", "where"]
-
 
 @dataclass
 class Findings:

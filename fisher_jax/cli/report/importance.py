@@ -7,8 +7,6 @@ import numpy as np
 
 from fisher_jax.cli.page.csv_text import csv_text
 
-__all__ = ["Comparison", "Importance", "compare", "importance", "importance_csv", "outliers"]
-
 
 class Importance(NamedTuple):
     """Per-token Fisher of every vocabulary row; intervals are NaN with fewer than two units."""

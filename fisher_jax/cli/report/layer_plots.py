@@ -6,12 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from fisher_jax.cli.page.style import Theme, drawable, log_axis, log_ticks, panels
+from fisher_jax.cli.page.style import Theme, colour_bar, drawable, log_axis, log_ticks, panels
 from fisher_jax.cli.report.layers import Layers, Measured, part_name
-
-__all__ = ["heads_figure", "model_figure", "ratio_figure", "totals_figure"]
 
 TOTAL = "Fisher information per token"
 AVERAGE = "Fisher information\nper token and parameter"
@@ -172,23 +169,11 @@ class _Scale:
         axes.grid(visible=False)
 
     def bar(self, figure: Figure, axes: Axes | list[Axes], label: str, ticks: dict[float, str] | None = None) -> None:
-        scale = ScalarMappable(self.norm, self.colours)
-        bar = figure.colorbar(
-            scale,
-            ax=axes,
-            orientation="horizontal",
-            extend=self.extend,
-            aspect=48 if isinstance(axes, list) else 22,
-            pad=0.02,
-        )
         low, high = float(self.norm.vmin or 0), float(self.norm.vmax or 1)
-        ticks = ticks if ticks is not None else log_ticks(low, high, most=6)
-        bar.ax.xaxis.set_major_locator(FixedLocator(list(ticks)))
-        bar.ax.xaxis.set_major_formatter(FixedFormatter(list(ticks.values())))
-        bar.ax.xaxis.set_minor_locator(NullLocator())
-        bar.ax.tick_params(labelsize=8.5)
-        bar.set_label(label, fontsize=9.5)
-        bar.outline.set_linewidth(0)  # type: ignore[operator]
+        ticks = log_ticks(low, high, most=6) if ticks is None else ticks
+        aspect = 48 if isinstance(axes, list) else 22
+        scale = ScalarMappable(self.norm, self.colours)
+        colour_bar(figure, axes, scale, label, ticks, extend=self.extend, aspect=aspect)
 
 
 def _height(rows: int) -> float:

@@ -8,8 +8,6 @@ from fisher_jax.cli.report import layer_plots
 from fisher_jax.cli.report.findings import Findings
 from fisher_jax.cli.report.layers import MODEL, Layers, Measured, part_name
 
-__all__ = ["layer_blocks"]
-
 _FIRST = ("embedding", "positions")
 
 
@@ -25,11 +23,7 @@ def layer_blocks(found: Findings) -> list[Block]:
         picture(
             "layers-model",
             "Heat maps of the Fisher information of every part of every layer, in total and per parameter",
-            layer_plots.model_figure,
-            layers,
-            found.columns,
-            above,
-            below,
+            layer_plots.model_figure, layers, found.columns, above, below,
         ),
         Paragraph(_how(found, layers)),
         _table(found, layers, above, below),
@@ -39,22 +33,17 @@ def layer_blocks(found: Findings) -> list[Block]:
             "its MLP; below, the same per parameter."
         ),
         picture(
-            "layers-totals",
-            "Fisher information of every layer, its attention and its MLP, with intervals",
-            layer_plots.totals_figure,
-            layers,
-            level,
+            "layers-totals", "Fisher information of every layer, its attention and its MLP, with intervals",
+            layer_plots.totals_figure, layers, level,
         ),
         Heading("Attention heads"),
         Paragraph(_heads(layers)),
         picture(
-            "layers-heads",
-            "Heat maps of the Fisher information of every attention head of every layer",
-            layer_plots.heads_figure,
-            layers,
+            "layers-heads", "Heat maps of the Fisher information of every attention head of every layer",
+            layer_plots.heads_figure, layers,
         ),
         Paragraph("All numbers with their intervals are in layers.csv."),
-    ]
+    ]  # fmt: skip
 
 
 def _outside(layers: Layers, first: bool) -> list[str]:

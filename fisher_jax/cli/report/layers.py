@@ -13,11 +13,6 @@ from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.models import DecoderConfig, LanguageModel
 from fisher_jax.welford.estimator import FisherEstimator
 
-__all__ = [
-    "MODEL", "Layers", "Measured", "columns", "layer_estimator", "layers_csv", "on_parts", "part_name", "part_sizes",
-    "read_layers", "several",
-]  # fmt: skip
-
 ESTIMATORS = {"empirical": "signs", "true": "sampled"}
 MODEL = "model"  # the name of the sum over all parameters
 _LEAVES = ("kernel", "scale", "bias")

@@ -4,8 +4,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["SHARES", "Ordering", "orderings", "prune_levels"]
-
+# By option of fisher-jax trim.
+NAMES = {
+    "empirical": "Group Fisher, empirical",
+    "true": "Group Fisher, exact true",
+    "saliency": "saliency ½·F·w²",
+    "magnitude": "weight magnitude",
+    "frequency": "corpus frequency",
+}
 # Shares of the vocabulary rows that are pruned, in the pictures and tables.
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -36,15 +42,9 @@ def orderings(
     squares = np.sum(np.square(head, dtype=np.float64), axis=1)
     if saliency is None:
         saliency = 0.5 * np.asarray(empirical, np.float64) * squares / width
-    scores = {
-        "Group Fisher, empirical": empirical,
-        "Group Fisher, exact true": true,
-        "saliency ½·F·w²": saliency,
-        "weight magnitude": np.sqrt(squares),
-        "corpus frequency": counts,
-    }
+    scores = zip(NAMES.values(), (empirical, true, saliency, np.sqrt(squares), counts), strict=True)
     generator = np.random.default_rng(seed)
-    ranked = [Ordering(name, _ascending(np.asarray(score), generator)[None]) for name, score in scores.items()]
+    ranked = [Ordering(name, _ascending(np.asarray(score), generator)[None]) for name, score in scores]
     random = np.stack([generator.permutation(len(counts)) for _ in range(random_repetitions)])
     return [*ranked, Ordering("random", random)]
 

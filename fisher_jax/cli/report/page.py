@@ -9,8 +9,6 @@ from fisher_jax.cli.report.parts import Part, PartStore, file_name
 from fisher_jax.cli.run.choice_error import listed
 from fisher_jax.cli.run.json_files import digest
 
-__all__ = ["FIGURES", "TABLES", "page_of", "remove_report", "report_is_current", "write_report"]
-
 TABLES = ("importance.csv", "layers.csv")
 FIGURES = ("tasks/",)
 _PAIRS = "side-by-side"

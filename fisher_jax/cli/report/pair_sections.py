@@ -8,8 +8,6 @@ from fisher_jax.cli.report import layer_plots, plots
 from fisher_jax.cli.report.importance import Comparison, Importance
 from fisher_jax.cli.report.layers import Layers
 
-__all__ = ["Pair", "pair_blocks", "pair_line", "pair_title"]
-
 
 class Pair(NamedTuple):
     """A task beside one that was measured before it."""
@@ -51,15 +49,10 @@ def pair_blocks(pair: Pair) -> list[Block]:
             left=2,
         ),
         picture(
-            "importance",
-            f"Importance in {task} against importance in {other}",
-            plots.comparison_figure,
-            comparison,
-            pair.here,
-            pair.there,
-            pair.vocabulary,
+            "importance", f"Importance in {task} against importance in {other}",
+            plots.comparison_figure, comparison, pair.here, pair.there, pair.vocabulary,
         ),
-    ]
+    ]  # fmt: skip
     if pair.layers is not None:
         here, there = pair.layers
         blocks += [
@@ -68,14 +61,8 @@ def pair_blocks(pair: Pair) -> list[Block]:
                 "where it has less."
             ),
             picture(
-                "layers",
-                f"Heat map of the Fisher information in {task} over that in {other}",
-                layer_plots.ratio_figure,
-                here,
-                there,
-                pair.columns,
-                task,
-                other,
+                "layers", f"Heat map of the Fisher information in {task} over that in {other}",
+                layer_plots.ratio_figure, here, there, pair.columns, task, other,
             ),
-        ]
+        ]  # fmt: skip
     return blocks

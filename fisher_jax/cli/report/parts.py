@@ -15,8 +15,6 @@ from fisher_jax.cli.page.blocks import Block, Heading, Paragraph, Picture, Table
 from fisher_jax.cli.report.store import TaskProgress
 from fisher_jax.cli.run.json_files import digest, read_sealed, write_sealed
 
-__all__ = ["Part", "PartStore", "file_name"]
-
 _BLOCKS = {"heading": Heading, "paragraph": Paragraph, "table": Table, "picture": Picture}
 _PLAIN = re.compile(r"[a-z0-9]+(?:[._+-][a-z0-9]+)*")
 _LONGEST = 60

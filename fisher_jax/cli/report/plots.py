@@ -11,11 +11,6 @@ from matplotlib.transforms import Bbox
 from fisher_jax.cli.page.style import Theme, drawable, log_axis, panels
 from fisher_jax.cli.report.importance import Comparison, Importance, outliers
 
-__all__ = [
-    "UNIT", "columns_figure", "comparison_figure", "dots_figure", "floor_of", "frequency_figure",
-    "label_points", "rank_figure",
-]  # fmt: skip
-
 UNIT = "Fisher information per token"
 
 

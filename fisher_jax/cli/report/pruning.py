@@ -18,8 +18,6 @@ import numpy as np
 
 from fisher_jax.cli.report.orderings import SHARES, Ordering, prune_levels
 
-__all__ = ["Curve", "PruningResult", "prune"]
-
 # exp(logit - (largest - 60)): 60 + log(V) stays below float32's 88, and 147 nats below the largest stay above zero.
 _HEADROOM = 60.0
 

@@ -8,8 +8,6 @@ from matplotlib.figure import Figure
 from fisher_jax.cli.page.style import Theme, log_axis, panels, percent_axis, spread
 from fisher_jax.cli.report.pruning import Curve, PruningResult
 
-__all__ = ["removed_figure", "zeroed_figure"]
-
 _SHORT_NAMES = {
     "Group Fisher, empirical": "Fisher, empirical",
     "Group Fisher, exact true": "Fisher, exact true",

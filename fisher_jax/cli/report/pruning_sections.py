@@ -8,8 +8,6 @@ from fisher_jax.cli.report import pruning_plots
 from fisher_jax.cli.report.findings import Findings
 from fisher_jax.cli.report.pruning import PruningResult
 
-__all__ = ["pruning_blocks"]
-
 _TABLE_SHARES = (0.2, 0.5, 0.8, 0.95)
 
 
@@ -22,10 +20,8 @@ def pruning_blocks(found: Findings) -> list[Block]:
         Heading("What pruning costs"),
         Paragraph(_how(found, result)),
         picture(
-            "pruning-zeroed",
-            "Held-out loss against the share of vocabulary rows set to zero",
-            pruning_plots.zeroed_figure,
-            result,
+            "pruning-zeroed", "Held-out loss against the share of vocabulary rows set to zero",
+            pruning_plots.zeroed_figure, result,
         ),
         Paragraph(
             "A row set to zero is what a pruning mask gives: its logit becomes 0, which is not the same as "
@@ -34,10 +30,8 @@ def pruning_blocks(found: Findings) -> list[Block]:
         ),
         _loss_table(result),
         picture(
-            "pruning-removed",
-            "Loss on kept targets, and share of targets kept, against the share of rows removed",
-            pruning_plots.removed_figure,
-            result,
+            "pruning-removed", "Loss on kept targets, and share of targets kept, against the share of rows removed",
+            pruning_plots.removed_figure, result,
         ),
         Paragraph(
             "With the logit at minus infinity the vocabulary is really smaller. The loss is then over the targets "
@@ -45,7 +39,7 @@ def pruning_blocks(found: Findings) -> list[Block]:
             "together with the share of targets that can still be said. A good order keeps the targets."
         ),
         _kept_table(result),
-    ]
+    ]  # fmt: skip
 
 
 def _how(found: Findings, result: PruningResult) -> str:

@@ -12,8 +12,6 @@ from fisher_jax.cli.report.pruning_sections import pruning_blocks
 from fisher_jax.cli.run.progress import duration
 from fisher_jax.text.corpora import describe_sources
 
-__all__ = ["blocks"]
-
 KIND_NAMES = {"empirical": "empirical Fisher", "true": "exact true Fisher"}
 FREQUENT = 20
 
@@ -57,16 +55,10 @@ def _ranks(found: Findings) -> list[Block]:
             "tokens, as probable as the model finds them, with no sampling."
         ),
         picture(
-            "importance-by-rank",
-            "Importance of every vocabulary row, sorted, on logarithmic axes with its interval",
-            plots.rank_figure,
-            found.main,
-            found.other,
-            found.vocabulary,
-            s.kind,
-            s.level,
+            "importance-by-rank", "Importance of every vocabulary row, sorted, on logarithmic axes with its interval",
+            plots.rank_figure, found.main, found.other, found.vocabulary, s.kind, s.level,
         ),
-    ]
+    ]  # fmt: skip
 
 
 def _frequency(found: Findings) -> list[Block]:
@@ -82,13 +74,10 @@ def _frequency(found: Findings) -> list[Block]:
             "surprise it, or that it expects in vain."
         ),
         picture(
-            "importance-by-frequency",
-            "Importance of every vocabulary row against its number of occurrences",
-            plots.frequency_figure,
-            found.main,
-            found.vocabulary,
+            "importance-by-frequency", "Importance of every vocabulary row against its number of occurrences",
+            plots.frequency_figure, found.main, found.vocabulary,
         ),
-    ]
+    ]  # fmt: skip
 
 
 def _single_tokens(found: Findings) -> list[Block]:
@@ -106,24 +95,14 @@ def _single_tokens(found: Findings) -> list[Block]:
             "in the text. All rows are in importance.csv."
         ),
         picture(
-            "most-important",
-            "The twenty most important tokens with their intervals",
-            plots.dots_figure,
-            most,
-            main,
-            found.vocabulary,
-            level,
+            "most-important", "The twenty most important tokens with their intervals",
+            plots.dots_figure, most, main, found.vocabulary, level,
         ),
         picture(
-            "least-important",
-            "The least important tokens with their intervals",
-            plots.dots_figure,
-            least,
-            main,
-            found.vocabulary,
-            level,
+            "least-important", "The least important tokens with their intervals",
+            plots.dots_figure, least, main, found.vocabulary, level,
         ),
-    ]
+    ]  # fmt: skip
 
 
 def _columns(found: Findings) -> list[Block]:

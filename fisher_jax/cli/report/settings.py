@@ -10,8 +10,6 @@ from fisher_jax.cli.run.options import Settings, option
 from fisher_jax.cli.run.texts import default_task
 from fisher_jax.cli.run.values import count, fraction, task_name
 
-__all__ = ["KINDS", "ReportSettings"]
-
 KINDS = ("empirical", "true")
 PARAMETERS = ("head", "all")
 GROUPS = ("row", "param")

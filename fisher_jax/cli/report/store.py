@@ -15,8 +15,6 @@ from fisher_jax.cli.run.records import check, like, record, value
 from fisher_jax.cli.run.store import RunStore
 from fisher_jax.welford import State
 
-__all__ = ["ReportStore", "TaskProgress", "tasks_of_facts"]
-
 _CHOICES = {
     "--parameters": PARAMETERS,
     "--groups": GROUPS,

@@ -9,8 +9,6 @@ from fisher_jax.cli.report.parts import Part
 from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.cli.run.terminal import Terminal, table
 
-__all__ = ["summary", "told_again"]
-
 
 def summary(console: Terminal, found: Findings) -> None:
     """Top tokens, loss, pruning, time, and where the report is."""

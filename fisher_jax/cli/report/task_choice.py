@@ -8,8 +8,6 @@ from fisher_jax.cli.report.store import TaskProgress
 from fisher_jax.cli.report.task_state import Task, find_task, split_place, tasks_of
 from fisher_jax.cli.run.choice_error import TaskChoiceError, Way, listed
 
-__all__ = ["candidates", "choose", "lacks_layers", "unfinished"]
-
 
 def unfinished(progress: TaskProgress) -> str:
     """Why a task cannot be read yet, or nothing."""

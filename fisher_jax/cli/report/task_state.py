@@ -8,8 +8,6 @@ from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.cli.report.store import ReportStore, TaskProgress
 from fisher_jax.models import LanguageModel
 
-__all__ = ["LEVEL", "Task", "check_model", "find_task", "layer_settings", "read_task", "split_place", "tasks_of"]
-
 LEVEL = 0.95  # of the intervals of single means
 
 

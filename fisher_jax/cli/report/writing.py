@@ -15,8 +15,6 @@ from fisher_jax.cli.report.store import ReportStore
 from fisher_jax.cli.report.task_state import layer_settings
 from fisher_jax.models import LanguageModel
 
-__all__ = ["ReportFolder"]
-
 
 class ReportFolder(NamedTuple):
     """All that the page and the tables are made from."""

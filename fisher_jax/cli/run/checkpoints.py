@@ -6,8 +6,6 @@ from contextlib import contextmanager
 
 from fisher_jax.cli.run.stopping import stop_requests
 
-__all__ = ["Checkpoints", "checkpoints"]
-
 
 class Checkpoints:
     """Asked after each step of a loop."""

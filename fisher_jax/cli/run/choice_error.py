@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 from fisher_jax._support.errors import InputError
 
-__all__ = ["TaskChoiceError", "Way", "listed"]
-
 _MOST = 6  # commands in one sentence
 
 

@@ -4,8 +4,6 @@ import sys
 from collections.abc import MutableMapping
 from importlib import metadata
 
-__all__ = ["avoid_faulty_fusions", "without_faulty_fusions"]
-
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
 # Seen to compute wrong numbers on a CPU: sums of products in which one factor lacks an axis, which is what vmap makes

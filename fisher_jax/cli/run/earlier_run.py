@@ -6,8 +6,6 @@ from typing import Any
 
 from fisher_jax._support.errors import InputError
 
-__all__ = ["refuse_difference", "refuse_misuse"]
-
 
 def refuse_misuse(
     out: Path, *, there: bool, finished: bool, resume: bool, overwrite: bool, run: str = "run", progress: str = "",

@@ -9,8 +9,6 @@ from pathlib import Path
 from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.temporary import temporary_beside
 
-__all__ = ["check_entries", "check_writable", "disk_error", "read_plain", "write_atomically"]
-
 _MOST = 2**30  # bytes; pages and their parts hold pictures
 _FILES = (".html", ".md", ".csv", ".json", ".png", ".jinja", ".safetensors", ".lock")
 _FOLDERS = ("figures", "model", "parts", "state")

@@ -24,8 +24,6 @@ from typing import Any, NamedTuple
 from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.temporary import temporary_beside
 
-__all__ = ["FILE", "flock", "hold"]
-
 FILE = ".fisher-jax.lock"
 RENEWED_EVERY = 10.0  # seconds
 FREE_AFTER = 60.0

@@ -8,8 +8,6 @@ from typing import Any
 from fisher_jax.cli.run.folder import read_plain, write_atomically
 from fisher_jax.cli.run.records import UnreadableError
 
-__all__ = ["digest", "read_facts", "read_sealed", "write_facts", "write_sealed"]
-
 _SEAL = "digest"
 
 
@@ -20,7 +18,7 @@ def digest(facts: Any) -> str:
 
 def write_facts(path: Path, facts: dict[str, Any]) -> None:
     """Floats keep all their digits."""
-    write_atomically(path, json.dumps(facts, indent=1) + "\n")
+    write_atomically(path, json.dumps(facts) + "\n")
 
 
 def read_facts(path: Path) -> dict[str, Any] | None:

@@ -14,8 +14,6 @@ from fisher_jax.models import DecoderConfig, Tokenizer, save
 from fisher_jax.models.origin import Origin
 from fisher_jax.models.saving import hf_settings
 
-__all__ = ["check_can_be_written", "model_folder", "save_model", "say_written"]
-
 _CONFIG = "config.json"  # without it no folder is taken for a model
 _OF_AN_EARLIER_MODEL = (
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "tokenizer.json",

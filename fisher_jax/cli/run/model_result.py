@@ -9,8 +9,6 @@ from fisher_jax.cli.run.earlier_run import refuse_difference
 from fisher_jax.cli.run.json_files import read_facts, write_facts
 from fisher_jax.cli.run.records import UnreadableError
 
-__all__ = ["read_result", "write_result"]
-
 _MADE_FROM = "made_from"
 
 

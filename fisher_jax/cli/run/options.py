@@ -18,12 +18,6 @@ from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run import values
 from fisher_jax.cli.run.texts import text_source
 
-__all__ = [
-    "CHECKPOINT_EVERY", "DTYPES", "ROW_LENGTH", "Settings", "add_options", "characters", "checkpoint_every",
-    "documents", "dtype", "model", "option", "out", "overwrite", "refuse_model_there", "resume", "row_length", "seed",
-    "settings_from", "split_documents", "text",
-]  # fmt: skip
-
 S = TypeVar("S", bound="Settings")
 
 # Tokens of a row, where the model has the positions and no length was given.

@@ -8,8 +8,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-__all__ = ["Live", "StreamProgress", "TimeLeft", "Words", "duration"]
-
 _SECONDS_BETWEEN_LINES = 15.0
 
 

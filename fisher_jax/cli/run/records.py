@@ -6,8 +6,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-__all__ = ["UnreadableError", "check", "like", "record", "value"]
-
 T = TypeVar("T")
 
 

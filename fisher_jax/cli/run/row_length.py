@@ -5,8 +5,6 @@ from fisher_jax._support.host_memory import attention_bytes, check_memory
 from fisher_jax.cli.run.options import ROW_LENGTH
 from fisher_jax.models import DecoderConfig
 
-__all__ = ["check_attention", "row_length"]
-
 
 def row_length(asked: int, positions: int, name: str) -> int:
     """The length that was ``asked`` for, 0 where none was, of a model of this name with so many positions.

@@ -9,8 +9,6 @@ from fisher_jax.cli.run.folder_lock import Lock, flock, hold
 from fisher_jax.cli.run.stopping import InterruptedRunError, stop_if_requested
 from fisher_jax.cli.run.temporary import remove_left_over
 
-__all__ = ["run_folder"]
-
 
 @contextmanager
 def run_folder(out: Path, *, interrupted: Callable[[], str], lock: Lock = flock) -> Iterator[None]:

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["EXIT_CODE", "InterruptedRunError", "StopSignals", "stop_if_requested", "stop_requests", "stop_signals"]
-
 EXIT_CODE = 130
 _GRACE = 3.0  # seconds in which a run that was interrupted ends by itself
 _TICK = 0.1

@@ -10,8 +10,6 @@ from fisher_jax._support.errors import ConflictError, InputError
 from fisher_jax.cli.run.earlier_run import refuse_difference, refuse_misuse
 from fisher_jax.cli.run.records import UnreadableError
 
-__all__ = ["Progress", "RunStore"]
-
 
 class Progress(Protocol):
     """How far a run came: a dataclass whose fields survive the metadata of a checkpoint."""

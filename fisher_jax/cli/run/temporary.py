@@ -9,8 +9,6 @@ import shutil
 import time
 from pathlib import Path
 
-__all__ = ["remove_left_over", "temporary_beside"]
-
 _PREFIX = ".fj-"
 _NAME = re.compile(rf"{re.escape(_PREFIX)}(?P<host>[0-9a-f]+)-(?P<pid>[0-9]{{1,10}})-[0-9a-f]+")
 _LONG_AGO = 24 * 3600.0  # seconds

@@ -17,8 +17,6 @@ from fisher_jax.cli.run.progress import duration
 from fisher_jax.cli.run.stopping import stop_if_requested
 from fisher_jax.models import LanguageModel
 
-__all__ = ["Terminal", "table"]
-
 
 class Terminal(Console):
     """A console for words that others chose: a string is one line, and everything unprintable in it an escape.

@@ -10,8 +10,6 @@ from fisher_jax.cli.run.values import as_task_name, place
 from fisher_jax.text.corpora import CORPORA
 from fisher_jax.text.files import check_text_file
 
-__all__ = ["default_task", "text_source"]
-
 
 def default_task(sources: Sequence[str]) -> str:
     """A short name for what these sources measure: corpus names, or the stems of the files."""

@@ -10,26 +10,6 @@ from pathlib import Path
 
 from fisher_jax._support.printable import printable, shortened
 
-__all__ = [
-    "LONGEST_ROW",
-    "LONGEST_RUN",
-    "MOST",
-    "as_task_name",
-    "count",
-    "file",
-    "file_or_folder",
-    "finite",
-    "folder",
-    "fraction",
-    "is_task_name",
-    "not_negative",
-    "place",
-    "positive",
-    "seconds",
-    "seed",
-    "task_name",
-]
-
 MOST = 10**12  # more tokens or rows than any machine sees
 LONGEST_ROW = 10_000_000  # tokens
 LONGEST_RUN = 2**31 - 1  # steps, counted in 32 bits

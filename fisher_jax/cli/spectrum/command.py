@@ -34,8 +34,6 @@ from fisher_jax.models.layout import flatten
 from fisher_jax.text.corpora import describe_sources, documents
 from fisher_jax.text.packing import longest_document, pack
 
-__all__ = ["run"]
-
 _CHEAP_SAVE = 2 * 2**30  # bytes
 
 

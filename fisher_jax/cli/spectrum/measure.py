@@ -23,11 +23,6 @@ from fisher_jax.models import LanguageModel
 from fisher_jax.models.layout import flatten, unflatten
 from fisher_jax.text.packing import Rows
 
-__all__ = [
-    "Measured", "Passes", "Setup", "basis_size", "block_spectra_of", "choose", "density_of", "eigenvalues_of",
-    "operator_of", "time_passes",
-]  # fmt: skip
-
 Tree = Any
 _BASIS_BYTES = 10 * 2**30
 _SCORE_BYTES = 4 * 2**30

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.printable import printable, shortened
 
-__all__ = ["matching", "pattern"]
-
 _LONGEST = 1000
 _SECONDS = 5.0  # for a few dozen short names, which takes microseconds unless the pattern explodes
 # A search cannot be interrupted from within, so it runs in a process that can be ended.

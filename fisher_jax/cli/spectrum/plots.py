@@ -11,9 +11,7 @@ from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
-from fisher_jax.cli.page.style import Theme, log_axis, log_ticks, panels
-
-__all__ = ["blocks_figure", "capacity_figure", "density_curves", "density_figure", "eigenvalues_figure", "short"]
+from fisher_jax.cli.page.style import Theme, colour_bar, log_axis, log_ticks, panels
 
 UNIT = "nats per token"
 
@@ -199,18 +197,12 @@ def capacity_figure(theme: Theme, spectra: dict[str, dict[int | None, Any]]) -> 
 
 
 def _bar(figure: Figure, axes: Axes, norm: Normalize, colours: Colormap, unit: str) -> None:
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, orientation="horizontal", aspect=22, pad=0.02)
     low, high = float(norm.vmin or 0), float(norm.vmax or 1)
     ticks = np.geomspace(low, high, 4) if isinstance(norm, LogNorm) else np.linspace(low, high, 4)
-    bar.ax.xaxis.set_major_locator(FixedLocator(list(ticks)))
-    bar.ax.xaxis.set_major_formatter(FixedFormatter([_plain(tick) for tick in ticks]))
-    bar.ax.xaxis.set_minor_locator(NullLocator())
-    bar.ax.tick_params(labelsize=8.5)
-    first, *_, last = bar.ax.get_xticklabels()
+    scale, texts = ScalarMappable(norm, colours), {float(tick): _plain(tick) for tick in ticks}
+    first, *_, last = colour_bar(figure, axes, scale, unit, texts, aspect=22).get_xticklabels()
     first.set_horizontalalignment("left")
     last.set_horizontalalignment("right")
-    bar.set_label(unit, fontsize=9.5)
-    bar.outline.set_linewidth(0)  # type: ignore[operator]
 
 
 def _plain(value: float) -> str:

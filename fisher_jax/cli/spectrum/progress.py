@@ -11,8 +11,6 @@ from rich.progress import BarColumn
 
 from fisher_jax.cli.run.progress import Live, Words, duration
 
-__all__ = ["ProductProgress", "short_time"]
-
 
 def short_time(seconds: float) -> str:
     """`3.7 ms`, and from a tenth of a second on as `duration` has it."""

@@ -17,9 +17,6 @@ from fisher_jax.cli.spectrum.progress import short_time
 from fisher_jax.cli.spectrum.settings import SpectrumSettings
 from fisher_jax.text.corpora import describe_sources
 
-__all__ = ["SpectrumFindings", "blocks", "blocks_csv", "density_csv", "eigenvalue_rows", "eigenvalues_csv", "facts",
-           "lead", "memory", "title"]  # fmt: skip
-
 NAMES = {
     "ggn": "generalised Gauss-Newton matrix",
     "fisher": "true Fisher matrix",

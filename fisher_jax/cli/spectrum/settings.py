@@ -10,8 +10,6 @@ from fisher_jax.cli.run.options import Settings, option
 from fisher_jax.cli.run.values import count, fraction
 from fisher_jax.cli.spectrum.patterns import pattern
 
-__all__ = ["SpectrumSettings"]
-
 OPERATORS = ("ggn", "fisher", "empirical-fisher", "hessian")
 
 

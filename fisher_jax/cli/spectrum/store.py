@@ -1,6 +1,7 @@
 """What a spectrum keeps in its folder: while it runs the state of `fj.lanczos`, at its end every number."""
 
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from fisher_jax.cli.spectrum.settings import SpectrumSettings
 from fisher_jax.spectra.blocks.capacity import BlockSpectrum, Capacity
 from fisher_jax.spectra.krylov.density import Density
 from fisher_jax.spectra.krylov.summary import Spectrum
-
-__all__ = ["SpectrumStore"]
 
 _FORMAT = "fisher-jax spectrum 1"
 
@@ -77,23 +76,13 @@ class SpectrumStore:
         return digest(read_plain(self._finished))
 
     def write(self, found: SpectrumFindings, facts: dict[str, Any]) -> None:
+        names = [x.name for x in fields(found) if x.name not in ("settings", "blocks")]
         content = {
             "format": _FORMAT,
             "facts": facts,
             "additions": found.settings.additions(),
-            "model_name": found.model_name,
-            "parameters": found.parameters,
-            "tokens": found.tokens,
-            "rows": found.rows,
-            "documents": found.documents,
-            "passes": found.passes._asdict(),
-            "spectrum": _measured(found.spectrum),
-            "basis": found.basis,
-            "density": None if found.density is None else _measured(found.density),
-            "blocks": [
-                [name, layer, _plain(x)] for name, group in found.blocks.items() for layer, x in group.items()
-            ],
-            "seconds": found.seconds,
+            **{name: _plain(getattr(found, name)) for name in names},
+            "blocks": [[name, layer, _plain(x)] for name, of in found.blocks.items() for layer, x in of.items()],
         }
         write_sealed(self._finished, content)
 
@@ -143,10 +132,6 @@ class SpectrumStore:
         return InputError(
             f"{self._finished} is not what fisher-jax spectrum wrote; choose another --out, or --overwrite."
         )
-
-
-def _measured(measured: Measured) -> dict[str, Any]:
-    return measured._asdict() | {"found": _plain(measured.found)}
 
 
 def _read_measured(kind: Any, saved: dict[str, Any]) -> Measured:

@@ -25,8 +25,6 @@ from fisher_jax.models import DecoderConfig
 from fisher_jax.models.functions import abstract_params
 from fisher_jax.text.corpora import describe_sources
 
-__all__ = ["run"]
-
 # Parameters, and what K-FAC keeps for each of them at the sizes of these models, twice while a state is replaced.
 _BYTES_PER_PARAMETER = 2 * 40
 _TRAINING_BYTES = 16  # in memory at least: the parameters, their gradient, and two moments

@@ -12,8 +12,6 @@ from fisher_jax.models.tokenizer import byte_alphabet, is_byte
 from fisher_jax.text.corpora import documents
 from fisher_jax.text.packing import Packed, Rows, pack
 
-__all__ = ["Text", "bytes_of_tokens", "read_text", "tokenizer_for"]
-
 # More than any text here has; everything that is not held out is trained on.
 _ALL = 10**9
 

@@ -13,8 +13,6 @@ from fisher_jax.cli.train.settings import TrainSettings
 from fisher_jax.models import DecoderConfig, Tokenizer
 from fisher_jax.models.origin import Origin, read_origin
 
-__all__ = ["Start", "config_for", "first_params", "start_of", "write_model"]
-
 _MULTIPLE = 16  # of the MLP's size
 
 

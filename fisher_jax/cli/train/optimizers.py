@@ -9,8 +9,6 @@ import optax
 import fisher_jax as fj
 from fisher_jax.cli.train.settings import TrainSettings
 
-__all__ = ["TITLES", "build", "describe", "hyperparameters"]
-
 _WARMUP = 0.05  # of the steps
 _END = 0.1  # of the highest rate, where the cosine ends
 _CLIP = 1.0  # norm of a gradient, for all but K-FAC, which has its own measure of a step

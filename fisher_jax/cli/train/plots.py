@@ -12,8 +12,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from fisher_jax.cli.page.style import Theme, panels, spread
 from fisher_jax.cli.train.store import Point, TrainProgress
 
-__all__ = ["loss_figure"]
-
 _TIMES_MEDIAN = 4.0
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))  # colours repeat from the sixth run on
 

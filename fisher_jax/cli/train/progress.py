@@ -7,8 +7,6 @@ from rich.progress import BarColumn
 
 from fisher_jax.cli.run.progress import Live, TimeLeft, Words, duration
 
-__all__ = ["TrainDisplay"]
-
 
 class TrainDisplay(Live):
     """Steps, loss in training and held out, tokens per second, time left; all of this process."""

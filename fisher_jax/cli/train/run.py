@@ -23,8 +23,6 @@ from fisher_jax.cli.train.settings import TrainSettings
 from fisher_jax.cli.train.store import ONLY, Point, TrainProgress, TrainStore
 from fisher_jax.models import from_config
 
-__all__ = ["train"]
-
 
 def train(
     settings: TrainSettings, console: Console, start: Start, text: Text, store: TrainStore, progress: TrainProgress

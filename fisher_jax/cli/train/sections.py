@@ -15,9 +15,6 @@ from fisher_jax.cli.train.settings import TrainSettings
 from fisher_jax.cli.train.store import TrainProgress
 from fisher_jax.text.corpora import describe_sources
 
-__all__ = ["HEADER", "Curve", "TrainFindings", "blocks", "comparisons", "curve_csv", "lead", "rows", "text_words",
-           "title"]  # fmt: skip
-
 
 class Curve(NamedTuple):
     """One run: what it is called, its folder, and how it went."""

@@ -9,8 +9,6 @@ from fisher_jax.cli.run import options
 from fisher_jax.cli.run.options import Settings, option
 from fisher_jax.cli.run.values import LONGEST_RUN, count, file_or_folder, folder, not_negative, positive
 
-__all__ = ["OPTIMIZERS", "TrainSettings"]
-
 # In the order of the help; what each of them is stands in `train_optimizers`.
 OPTIMIZERS = ("kfac", "kfac-fixed", "adamw", "sgd", "muon", "lion")
 BYTES = "bytes"

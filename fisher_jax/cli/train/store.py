@@ -11,8 +11,6 @@ from fisher_jax.cli.run.records import check, record
 from fisher_jax.cli.run.store import RunStore
 from fisher_jax.cli.train.settings import OPTIMIZERS
 
-__all__ = ["ONLY", "Point", "TrainProgress", "TrainStore", "progress_of_facts", "read_earlier"]
-
 _KIND = "fisher-jax train"
 ONLY = ""  # the name of the run in its folder
 

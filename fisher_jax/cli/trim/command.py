@@ -11,7 +11,7 @@ import numpy as np
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.printable import readable
-from fisher_jax.cli.report.orderings import orderings
+from fisher_jax.cli.report.orderings import NAMES, orderings
 from fisher_jax.cli.report.task_choice import candidates, choose
 from fisher_jax.cli.report.task_state import Task, check_model, read_task
 from fisher_jax.cli.run.choice_error import Way
@@ -27,16 +27,6 @@ from fisher_jax.models.trimming import cut_model, kept_tokens, read_vocabulary
 from fisher_jax.text.bits_per_byte import Loss, bits_per_byte, difference, measure_in_pieces
 from fisher_jax.text.corpora import describe_sources
 from fisher_jax.text.held_out import held_out
-
-__all__ = ["run"]
-
-NAMES = {
-    "empirical": "Group Fisher, empirical",
-    "true": "Group Fisher, exact true",
-    "saliency": "saliency ½·F·w²",
-    "frequency": "corpus frequency",
-    "magnitude": "weight magnitude",
-}
 
 
 def run(settings: TrimSettings) -> int:

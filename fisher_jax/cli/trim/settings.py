@@ -9,8 +9,6 @@ from fisher_jax.cli.run import options
 from fisher_jax.cli.run.options import Settings, option, refuse_model_there
 from fisher_jax.cli.run.values import count, place, task_name
 
-__all__ = ["TrimSettings"]
-
 ORDERS = ("true", "empirical", "saliency", "frequency", "magnitude")
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax._support.outline import outline
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_arguments
 from fisher_jax.kronecker.blocks.plan import Block, Rules
@@ -29,6 +30,9 @@ class KFACCoverage:
     """
 
     rows: tuple[tuple[str, tuple[int, ...], str], ...]
+
+    def __repr__(self) -> str:
+        return outline(self)
 
     def __str__(self) -> str:
         paths = max([len(path) for path, _, _ in self.rows], default=0)

@@ -1,6 +1,5 @@
 """K-FAC ready to use: momentum, a trust region or steps from the exact quadratic model, and adaptive damping."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from fisher_jax._support.outline import outline
 from fisher_jax.batch import Batch
 from fisher_jax.kronecker.optimizer import annealing
 from fisher_jax.kronecker.optimizer.steps import adaptive_step, combine, fixed_step
-from fisher_jax.kronecker.optimizer.transformation import KFACState, at, scale_by_kfac
+from fisher_jax.kronecker.optimizer.transformation import KFACState, at, natural_gradients
 from fisher_jax.kronecker.options import Adaptive, Curvature, FixedRate, Refresh, check_option
 from fisher_jax.likelihoods import Likelihood, categorical
 
@@ -121,11 +120,9 @@ def kfac(
     adaptive = isinstance(how, Adaptive)
     check_option("curvature", curvature, Curvature)
     check_option("refresh", refresh, Refresh)
-    inner = functools.partial(
-        scale_by_kfac, apply_fn, likelihood, example=example, curvature=curvature.settled("sampled"),
-        refresh=refresh.settled(ramp=10), model_params=model_params,
-    )  # fmt: skip
-    init_factors = inner().init
+    init_factors, natural_of = natural_gradients(
+        apply_fn, likelihood, example, curvature.settled("sampled"), refresh.settled(ramp=10), model_params
+    )
     damping = damping if damping is not None else 0.1 if adaptive else 0.01
     momentum = 0.5 if momentum is None else momentum
 
@@ -145,8 +142,9 @@ def kfac(
         decay = jnp.asarray(weight_decay, jnp.float32)
         if adaptive:
             updates = combine(lambda g, p: g + decay * p, updates, params)
-        natural, factors = inner(damping=used + decay if adaptive else used).update(
-            updates, state.factors, params, batch=batch, model_params=model_params, **extra
+        total = used + decay if adaptive else used
+        natural, factors = natural_of(
+            updates, state.factors, params, total, batch=batch, model_params=model_params, **extra
         )
         if isinstance(how, Adaptive):
             if batch is None:

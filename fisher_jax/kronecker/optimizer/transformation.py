@@ -24,11 +24,11 @@ from fisher_jax.kronecker.optimizer.refresh import KFACState, check_together, re
 from fisher_jax.kronecker.optimizer.rows import check_rows, window
 from fisher_jax.kronecker.options import Curvature, Refresh, check_option
 from fisher_jax.kronecker.statistics.averaging import widened
-from fisher_jax.kronecker.statistics.joining import on_any_device
+from fisher_jax.kronecker.statistics.block_sums import on_any_device
 from fisher_jax.kronecker.statistics.observation import observe, observe_taps
 from fisher_jax.likelihoods import Likelihood, categorical
 
-__all__ = ["KFACState", "aligned", "at", "scale_by_kfac"]
+__all__ = ["KFACState", "aligned", "at", "natural_gradients", "scale_by_kfac"]
 
 Tree = Any
 
@@ -91,10 +91,38 @@ def scale_by_kfac(
         >>> int(state[0].age), updates["kernel"].shape
         (1, (2, 3))
     """
-    check_arguments(apply_fn, likelihood, example=example)
     check_option("curvature", curvature, Curvature)
     check_option("refresh", refresh, Refresh)
-    refresh = refresh.settled(ramp=None)
+    init, natural = natural_gradients(
+        apply_fn,
+        likelihood,
+        example,
+        curvature.settled("empirical"),
+        refresh.settled(ramp=None),
+        model_params,
+        axis_name,
+    )
+
+    def update(updates: Tree, state: KFACState, params: Tree = None, **given: Any):
+        return natural(updates, state, params, at(damping, state.step), **given)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def natural_gradients(
+    apply_fn: Callable,
+    likelihood: Likelihood,
+    example: Batch,
+    curvature: Curvature,
+    refresh: Refresh,
+    model_params: Tree = None,
+    axis_name: Any = None,
+) -> tuple[Callable[[Tree], KFACState], Callable]:
+    """`scale_by_kfac` whose ``update(updates, state, params, damping, ...)`` is told the damping.
+
+    The damping may change from update to update, and what is known of the model's program stays.
+    """
+    check_arguments(apply_fn, likelihood, example=example)
     check_together(curvature, refresh)
     check_rows(refresh.factor_rows, example)
     example = window(example, refresh.factor_rows)
@@ -117,8 +145,8 @@ def scale_by_kfac(
         return KFACState(blocks, step, age, rejected, reasons, jax.tree.map(zeros, raw), raw_age)
 
     def update(
-        updates: Tree, state: KFACState, params: Tree = None, *, batch: Batch | None = None, key: Any = None,
-        taps: list | None = None, taps_scale: Any = None, model_params: Tree = None, **extra: Any,
+        updates: Tree, state: KFACState, params: Tree, damping: Any, *, batch: Batch | None = None,
+        key: Any = None, taps: list | None = None, taps_scale: Any = None, model_params: Tree = None, **extra: Any,
     ):  # fmt: skip
         del extra
         given = params if model_params is None else model_params
@@ -146,18 +174,17 @@ def scale_by_kfac(
             return observe_taps(part, program, plan, taps, taps_scale, batch or Batch(None, None), key)
 
         decompose_all = functools.partial(build, plan, mesh=mesh_of(whole, batch, taps))
-        step = state.step
         state, bad = renewed(decompose_all, state, seen, refresh)
         leaves, treedef = aligned(updates, whole)
         finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates)]))
         bad = on_any_device(bad | rejection.reason_mask(non_finite=~finite), axis_name)
-        found = solve(plan, state.blocks, leaves, at(damping, step), curvature.form, curvature.power)
+        found = solve(plan, state.blocks, leaves, damping, curvature.form, curvature.power)
         ready = state.age >= 0
         found = [jnp.where(ready, x, jnp.zeros_like(x)) if is_floating(x) else x for x in found]
         state = state._replace(rejected=state.rejected + (bad != 0).astype(jnp.int32), reasons=state.reasons | bad)
         return jax.tree.unflatten(treedef, [x for x in found if x is not None]), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return init, update
 
 
 def at(value: Any, step: Array) -> Any:

@@ -19,7 +19,7 @@ from fisher_jax.batch.tokens import log_probs, readable, tokens_of, without_padd
 from fisher_jax.kronecker.blocks.plan import Block, Rules
 from fisher_jax.kronecker.blocks.problem import Problem
 from fisher_jax.kronecker.factors.forms import chosen
-from fisher_jax.kronecker.statistics.joining import on_any_device, over_columns, over_devices, sums_of_blocks
+from fisher_jax.kronecker.statistics.block_sums import on_any_device, over_columns, over_devices, sums_of_blocks
 from fisher_jax.kronecker.statistics.second_moments import Masks, places, statistic
 from fisher_jax.likelihoods import Likelihood
 

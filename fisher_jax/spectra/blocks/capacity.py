@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fisher_jax._support.outline import outline
+
 __all__ = ["BlockSpectrum", "Capacity", "spectrum"]
 
 
@@ -35,6 +37,9 @@ class Capacity(NamedTuple):
     rank: int
     damping: float
 
+    def __repr__(self) -> str:
+        return outline(self)
+
 
 class BlockSpectrum(NamedTuple):
     """The spectrum of one block, on the host.
@@ -56,6 +61,9 @@ class BlockSpectrum(NamedTuple):
     num_scores: int
     method: str
     error_bound: float
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def spectrum(

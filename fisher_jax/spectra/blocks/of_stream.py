@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
+from fisher_jax._support.outline import outline
 from fisher_jax._support.selection import Chosen
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_arguments, check_batch
@@ -33,6 +34,9 @@ class BlockSpectra(NamedTuple):
     init: Callable[[Tree], BlockSpectraState]
     update: Callable[..., BlockSpectraState]
     finalize: Callable[..., dict[str, BlockSpectrum]]
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def block_spectra(

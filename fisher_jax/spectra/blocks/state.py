@@ -13,6 +13,7 @@ from fisher_jax._support import compensated, rejection
 from fisher_jax._support.dtypes import common_dtype, wide_dtype
 from fisher_jax._support.errors import RejectedBatchError
 from fisher_jax._support.meshes import replicating
+from fisher_jax._support.outline import outline
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import Tokens, tokens_of
 from fisher_jax.spectra.blocks import score_storage
@@ -61,6 +62,9 @@ class BlockSpectraState:
     rejected: Array
     reasons: Array
     names: tuple[tuple[str, ...], ...]
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 @jax.tree_util.register_static

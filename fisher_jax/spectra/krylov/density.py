@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import scipy.special
 
+from fisher_jax._support.outline import outline
 from fisher_jax.spectra.krylov import basis_passes, process
 from fisher_jax.spectra.krylov.layout import layout_of, product, random_vector
 
@@ -37,6 +38,9 @@ class Density(NamedTuple):
     mean_error: float
     num_products: int
     dimension: int
+
+    def __repr__(self) -> str:
+        return outline(self)
 
     def on_log_axis(self, floor: float, num_points: int = 200, width: float = 0.1) -> "LogDensity":
         """Density over ``log10 |eigenvalue|``, from nodes and weights: a spike at zero does not hide the rest.
@@ -78,6 +82,9 @@ class LogDensity(NamedTuple):
     negative: np.ndarray
     zero: float
     edges: np.ndarray
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def spectral_density(

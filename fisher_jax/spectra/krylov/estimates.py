@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from fisher_jax._support.errors import InputError
+from fisher_jax._support.outline import outline
 from fisher_jax.spectra.krylov import basis_passes, process
 from fisher_jax.spectra.krylov.density import standard_error
 from fisher_jax.spectra.krylov.layout import Layout, layout_of, product, random_vector
@@ -24,6 +25,9 @@ class Estimate(NamedTuple):
     standard_error: float
     num_products: int
     exact_part: float  # what the deflated directions hold exactly (of the square, for the norm)
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 def trace(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fisher_jax._support.outline import outline
 from fisher_jax.spectra.krylov import basis_passes, process
 from fisher_jax.spectra.krylov.process import Process, Rules
 
@@ -51,6 +52,9 @@ class Spectrum(NamedTuple):
     ritz_residuals: np.ndarray
     eigenvectors: Tree | None  # leading axis: the entries of eigenvalues; zeros for missing ones
     statement: str
+
+    def __repr__(self) -> str:
+        return outline(self)
 
 
 class Plan(NamedTuple):

@@ -1,0 +1,179 @@
+"""Masks and loss weights lie on the positions they belong to, wherever a model moves these."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fisher_jax as fj
+
+ROWS, LENGTH, VOCABULARY, WIDTH = 3, 4, 7, 5
+ORDER = np.array([2, 0, 3, 1])
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+PARAMS = {
+    "embed": draw(VOCABULARY, WIDTH),
+    "w": draw(WIDTH, WIDTH, seed=1),
+    "b": draw(WIDTH, seed=2),
+    "o": draw(WIDTH, 6, seed=3),
+}
+TOKENS = jnp.asarray(np.random.default_rng(4).integers(0, VOCABULARY, (ROWS, LENGTH)))
+TARGETS = jnp.asarray(np.random.default_rng(5).integers(0, 6, (ROWS, LENGTH)))
+REAL = jnp.arange(LENGTH) < jnp.array([4, 2, 1])[:, None]
+WEIGHTS = jnp.where(REAL, draw(ROWS, LENGTH, seed=6) ** 2, 0)
+
+
+def plain(params, tokens):
+    return jnp.tanh(params["embed"][tokens] @ params["w"] + params["b"]) @ params["o"]
+
+
+def moved(there, back):
+    """The same function, computed on positions that were moved ``there`` and brought ``back``."""
+    return lambda params, tokens: back(plain(params, there(tokens)))
+
+
+def swap(x):
+    return jnp.swapaxes(x, 0, 1)
+
+
+MODELS = {
+    "positions first": moved(swap, swap),
+    "flipped": moved(lambda x: jnp.flip(x, 1), lambda x: jnp.flip(x, 1)),
+    "rolled": moved(lambda x: jnp.roll(x, 1, 1), lambda x: jnp.roll(x, -1, 1)),
+    "gathered": moved(lambda x: x[:, ORDER], lambda x: x[:, np.argsort(ORDER)]),
+    "rows reversed": moved(lambda x: x[::-1], lambda x: x[::-1]),
+    "windows": moved(
+        lambda x: x.reshape(2 * ROWS, LENGTH // 2), lambda x: x.reshape(ROWS, LENGTH, x.shape[-1])
+    ),
+    "one axis": moved(jnp.ravel, lambda x: x.reshape(ROWS, LENGTH, -1)),
+    "strided windows": moved(
+        lambda x: x.reshape(ROWS, 2, LENGTH // 2).transpose(0, 2, 1).reshape(2 * ROWS, 2),
+        lambda x: x.reshape(ROWS, LENGTH // 2, 2, -1).transpose(0, 2, 1, 3).reshape(ROWS, LENGTH, -1),
+    ),
+    "row by row": lambda params, tokens: jax.vmap(lambda row: plain(params, row))(tokens),
+    "one loop over rows": lambda params, tokens: jnp.stack([plain(params, row[::-1])[::-1] for row in tokens]),
+    "half after half": lambda params, tokens: jnp.concatenate(
+        [plain(params, tokens[:, 2:]), plain(params, tokens[:, :2])], 1
+    )[:, np.array([2, 3, 0, 1])],
+}  # fmt: skip
+# More than one use of a parameter: blocks of embeddings and heads then have another form.
+TWICE = ("one loop over rows", "half after half")
+
+
+def dense(factors):
+    """Every block as a matrix or a diagonal."""
+    found = {}
+    for block, kept in zip(factors.plan, factors.blocks, strict=True):
+        if kept.diagonal is not None:
+            found[block.path] = kept.diagonal
+            continue
+        for name, one in (("A", kept.A), ("G", kept.G)):
+            vectors = getattr(one, "vectors", None)
+            matrix = one.values if vectors is None else jnp.einsum("nij,nj,nkj->nik", vectors, one.values, vectors)
+            found[block.path, name] = matrix
+    return found
+
+
+@pytest.mark.parametrize("shared", ["expand", "reduce"])
+@pytest.mark.parametrize("masks", ["padding", "weights", "both"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in TWICE])
+def test_factors_are_those_of_the_batch_major_model(name, masks, shared):
+    batch = fj.Batch(
+        TOKENS, TARGETS, weights=WEIGHTS if masks != "padding" else jnp.where(REAL, 1.0, 0.0),
+        real=REAL if masks != "weights" else None,
+    )  # fmt: skip
+    options = fj.Curvature(policy="never", shared=shared)
+    wanted = dense(fj.kfac_factors(plain, fj.categorical, PARAMS, batch, curvature=options))
+    found = dense(fj.kfac_factors(MODELS[name], fj.categorical, PARAMS, batch, curvature=options))
+    assert found.keys() == wanted.keys()
+    for path, matrix in wanted.items():
+        np.testing.assert_allclose(found[path], matrix, atol=1e-6 * float(jnp.abs(matrix).max()), err_msg=str(path))
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_several_uses_of_a_kernel_sum_up_to_the_one_of_the_whole_batch(name):
+    """All parameters but ``w`` keep a diagonal: their block has another form where they are used several times."""
+    batch = fj.Batch(TOKENS, TARGETS, weights=WEIGHTS, real=REAL)
+    options = fj.Curvature(policy="never", diagonal=lambda path: "w" not in path)
+    params = PARAMS | {"b": jnp.zeros(WIDTH)}
+    without = lambda model: lambda params, tokens: model(params | {"b": jnp.zeros(WIDTH)}, tokens)  # noqa: E731
+    params.pop("b")
+    wanted, found = (
+        dense(fj.kfac_factors(without(model), fj.categorical, params, batch, curvature=options))
+        for model in (plain, MODELS[name])
+    )
+    for side in "AG":
+        np.testing.assert_allclose(found["['w']", side], wanted["['w']", side], rtol=1e-5, atol=1e-6)
+
+
+def test_what_belongs_to_no_position_counts_where_its_outputs_do():
+    """A table of positions is looked up at places that are real in some row."""
+    params = PARAMS | {"places": draw(LENGTH, WIDTH, seed=8)}
+
+    def model(params, tokens):
+        hidden = params["embed"][tokens] + params["places"][jnp.arange(LENGTH)]
+        return jnp.tanh(hidden @ params["w"] + params["b"]) @ params["o"]
+
+    real = jnp.arange(LENGTH) < jnp.array([3, 2, 1])[:, None]
+    batch = fj.Batch(TOKENS, TARGETS, weights=jnp.where(real, 1.0, 0.0), real=real)
+    factors = fj.kfac_factors(model, fj.categorical, params, batch, curvature=fj.Curvature(policy="never"))
+    (found,) = [k for b, k in zip(factors.plan, factors.blocks, strict=True) if b.path == "['places']"]
+    np.testing.assert_allclose(found.A.values[0], [1 / 3, 1 / 3, 1 / 3, 0], atol=1e-6)
+
+
+def test_pooled_positions_count_by_their_row():
+    real = jnp.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
+
+    def model(params, tokens):
+        return jnp.tanh(params["embed"][tokens].mean(1) @ params["w"] + params["b"]) @ params["o"]
+
+    batch = fj.Batch(TOKENS, TARGETS[:, 0], weights=jnp.array([1.0, 0.0, 1.0]), real=real)
+    factors = fj.kfac_factors(model, fj.categorical, PARAMS, batch, curvature=fj.Curvature(policy="never"))
+    pooled = np.asarray(PARAMS["embed"])[np.asarray(TOKENS)].mean(1)[[0, 2]]
+    pooled = np.concatenate([pooled, np.ones((2, 1))], 1)
+    np.testing.assert_allclose(dense(factors)["['w']", "A"][0], pooled.T @ pooled / 2, atol=1e-5)
+
+
+def beside(params, tokens):
+    embedded = params["embed"][tokens]
+    return jnp.tanh((embedded + jnp.roll(embedded, 1, 1)) @ params["w"] + params["b"]) @ params["o"]
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "told"),
+    [
+        ("sorted", lambda p, x: plain(p, jnp.sort(x, 1)), "sort"),
+        ("by data", lambda p, x: plain(p, jnp.take_along_axis(x, jnp.argsort(x, 1), 1)), "gather"),
+        ("with a neighbour", beside, "different positions"),
+    ],
+)  # fmt: skip
+def test_positions_that_cannot_be_followed_are_refused_where_a_mask_must_lie(name, model, told):
+    batch = fj.Batch(TOKENS, TARGETS, weights=WEIGHTS, real=REAL)
+    with pytest.raises(ValueError, match=rf"\['(embed|w)'\].*{told}"):
+        fj.kfac_factors(model, fj.categorical, PARAMS, batch)
+    # Without padding there is no mask to lay.
+    fj.kfac_factors(model, fj.categorical, PARAMS, fj.Batch(TOKENS, TARGETS))
+
+
+def test_a_closure_that_starts_to_move_positions_is_looked_at_again():
+    order = [np.arange(LENGTH)]
+
+    def model(params, tokens):
+        return plain(params, tokens[:, order[0]])[:, np.argsort(order[0])]
+
+    batch = fj.Batch(TOKENS, TARGETS, weights=WEIGHTS, real=REAL)
+    options = {"curvature": fj.Curvature(policy="never"), "refresh": fj.Refresh(period=1), "damping": 0.1}
+    tx = fj.scale_by_kfac(model, example=batch, **options)
+    state = tx.init(PARAMS)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    wanted, state = tx.update(grads, state, PARAMS, batch=batch)
+    order[0] = ORDER
+    found, state = tx.update(grads, state, PARAMS, batch=batch)
+    for path, x in jax.tree_util.tree_leaves_with_path(wanted):
+        np.testing.assert_allclose(
+            dict(jax.tree_util.tree_leaves_with_path(found))[path], x, rtol=1e-3, atol=1e-4, err_msg=str(path)
+        )

@@ -1,7 +1,7 @@
 """Likelihoods: what the outputs of a model say about its targets."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def _categorical_factor(outputs: Array, k: Array) -> Array:
     return jnp.sqrt(p[..., k])[..., None] * (jnp.expand_dims(onehot, tuple(range(p.ndim - 1))) - p)
 
 
-def _integer_in_range(outputs: Array | jax.ShapeDtypeStruct, targets: Array) -> Array:
+def _integer_in_range(outputs: Any, targets: Array) -> Array:  # of the outputs the shape is enough
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(f"targets are integer labels, found dtype {targets.dtype}")
     return (targets >= 0) & (targets < outputs.shape[-1])

@@ -26,7 +26,6 @@ NOT_STATES = {
     "estimators.head:HeadProblem",
     "estimators.problem:Problem",
     "estimators.problem:Split",
-    "estimators.problem:Tokens",
     "welford.estimator:FisherEstimator",
     "groups:Group",
     "groups:Heads",
@@ -56,6 +55,7 @@ NOT_STATES = {
     "lm_head.scores:SquaredScores",
     "lm_head.softmax:Head",
     "lm_head.softmax:Partition",
+    "welford.moments:Arithmetic",
     "welford.per_group:Observed",
     "_tracing.orientation:Grouping",
     "operators.products:Operator",
@@ -70,7 +70,7 @@ NOT_STATES = {
     "_tracing.recorder:Recorder",
     "_support.selection:Selection",
     "_tracing.taps:Coverage",
-    "batch.tokens:Part",
+    "batch.tokens:Tokens",
 }
 
 

@@ -293,7 +293,7 @@ def test_impossible_arguments_are_refused():
         (lambda: fj.welford.observe(values, unit="document"), ValueError, "needs units"),
         (lambda: fj.welford.observe({"a": values, "b": jnp.zeros(3)}), ValueError, "one common leading axis"),
         (lambda: fj.welford.observe(jnp.zeros(())), ValueError, "one common leading axis"),
-        (lambda: fj.welford.observe(values, jnp.ones(3)), ValueError, r"shape \[2\], .* found \[3\]"),
+        (lambda: fj.welford.observe(values, jnp.ones(3)), ValueError, r"shape \[2\], found \[3\]"),
         (lambda: fj.welford.variance(moments, "frequency"), ValueError, "use weighting='reliability'"),
         (lambda: fj.welford.variance(moments, "population"), ValueError, "found 'population'"),
         (lambda: fj.welford.mean(values), TypeError, "expected a Welford state"),

@@ -10,6 +10,7 @@ import tiny
 
 from fisher_jax.cli.main import main
 from fisher_jax.cli.spectrum import command
+from fisher_jax.cli.spectrum.command import saving
 from fisher_jax.cli.spectrum.measure import basis_size
 from fisher_jax.cli.spectrum.settings import SpectrumSettings
 from fisher_jax.models import load
@@ -231,13 +232,12 @@ def test_the_basis_of_a_large_model_fits():
     assert basis_size(SpectrumSettings(basis=25), 135 * million) == 25
 
 
-def test_a_large_basis_is_saved_only_on_request(tmp_path, monkeypatch):
-    needed = []
-    monkeypatch.setattr(command, "check_writable", lambda folder, bytes_needed=0: needed.append(bytes_needed))
-    assert command._checkpoint_every(SpectrumSettings(out=tmp_path), 20, 135_000_000) is None
-    assert command._checkpoint_every(SpectrumSettings(out=tmp_path), 20, 1_000_000) == 30
-    assert command._checkpoint_every(SpectrumSettings(out=tmp_path, checkpoint_every=5), 20, 135_000_000) == 5
-    assert needed == [160_000_000, 21_600_000_000]
+def test_a_large_basis_is_saved_only_on_request():
+    large, small = 10_800_000_000, 80_000_000
+    assert saving(SpectrumSettings(), large) == (None, 0)
+    assert saving(SpectrumSettings(), small) == (30, 2 * small)
+    assert saving(SpectrumSettings(resume=True), large) == (30, 2 * large)
+    assert saving(SpectrumSettings(checkpoint_every=5), large) == (5, 2 * large)
 
 
 def test_it_stops_as_soon_as_all_have_converged(tmp_path, arguments, loaded, texts, capsys):

@@ -132,7 +132,8 @@ def _measure(setup: Setup, console: Terminal, store: SpectrumStore, of: dict[str
         passes = time_passes(setup)
     basis = basis_size(settings, dimension)
     _check_memory(setup, basis)
-    every = _checkpoint_every(settings, basis, dimension)
+    every, needed = saving(settings, 4 * basis * dimension)
+    check_writable(settings.out, bytes_needed=needed)
     with console.stage("eigenvalues", _plan(settings, basis, dimension, every)):
         store.begin(settings.fixed() | of, resume=settings.resume, saving=every is not None)
         spectrum = eigenvalues_of(setup, Terminal(stderr=True), store.state, every)
@@ -160,16 +161,13 @@ def _additions(
     return density, spectra
 
 
-def _checkpoint_every(settings: SpectrumSettings, basis: int, dimension: int) -> float | None:
-    """Seconds between saves; None for none."""
-    size = 4 * basis * dimension
+def saving(settings: SpectrumSettings, size: int) -> tuple[float | None, int]:
+    """Seconds between saves of a basis of so many bytes, `None` for no saves, and the bytes that they need."""
     every = settings.checkpoint_every
     if every is None and (size <= _CHEAP_SAVE or settings.resume):
         every = CHECKPOINT_EVERY
-    if every is not None:
-        # The new save is complete before the old one goes.
-        check_writable(settings.out, bytes_needed=2 * size)
-    return every
+    # The new save is complete before the old one goes.
+    return every, 0 if every is None else 2 * size
 
 
 def _plan(settings: SpectrumSettings, basis: int, dimension: int, every: float | None) -> str:

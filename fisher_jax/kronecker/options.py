@@ -95,6 +95,14 @@ class Curvature:
         if self.eigenvalue_correction and self.estimator == "ggn":
             raise ValueError("eigenvalue_correction needs the taps of one backward pass; use estimator='sampled'")
 
+    def is_diagonal(self, path: str) -> bool:
+        return self.diagonal is not None and bool(self.diagonal(path))
+
+    def corrects(self, path: str) -> bool:
+        """Whether the eigenvalues of a kernel or embedding are corrected."""
+        which = self.eigenvalue_correction
+        return bool(which(path)) if callable(which) else which
+
     def settled(self, estimator: str) -> "Curvature":
         """With this estimator in place of ``"auto"``."""
         return dataclasses.replace(self, estimator=estimator) if self.estimator == "auto" else self

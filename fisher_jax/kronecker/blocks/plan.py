@@ -14,30 +14,20 @@ from fisher_jax._tracing.provenance import Spec, Use
 from fisher_jax._tracing.structure import Structure
 from fisher_jax.kronecker.blocks import convolution
 from fisher_jax.kronecker.blocks.layout import is_rearrangement, unit_axes
+from fisher_jax.kronecker.options import Curvature
 
-__all__ = ["EIGEN_LIMIT", "Block", "Rules", "choice", "plan"]
+__all__ = ["EIGEN_LIMIT", "Block", "Rules", "plan"]
 
 # Output factors above this size are never formed under policy="auto" and "hybrid".
 EIGEN_LIMIT = 4096
 
 
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """What the user chose, see ``fj.kfac_factors``."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules(Curvature):
+    """What the user chose, for the leaves that there are."""
 
-    policy: str = "auto"
-    token_cap: int | None = 1024
-    estimator: str = "empirical"
-    shared: str = "expand"
-    corrected: Callable[[str], bool] = lambda path: False
-    diagonal: Callable[[str], bool] = lambda path: False
     follow: Callable[[str], bool] = lambda path: True
     devices: int = 1  # over which the rows of a batch are spread inside shard_map
-
-
-def choice(which: bool | Callable[[str], bool]) -> Callable[[str], bool]:
-    """All leaves, none, or those that a function chooses."""
-    return which if callable(which) else lambda path: bool(which)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +65,7 @@ class Block:
 
     def is_corrected(self, rules: Rules) -> bool:
         """Whether its eigenvalues are corrected (EK-FAC)."""
-        return self.is_kronecker and rules.corrected(self.path)
+        return self.is_kronecker and rules.corrects(self.path)
 
     def needs_taps(self, rules: Rules) -> bool:
         """Whether these need the raw taps; the inputs of a kernel's columns are kept beside them instead."""
@@ -127,7 +117,7 @@ def _block(leaf: int, path: str, x: Any, uses: list[Spec], found: Structure, rul
     if not uses:
         return Block("unused", path, leaf)
     kinds = [spec.use.kind for spec in uses]
-    if rules.diagonal(path) or set(kinds) <= {"scale", "bias"}:
+    if rules.is_diagonal(path) or set(kinds) <= {"scale", "bias"}:
         return Block("diagonal", path, leaf, uses[0].use)
     for spec in uses:
         _check(path, spec)

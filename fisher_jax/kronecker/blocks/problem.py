@@ -11,7 +11,7 @@ from fisher_jax._tracing.program import Program, trace
 from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import check_outputs
-from fisher_jax.kronecker.blocks.plan import Block, Rules, choice, plan
+from fisher_jax.kronecker.blocks.plan import Block, Rules, plan
 from fisher_jax.kronecker.options import Curvature
 from fisher_jax.likelihoods import Likelihood
 
@@ -29,22 +29,13 @@ class Problem(NamedTuple):
     likelihood: Likelihood
     rules: Rules
     structures: Structures
-    temperature: float = 1.0
     axis_name: Any = None
 
 
 def problem_of(apply_fn: Callable, likelihood: Likelihood, curvature: Curvature, axis_name: Any = None) -> Problem:
     """A model with the curvature that a user chose for it."""
-    chosen = curvature.settled("empirical")
-    rules = Rules(
-        chosen.policy,
-        chosen.token_cap,
-        chosen.estimator,
-        chosen.shared,
-        choice(chosen.eigenvalue_correction),
-        chosen.diagonal or (lambda path: False),
-    )
-    return Problem(apply_fn, likelihood, rules, Structures(), chosen.temperature, axis_name)
+    rules = Rules(**vars(curvature.settled("empirical")))
+    return Problem(apply_fn, likelihood, rules, Structures(), axis_name)
 
 
 def _devices(axis_name: Any) -> int:

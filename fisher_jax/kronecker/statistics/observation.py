@@ -68,7 +68,7 @@ def observe(problem: Problem, program: Program, blocks: tuple[Block, ...], batch
                 return jnp.sum(root[..., None] * (direction * readable(outputs, root)))
             targets = tokens.targets
             if sampled:
-                draw = functools.partial(problem.likelihood.sample, temperature=problem.temperature)
+                draw = functools.partial(problem.likelihood.sample, temperature=rules.temperature)
                 targets = automatic(draw, PartitionSpec(), label_key, fixed)
             return automatic(_log_likelihood(problem.likelihood), PartitionSpec(), outputs, targets, root)
 

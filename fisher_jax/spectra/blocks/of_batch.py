@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Array
 
 from fisher_jax._support.selection import Chosen
+from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_arguments
 from fisher_jax.batch.tokens import require_usable
@@ -91,7 +92,7 @@ def block_spectrum(
     check_arguments(apply_fn, likelihood, batch=batch)
     state_room.check_options(unit, kind, num_samples, chunk_size, 1)
     check_layout(apply_fn, params, batch.inputs)
-    found = partition(params, blocks, stacked, parameters, apply_fn, likelihood, batch)
+    found = partition(params, blocks, stacked, parameters, apply_fn, batch, Structures())
     largest = max(block.size for block in found.blocks)
     state_room.check_top_k(top_k, damping, largest)
     problem = Scoring(apply_fn, likelihood, found.selection, unit, kind, num_samples, chunk_size)

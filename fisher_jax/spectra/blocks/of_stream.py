@@ -7,6 +7,7 @@ from jaxtyping import Array
 
 from fisher_jax._support.outline import outline
 from fisher_jax._support.selection import Chosen
+from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_arguments, check_batch
 from fisher_jax.likelihoods import Likelihood, categorical
@@ -91,8 +92,10 @@ def block_spectra(
         check_batch(example, "example")
     state_room.check_options(unit, kind, num_samples, chunk_size, max_scores)
 
+    structures = Structures()
+
     def setting(params: Tree) -> Setting:
-        found = partition(params, blocks, stacked, parameters, apply_fn, likelihood, example)
+        found = partition(params, blocks, stacked, parameters, apply_fn, example, structures)
         problem = Scoring(apply_fn, likelihood, found.selection, unit, kind, num_samples, chunk_size)
         return Setting(problem, found.blocks, max_scores)
 

@@ -11,10 +11,9 @@ from jaxtyping import Array
 
 from fisher_jax._support.dtypes import common_dtype, wide
 from fisher_jax._support.selection import Chosen, Selection, matches, select
-from fisher_jax._tracing.taps import coverage
+from fisher_jax._tracing.program import trace
+from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
-from fisher_jax.batch.tokens import log_probs
-from fisher_jax.likelihoods import Likelihood
 
 __all__ = ["Blocks", "ParameterBlock", "partition"]
 
@@ -67,12 +66,12 @@ def partition(
     stacked: Chosen,
     parameters: Chosen,
     apply_fn: Callable,
-    likelihood: Likelihood,
     example: Batch | None,
+    structures: Structures,
 ) -> Blocks:
     """Divide the chosen parameters into blocks. The words are those of `fisher_jax.block_spectrum`."""
     chosen = select(params, parameters)
-    layered = _layered(stacked, params, apply_fn, likelihood, example)
+    layered = _layered(stacked, params, apply_fn, example, structures)
     groups: dict[str, list[int]] = {}
     for i, path in enumerate(chosen.paths):
         name = _name(blocks, path, params, i) if chosen.moves[i] else None
@@ -112,7 +111,9 @@ def _name(blocks: Grouping, path: str, params: Tree, leaf: int) -> str | None:
     return name
 
 
-def _layered(stacked: Chosen, params: Tree, apply_fn, likelihood, example: Batch | None) -> list[bool]:
+def _layered(
+    stacked: Chosen, params: Tree, apply_fn: Callable, example: Batch | None, structures: Structures
+) -> list[bool]:
     """For every leaf whether its leading axis tells layers apart."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     if stacked is None or stacked is False:
@@ -124,22 +125,20 @@ def _layered(stacked: Chosen, params: Tree, apply_fn, likelihood, example: Batch
             "stacked=True finds scanned layers in a trace of the model: pass example=, a Batch of shapes"
         )
     else:
-        layered = _scanned(params, apply_fn, likelihood, example)
+        layered = _scanned(params, apply_fn, example, structures)
     for (path, x), layers in zip(flat, layered, strict=True):
         if layers and (x.ndim == 0 or x.shape[0] == 0):
             raise ValueError(f"{jax.tree_util.keystr(path)} is stacked but has shape {list(x.shape)}: no layers")
     return layered
 
 
-def _scanned(params: Tree, apply_fn, likelihood, example: Batch) -> list[bool]:
+def _scanned(params: Tree, apply_fn: Callable, example: Batch, structures: Structures) -> list[bool]:
     """Leaves whose every use lies in a loop that takes a slice of the leading axis each time."""
+    program = trace(apply_fn, params, (example.inputs,), None, structures, None)
 
-    def loss(params, inputs, targets):
-        outputs = apply_fn(params, inputs)
-        return jnp.sum(log_probs(likelihood, outputs, targets, jnp.ones(outputs.shape[:-1])))
+    def layers(leaf: int, x: Array) -> bool:
+        uses = program.structure.uses(leaf)
+        outer = {(*spec.use.loops[:1], *spec.lengths[:1]) for spec in uses}
+        return bool(uses) and outer == {("stacked", *x.shape[:1])}
 
-    table = coverage(loss, params, example.inputs, example.targets)
-    return [
-        bool(loops) and all(use and use[0] == ("stacked", (shape or (0,))[0]) for use in loops)
-        for (_, shape, _), loops in zip(table.rows, table.loops, strict=True)
-    ]
+    return [layers(i, x) for i, x in enumerate(program.leaves)]

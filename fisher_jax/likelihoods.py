@@ -53,9 +53,7 @@ def _categorical_factor(outputs: Array, k: Array) -> Array:
     return jnp.sqrt(p[..., k])[..., None] * (jnp.expand_dims(onehot, tuple(range(p.ndim - 1))) - p)
 
 
-def _integer_in_range(
-    outputs: Array | jax.ShapeDtypeStruct, targets: Shaped[Array, "*lead"]
-) -> Bool[Array, "*lead"]:
+def _integer_in_range(outputs: Array | jax.ShapeDtypeStruct, targets: Shaped[Array, "*lead"]) -> Bool[Array, "*lead"]:
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(f"targets are integer labels, found dtype {targets.dtype}")
     return (targets >= 0) & (targets < outputs.shape[-1])

@@ -143,11 +143,11 @@ class View:
     def of(cls, value: Any, leaf: int) -> "View":
         return cls(value, leaf, (Segment(shape_of(value)),))
 
-    def through(self, value: Array, step: Step) -> "View":
+    def through(self, value: Any, step: Step) -> "View":
         last = dataclasses.replace(self.segments[-1], steps=(*self.segments[-1].steps, step))
         return dataclasses.replace(self, value=value, segments=(*self.segments[:-1], last))
 
-    def scaled(self, value: Array, factor: float = 1.0) -> "View":
+    def scaled(self, value: Any, factor: float = 1.0) -> "View":
         return dataclasses.replace(self, value=value, factor=self.factor * factor)
 
     def inside(self, value: Any, loop: str) -> "View":

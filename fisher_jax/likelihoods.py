@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from fisher_jax._support.dtypes import wide
 from fisher_jax._support.outline import outline
@@ -53,7 +53,7 @@ def _categorical_factor(outputs: Array, k: Array) -> Array:
     return jnp.sqrt(p[..., k])[..., None] * (jnp.expand_dims(onehot, tuple(range(p.ndim - 1))) - p)
 
 
-def _integer_in_range(outputs: Any, targets: Array) -> Array:  # of the outputs the shape is enough
+def _integer_in_range(outputs: Array | jax.ShapeDtypeStruct, targets: Shaped[Array, "*lead"]) -> Bool[Array, "*lead"]:
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(f"targets are integer labels, found dtype {targets.dtype}")
     return (targets >= 0) & (targets < outputs.shape[-1])

@@ -71,7 +71,9 @@ def test_results_never_change():
 
 
 def test_a_tap_and_a_coverage_have_a_short_repr():
-    loss = lambda params, x: jnp.sum(x @ params["w"])
+    def loss(params, x):
+        return jnp.sum(x @ params["w"])
+
     args = {"w": jnp.ones((30, 20))}, jnp.ones((40, 30))
     tap = fj.capture(loss)(*args)[1][0]
     for found in (tap, tap.use, fj.coverage(loss, *args)):

@@ -138,7 +138,7 @@ _TABLE = {
         anything="sizes",
     ),
     "conflict": StateType("uses.overlap:Conflict", arrays="cosine opposed"),
-    "data needed": StateType("uses.uncertainty:DataNeeded", trees="units tokens"),
+    "data needed": StateType("uses.evidence:DataNeeded", trees="units tokens"),
     "lanczos spectrum": StateType(
         "spectra.krylov.summary:Spectrum",
         arrays="eigenvalues residuals converged ritz_values ritz_residuals",

@@ -13,7 +13,7 @@ import numpy as np
 
 from fisher_jax import welford
 from fisher_jax._support.errors import InputError
-from fisher_jax.exchange import facts as facts_room
+from fisher_jax.exchange import file_header
 from fisher_jax.uses import reading
 from fisher_jax.uses.trees import check_alike, check_not_negative
 from fisher_jax.welford.moments import Fragment
@@ -106,7 +106,7 @@ def save(
 
 
 def _package() -> Any:
-    from fisher_jax.models.optional import optional  # the models room is slow to import
+    from fisher_jax.models.optional_packages import optional  # the models room is slow to import
 
     return optional("safetensors.numpy", "exchange of Fisher information with other tools")
 
@@ -146,7 +146,7 @@ def _name_of(path: str, names: Any, number: int) -> str:
 
 
 def _hugging_face(keys: tuple, path: str, shape: tuple[int, ...]) -> _Place:
-    from fisher_jax.models.layout import HF_NAMES
+    from fisher_jax.models.weight_names import HF_NAMES
 
     if path not in HF_NAMES:
         raise ValueError(
@@ -171,8 +171,8 @@ def _check_names(places: list[_Place]) -> None:
 
 
 def _state_tensors(state: welford.State, places: list[_Place]) -> dict[str, np.ndarray]:
-    trees = {field: getattr(state, field) for field in facts_room.PAIRS if getattr(state, field) is not None}
-    scalars = {field: getattr(state, field) for field in facts_room.SCALARS}
+    trees = {field: getattr(state, field) for field in file_header.PAIRS if getattr(state, field) is not None}
+    scalars = {field: getattr(state, field) for field in file_header.SCALARS}
     if state.open is not None:
         trees["open.mean"] = state.open.mean
         scalars |= {"open.weight": state.open.weight, "open.unit_id": state.open.unit_id}
@@ -184,7 +184,7 @@ def _state_tensors(state: welford.State, places: list[_Place]) -> dict[str, np.n
 
 
 def _write(path: pathlib.Path, safetensors: Any, tensors: dict, facts: dict) -> None:
-    header = facts_room.header(facts, tensors)
+    header = file_header.header(facts, tensors)
     incoming = path.with_name(path.name + f".incoming-{os.getpid()}")
     try:
         safetensors.save_file(tensors, incoming, metadata=header)
@@ -224,12 +224,12 @@ def _open(path: str | os.PathLike) -> tuple[Any, dict[str, list[int]], dict[str,
     package = _package()
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}")
-    with facts_room.damage(path):
-        header, found = facts_room.read_header(path)
+    with file_header.damage(path):
+        header, found = file_header.read_header(path)
         shapes = {name: shape for name, (_, shape) in found.items()}
-        if not facts_room.is_ours(header):
+        if not file_header.is_ours(header):
             return package, shapes, {"content": "foreign", "metadata": header}
-        return package, shapes, facts_room.check(facts_room.read(path, header), found)
+        return package, shapes, file_header.check(file_header.read(path, header), found)
 
 
 def load(path: str | os.PathLike, like: Any = None) -> Any:
@@ -258,8 +258,8 @@ def load(path: str | os.PathLike, like: Any = None) -> Any:
         ([2.0, 3.0], 2)
     """
     package, _, facts = _open(path)
-    with facts_room.damage(path):
-        tensors = facts_room.values(package, path, facts)
+    with file_header.damage(path):
+        tensors = file_header.values(package, path, facts)
     if facts["content"] == "foreign":
         if like is not None:
             check_alike(like, tensors, "like", str(path))
@@ -315,10 +315,10 @@ def _load_state(tree: Callable, tensors: dict, facts: dict, path: str) -> welfor
     def arrays(x: Tree) -> Tree:
         return jax.tree.map(lambda leaf: _array(leaf, path), x)
 
-    scalars: dict[str, Any] = {field: arrays(tensors[f"state:{field}"]) for field in facts_room.SCALARS}
+    scalars: dict[str, Any] = {field: arrays(tensors[f"state:{field}"]) for field in file_header.SCALARS}
     pairs: dict[str, Any] = {
         field: arrays(tree(f":{field}", 1)) if facts["fractional"] or not field.startswith("square") else None
-        for field in facts_room.PAIRS
+        for field in file_header.PAIRS
     }
     opened = None
     if facts["unit"] == "document":

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from fisher_jax._support.errors import InputError, shown
+from fisher_jax.models.checked_settings import MOST_HEAD, MOST_INDEX, MOST_LAYERS, REQUIRED, Settings
 from fisher_jax.models.config import DecoderConfig, linear_divisors
-from fisher_jax.models.domains import EPSILON, ROPE_BASE, ROPE_FACTOR
 from fisher_jax.models.gguf_header import read_header
-from fisher_jax.models.layout import GGUF_NAMES, assemble, check_entries, undo_interleaving
-from fisher_jax.models.optional import optional
-from fisher_jax.models.settings import MOST_HEAD, MOST_INDEX, MOST_LAYERS, REQUIRED, Settings
+from fisher_jax.models.number_ranges import EPSILON, ROPE_BASE, ROPE_FACTOR
+from fisher_jax.models.optional_packages import optional
+from fisher_jax.models.weight_names import GGUF_NAMES, assemble, check_entries, undo_interleaving
 
 __all__ = ["GgufFile"]
 

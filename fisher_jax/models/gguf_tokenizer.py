@@ -5,11 +5,11 @@ from typing import NamedTuple
 import numpy as np
 
 from fisher_jax._support.errors import InputError, shown
+from fisher_jax.models.checked_settings import Settings
 from fisher_jax.models.gguf_file import GgufFile
-from fisher_jax.models.optional import optional
-from fisher_jax.models.panics import refusing_panics, silence
-from fisher_jax.models.settings import Settings
+from fisher_jax.models.optional_packages import optional
 from fisher_jax.models.tokenizer import Tokenizer
+from fisher_jax.models.tokenizer_errors import refusing_panics, silence
 from fisher_jax.models.tokenizer_file import tried
 
 __all__ = ["PRE_TOKENIZERS", "tokenizer_from_gguf", "too_many_tokens"]

@@ -3,9 +3,9 @@
 from typing import Any, NamedTuple
 
 from fisher_jax._support.errors import InputError, shown
+from fisher_jax.models.checked_settings import MOST_HEAD, MOST_INDEX, MOST_LAYERS, MOST_SIZE, Settings
 from fisher_jax.models.config import DecoderConfig, linear_divisors, llama3_divisors
-from fisher_jax.models.domains import EPSILON, ROPE_BASE, ROPE_FACTOR, ROPE_PART
-from fisher_jax.models.settings import MOST_HEAD, MOST_INDEX, MOST_LAYERS, MOST_SIZE, Settings
+from fisher_jax.models.number_ranges import EPSILON, ROPE_BASE, ROPE_FACTOR, ROPE_PART
 
 __all__ = ["ARCHITECTURES", "config_from_hf"]
 

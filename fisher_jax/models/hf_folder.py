@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from fisher_jax._support.errors import InputError, shown
+from fisher_jax.models.checked_settings import Settings
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.hf_config import config_from_hf
 from fisher_jax.models.json_files import MOST_BYTES, is_there, read_json, read_text
-from fisher_jax.models.layout import GPT2_NAMES, HF_NAMES, assemble, check_entries
 from fisher_jax.models.safetensors_file import StoredTensor, open_safetensors, read_header
-from fisher_jax.models.settings import Settings
 from fisher_jax.models.tokenizer import Tokenizer
+from fisher_jax.models.weight_names import GPT2_NAMES, HF_NAMES, assemble, check_entries
 
 __all__ = ["INDEX", "ONLY", "HfFolder", "shards_of"]
 

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 from fisher_jax._support.errors import InputError, shown
 from fisher_jax._support.outline import outline
 from fisher_jax._support.printable import one_line
-from fisher_jax.models import cache
+from fisher_jax.models import weight_cache
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.functions import DecoderFunctions, from_config, weight_dtype
 from fisher_jax.models.gguf_file import GgufFile
 from fisher_jax.models.gguf_tokenizer import tokenizer_from_gguf, too_many_tokens
 from fisher_jax.models.hf_folder import INDEX, ONLY, HfFolder, shards_of
 from fisher_jax.models.json_files import read_json
-from fisher_jax.models.layout import flatten, unflatten
-from fisher_jax.models.optional import optional
+from fisher_jax.models.optional_packages import optional
 from fisher_jax.models.tokenizer import Tokenizer
+from fisher_jax.models.weight_names import flatten, unflatten
 
 __all__ = ["LanguageModel", "files_of", "load", "shipped_file"]
 
@@ -119,7 +119,7 @@ def load_gguf(path: Path, dtype) -> LanguageModel:
     file = GgufFile(path)
     with path.open("rb") as opened:
         fingerprint = hashlib.file_digest(opened, "sha256").hexdigest()[:16]
-    entry = cache.read(fingerprint, dtype.name)
+    entry = weight_cache.read(fingerprint, dtype.name)
     if entry is not None:
         return build(
             path.stem, entry.config, unflatten(entry.params), Tokenizer.from_json(entry.tokenizer), fingerprint
@@ -128,7 +128,7 @@ def load_gguf(path: Path, dtype) -> LanguageModel:
     tokenizer = tokenizer_from_gguf(file)
     params = file.params(config, dtype)
     model = build(path.stem, config, params, tokenizer, fingerprint)
-    cache.write(fingerprint, dtype.name, cache.Entry(flatten(params), config, tokenizer.to_json()))
+    weight_cache.write(fingerprint, dtype.name, weight_cache.Entry(flatten(params), config, tokenizer.to_json()))
     return model
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from fisher_jax._support.errors import InputError, shown
 from fisher_jax._support.printable import one_line, printable
 from fisher_jax.models.json_files import MOST_BYTES, parse_json
-from fisher_jax.models.optional import optional
+from fisher_jax.models.optional_packages import optional
 
 __all__ = ["StoredTensor", "open_safetensors", "read_header"]
 

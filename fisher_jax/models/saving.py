@@ -12,10 +12,10 @@ import numpy as np
 from fisher_jax._support.errors import InputError
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.hf_config import ARCHITECTURES
-from fisher_jax.models.layout import GPT2_NAMES, HF_NAMES, flatten
-from fisher_jax.models.optional import optional
+from fisher_jax.models.optional_packages import optional
 from fisher_jax.models.rotary_scaling import linear_scaling, llama3_scaling
 from fisher_jax.models.tokenizer import Tokenizer
+from fisher_jax.models.weight_names import GPT2_NAMES, HF_NAMES, flatten
 
 __all__ = ["hf_settings", "hf_tensors", "save"]
 

@@ -2,8 +2,8 @@
 
 from fisher_jax._support.errors import InputError
 from fisher_jax.models.json_files import parse_json
-from fisher_jax.models.optional import optional
-from fisher_jax.models.panics import refusing_panics, silence
+from fisher_jax.models.optional_packages import optional
+from fisher_jax.models.tokenizer_errors import refusing_panics, silence
 from fisher_jax.models.tokenizer_file import checked_content, tried
 
 __all__ = ["Tokenizer", "byte_alphabet"]

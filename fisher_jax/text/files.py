@@ -1,6 +1,7 @@
 """Text files, read in pieces and no further than needed."""
 
 import codecs
+import io
 import os
 import stat
 import sys
@@ -106,7 +107,7 @@ def _opened(path: str) -> BinaryIO:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
-def _raw(stream: BinaryIO, name: str, most: int = _PIECE) -> Iterator[bytes]:
+def _raw(stream: BinaryIO | io.BufferedReader, name: str, most: int = _PIECE) -> Iterator[bytes]:
     size = 0
     try:
         while piece := stream.read(most):

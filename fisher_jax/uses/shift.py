@@ -8,7 +8,7 @@ import numpy as np
 
 from fisher_jax import welford
 from fisher_jax._support.outline import outline
-from fisher_jax.uses.multiplicity import q_values
+from fisher_jax.uses.many_tests import q_values
 from fisher_jax.uses.trees import check_alike
 from fisher_jax.welford.per_group import Observed, as_state, effective, observed, on_tree
 

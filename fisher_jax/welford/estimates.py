@@ -9,8 +9,6 @@ from jaxtyping import Array
 
 from fisher_jax._support import compensated
 from fisher_jax.welford.accumulation import closed
-from fisher_jax.welford.moments import Moments
-from fisher_jax.welford.state import State
 
 __all__ = [
     "count",
@@ -24,13 +22,14 @@ __all__ = [
 ]  # fmt: skip
 
 Tree = Any  # a pytree of arrays
+Readable = Any  # a State, Moments, or a tree that holds one of them, such as an optimizer's state
 
 
 def _unscaled(tree: Tree, exponent: int) -> Tree:
     return jax.tree.map(lambda x: x * jnp.asarray(2.0**-exponent, x.dtype), tree)
 
 
-def mean(x: State | Moments) -> Tree:
+def mean(x: Readable) -> Tree:
     """``sum_u w_u f_u / sum_u w_u``, per weighted token: a tree of the statistic's shapes, at least float32.
 
     Zero where nothing was observed. An unfinished document counts with what it has.
@@ -44,7 +43,7 @@ def mean(x: State | Moments) -> Tree:
     return _unscaled(jax.tree.map(compensated.value, state.mean), state.scale)
 
 
-def variance(x: State | Moments, weighting: str | None = None) -> Tree:
+def variance(x: Readable, weighting: str | None = None) -> Tree:
     """Variance of one observation.
 
     ``weighting="frequency"``: ``m2 / (W - 1)``, right only when the unit is the token.
@@ -80,7 +79,7 @@ def variance(x: State | Moments, weighting: str | None = None) -> Tree:
     return _unscaled(scaled, 2 * state.scale)
 
 
-def standard_error(x: State | Moments) -> Tree:
+def standard_error(x: Readable) -> Tree:
     """Standard error of the mean for units of unequal weight.
 
     ``se**2 = n / (n - 1) * sum_u w_u**2 (f_u - mean)**2 / W**2`` over ``n`` observations (the linearised ratio
@@ -113,7 +112,7 @@ def standard_error(x: State | Moments) -> Tree:
     return _unscaled(jax.tree.map(leaf, state.mean, state.m2, *squares), state.scale)
 
 
-def interval(x: State | Moments, level: float = 0.95) -> tuple[Tree, Tree]:
+def interval(x: Readable, level: float = 0.95) -> tuple[Tree, Tree]:
     """``mean -+ t * standard_error`` with Student's t quantile at ``n - 1`` degrees of freedom, on the host.
 
     Meant for a corpus, the unit is the document: tokens of a sequence, and sequences of a document, are correlated,
@@ -142,7 +141,7 @@ def interval(x: State | Moments, level: float = 0.95) -> tuple[Tree, Tree]:
     return jax.tree.map(np.subtract, centre, half), jax.tree.map(np.add, centre, half)
 
 
-def spread(x: State | Moments, num_std: float = 1.96) -> tuple[Tree, Tree]:
+def spread(x: Readable, num_std: float = 1.96) -> tuple[Tree, Tree]:
     """``mean -+ num_std * std``: where single observations lie. Not a confidence interval of the mean.
 
     Example:
@@ -158,7 +157,7 @@ def spread(x: State | Moments, num_std: float = 1.96) -> tuple[Tree, Tree]:
     )
 
 
-def count(x: State | Moments) -> int:
+def count(x: Readable) -> int:
     """Number of observations with weight, exact, on the host.
 
     Example:
@@ -169,7 +168,7 @@ def count(x: State | Moments) -> int:
     return round(float(np.asarray(closed(x).count, np.float64).sum()))
 
 
-def total_weight(x: State | Moments) -> Array:
+def total_weight(x: Readable) -> Array:
     """``sum w`` as a scalar array, also inside ``jit``.
 
     Example:
@@ -181,7 +180,7 @@ def total_weight(x: State | Moments) -> Array:
     return compensated.value(closed(x).weight)
 
 
-def weight(x: State | Moments) -> float:
+def weight(x: Readable) -> float:
     """``sum w``: the number of weighted tokens, exact up to 2**48, on the host.
 
     Example:

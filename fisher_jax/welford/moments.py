@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int, Shaped
 
 from fisher_jax._support import compensated, rejection
 from fisher_jax._support.dtypes import wide
@@ -246,10 +247,10 @@ def reject_if(moments: Moments, mask: Array) -> Moments:
 
 def observe(
     values: Tree,
-    weights: Array | None = None,
+    weights: Shaped[ArrayLike, " observations"] | None = None,
     *,
     unit: str = "token",
-    units: Array | None = None,
+    units: Int[ArrayLike, " observations"] | None = None,
     scale: int = 0,
 ) -> Moments:
     """Moments of given observations, one per element of the leading axis.

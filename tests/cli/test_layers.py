@@ -140,7 +140,7 @@ def test_every_tensor_head_and_layer_has_a_line(report_of_all, tiny_model):
 
 
 def layers_of(tiny_model):
-    from fisher_jax.models.layout import flatten
+    from fisher_jax.models.weight_names import flatten
 
     return flatten(load(tiny_model).params)
 

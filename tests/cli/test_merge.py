@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import fisher_jax as fj
 from fisher_jax.cli.main import main
 from fisher_jax.models import load
-from fisher_jax.models.layout import flatten
+from fisher_jax.models.weight_names import flatten
 from fisher_jax.text.bits_per_byte import bits_per_byte, measure, measure_in_pieces, pieces
 
 HEAD_SIZE = tiny.WIDTH // tiny.HEADS

@@ -14,7 +14,7 @@ from fisher_jax.cli.spectrum.command import saving
 from fisher_jax.cli.spectrum.measure import basis_size
 from fisher_jax.cli.spectrum.settings import SpectrumSettings
 from fisher_jax.models import load
-from fisher_jax.models.layout import flatten, unflatten
+from fisher_jax.models.weight_names import flatten, unflatten
 from fisher_jax.text.packing import pack
 from tests.models import decoder_oracle
 

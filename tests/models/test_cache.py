@@ -6,7 +6,7 @@ import pytest
 import tiny_models as tiny
 
 from fisher_jax import models
-from fisher_jax.models import cache, loading
+from fisher_jax.models import loading, weight_cache
 
 
 @pytest.fixture
@@ -86,17 +86,17 @@ def test_a_failed_write_leaves_nothing_behind(folder, file, monkeypatch):
     def no_space(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(cache.os, "replace", no_space)
+    monkeypatch.setattr(weight_cache.os, "replace", no_space)
     models.load(file)
     assert list(folder.iterdir()) == []
 
 
 def test_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("FISHER_JAX_CACHE", str(tmp_path / "own"))
-    assert cache.folder() == tmp_path / "own"
+    assert weight_cache.folder() == tmp_path / "own"
     monkeypatch.delenv("FISHER_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.folder() == tmp_path / "fisher_jax"
+    assert weight_cache.folder() == tmp_path / "fisher_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache.folder() == tmp_path / ".cache" / "fisher_jax"
+    assert weight_cache.folder() == tmp_path / ".cache" / "fisher_jax"

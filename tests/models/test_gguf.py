@@ -10,7 +10,7 @@ import tiny_models as tiny
 
 from fisher_jax import models
 from fisher_jax._support.errors import InputError
-from fisher_jax.models.layout import undo_interleaving
+from fisher_jax.models.weight_names import undo_interleaving
 
 
 def assert_logits(model, config, params, **options):

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from fisher_jax import models
 from fisher_jax._support.errors import InputError
-from fisher_jax.models.origin import read_origin
+from fisher_jax.models.beside_weights import read_origin
 
 
 def test_rows_of_the_head_without_a_token_are_shown_as_such():

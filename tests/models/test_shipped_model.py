@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fisher_jax import models
-from fisher_jax.models import cache, loading
-from fisher_jax.models.layout import flatten
+from fisher_jax.models import loading, weight_cache
+from fisher_jax.models.weight_names import flatten
 
 PROSE = (
     "The old harbour had been quiet for most of the winter. When the first warm days of spring arrived, the "
@@ -95,4 +95,4 @@ def test_second_load_reads_the_cache_and_gives_the_same_model(shipped_model, mon
 
 
 def test_cached_file_bears_the_fingerprint(shipped_model):
-    assert cache.location(shipped_model.fingerprint, "float32").is_file()
+    assert weight_cache.location(shipped_model.fingerprint, "float32").is_file()

@@ -11,7 +11,7 @@ from tokenizers import models as kinds
 
 from fisher_jax._support.errors import InputError
 from fisher_jax.models import Tokenizer
-from fisher_jax.models.origin import Origin
+from fisher_jax.models.beside_weights import Origin
 from fisher_jax.models.trimming import cut_tokenizer, kept_tokens, read_vocabulary
 
 PROSE = (

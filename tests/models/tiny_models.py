@@ -9,8 +9,8 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from fisher_jax.models import DecoderConfig, init_params
-from fisher_jax.models.layout import flatten
 from fisher_jax.models.tokenizer import byte_alphabet
+from fisher_jax.models.weight_names import flatten
 
 ALPHABET = sorted(byte_alphabet())
 SPECIAL = ["<|endoftext|>", "<|im_start|>"]

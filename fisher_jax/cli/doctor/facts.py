@@ -96,7 +96,7 @@ def devices() -> dict[str, str]:
     """
     import jax
 
-    from fisher_jax.models import cache
+    from fisher_jax.models import weight_cache
 
     all_devices = jax.devices()
     kinds = dict.fromkeys((device.platform, device.device_kind) for device in all_devices)
@@ -109,7 +109,7 @@ def devices() -> dict[str, str]:
     found = {"devices": "; ".join(shown), "backend": f"{jax.default_backend()}, {_runtime(all_devices[0])}"}
     if jax.process_count() > 1:
         found["processes"] = str(jax.process_count())
-    return found | {"cache of models": _folder(cache.folder())}
+    return found | {"cache of models": _folder(weight_cache.folder())}
 
 
 def _runtime(device: Any) -> str:

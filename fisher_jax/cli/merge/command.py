@@ -23,7 +23,7 @@ from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal, table
 from fisher_jax.cli.run.texts import default_task
 from fisher_jax.models import LanguageModel, load
-from fisher_jax.models.origin import Origin, read_origin
+from fisher_jax.models.beside_weights import Origin, read_origin
 from fisher_jax.text.bits_per_byte import Loss, bits_per_byte, difference, measure_in_pieces
 from fisher_jax.text.held_out import held_out
 

@@ -17,7 +17,7 @@ from fisher_jax.cli.report.task_state import Task, check_model, layer_settings, 
 from fisher_jax.cli.run.choice_error import Way
 from fisher_jax.cli.run.json_files import digest
 from fisher_jax.models import LanguageModel
-from fisher_jax.models.layout import flatten, unflatten
+from fisher_jax.models.weight_names import flatten, unflatten
 from fisher_jax.uses.trees import check_not_negative
 
 

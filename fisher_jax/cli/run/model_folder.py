@@ -11,7 +11,7 @@ from fisher_jax.cli.run.folder import disk_error
 from fisher_jax.cli.run.temporary import temporary_beside
 from fisher_jax.cli.run.terminal import Terminal
 from fisher_jax.models import DecoderConfig, Tokenizer, save
-from fisher_jax.models.origin import Origin
+from fisher_jax.models.beside_weights import Origin
 from fisher_jax.models.saving import hf_settings
 
 _CONFIG = "config.json"  # without it no folder is taken for a model

@@ -30,7 +30,7 @@ from fisher_jax.cli.spectrum.sections import SpectrumFindings
 from fisher_jax.cli.spectrum.settings import SpectrumSettings
 from fisher_jax.cli.spectrum.store import SpectrumStore
 from fisher_jax.models import load
-from fisher_jax.models.layout import flatten
+from fisher_jax.models.weight_names import flatten
 from fisher_jax.text.corpora import describe_sources, documents
 from fisher_jax.text.packing import longest_document, pack
 

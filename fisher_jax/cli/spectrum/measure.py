@@ -20,7 +20,7 @@ from fisher_jax.cli.spectrum.patterns import matching
 from fisher_jax.cli.spectrum.progress import ProductProgress
 from fisher_jax.cli.spectrum.settings import SpectrumSettings
 from fisher_jax.models import LanguageModel
-from fisher_jax.models.layout import flatten, unflatten
+from fisher_jax.models.weight_names import flatten, unflatten
 from fisher_jax.text.packing import Rows
 
 Tree = Any

@@ -11,7 +11,7 @@ from fisher_jax.cli.run.model_folder import model_folder, save_model
 from fisher_jax.cli.train.data import tokenizer_for
 from fisher_jax.cli.train.settings import TrainSettings
 from fisher_jax.models import DecoderConfig, Tokenizer
-from fisher_jax.models.origin import Origin, read_origin
+from fisher_jax.models.beside_weights import Origin, read_origin
 
 _MULTIPLE = 16  # of the MLP's size
 

@@ -22,7 +22,7 @@ from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal
 from fisher_jax.cli.trim.settings import TrimSettings
 from fisher_jax.models import LanguageModel, load
-from fisher_jax.models.origin import Origin, read_origin
+from fisher_jax.models.beside_weights import Origin, read_origin
 from fisher_jax.models.trimming import cut_model, kept_tokens, read_vocabulary
 from fisher_jax.text.bits_per_byte import Loss, bits_per_byte, difference, measure_in_pieces
 from fisher_jax.text.corpora import describe_sources

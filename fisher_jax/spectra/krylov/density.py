@@ -181,7 +181,7 @@ def _density(nodes, weights, width, num_points: int, products: int, dimension: i
     )
 
 
-def standard_error(values: np.ndarray) -> np.ndarray:
+def standard_error(values: np.ndarray) -> Any:
     """Of the mean over the leading axis; NaN for fewer than two."""
     n = len(values)
     return np.std(values, axis=0, ddof=1) / math.sqrt(n) if n > 1 else np.full(values.shape[1:], np.nan)

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fisher_jax._support.errors import InputError, shown
+from fisher_jax.models.checked_settings import Settings
 from fisher_jax.models.gguf_file import GgufFile
 from fisher_jax.models.hf_folder import HfFolder
 from fisher_jax.models.json_files import is_there, read_text
 from fisher_jax.models.loading import files_of
-from fisher_jax.models.settings import Settings
 from fisher_jax.models.token_ids import check_ids, renumbered
 
 __all__ = ["Origin", "read_origin"]

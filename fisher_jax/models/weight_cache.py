@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fisher_jax.models.config import DecoderConfig
-from fisher_jax.models.optional import optional
+from fisher_jax.models.optional_packages import optional
 
 __all__ = ["Entry", "folder", "read", "write"]
 

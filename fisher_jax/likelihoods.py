@@ -1,7 +1,7 @@
 """Likelihoods: what the outputs of a model say about its targets."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

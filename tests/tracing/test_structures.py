@@ -106,7 +106,9 @@ def test_indices_that_a_program_holds_are_compared_by_value():
     structures = Structures()
 
     def with_order(order):
-        return trace(lambda p, x: model(p, x[:, jnp.asarray(order)]), params(), (BATCH.inputs,), None, structures, None)
+        return trace(
+            lambda p, x: model(p, x[:, jnp.asarray(order)]), params(), (BATCH.inputs,), None, structures, None
+        )
 
     first, same, other = (with_order(order).structure for order in ([0, 1, 2], [0, 1, 2], [2, 1, 0]))
     assert first is same

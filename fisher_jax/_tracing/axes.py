@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax._support.jax_internals import broadcast_axes, named_axes, permutation, unstacked_axis
-from fisher_jax._tracing.provenance import Segment, Step, Use
+from fisher_jax._tracing.uses import Segment, Step, Use
 
 __all__ = ["Atom", "UntraceableError", "in_leaf_order", "roles_of_leaf", "trace_axes"]
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax._support.jax_internals import contraction, convolution, lookup
-from fisher_jax._tracing.provenance import Use
+from fisher_jax._tracing.uses import Use
 
 __all__ = ["matrices", "operand_axes", "token_axes"]
 

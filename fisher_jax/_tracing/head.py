@@ -11,10 +11,10 @@ from jaxtyping import Array
 from fisher_jax._support.jax_internals import Loop, Remat, bind, contraction
 from fisher_jax._tracing.dense import operand_axes
 from fisher_jax._tracing.program import Program
-from fisher_jax._tracing.provenance import Spec, View, plain
 from fisher_jax._tracing.structure import Head, Structure
 from fisher_jax._tracing.survey import Survey
 from fisher_jax._tracing.tracing import evaluate
+from fisher_jax._tracing.uses import Spec, View, plain
 
 __all__ = ["head_of", "parts"]
 

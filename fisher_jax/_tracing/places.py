@@ -9,7 +9,7 @@ from jaxtyping import Array
 from fisher_jax._support.jax_internals import contraction
 from fisher_jax._tracing.dense import token_axes
 from fisher_jax._tracing.ids import NOBODY, Ids, Lost
-from fisher_jax._tracing.provenance import Use
+from fisher_jax._tracing.uses import Use
 
 __all__ = ["UnfollowedError", "input_token_axes", "of_real_positions", "of_rows", "of_tokens", "row_ids"]
 

@@ -13,10 +13,10 @@ from jaxtyping import Array
 from fisher_jax._support.jax_internals import zeros
 from fisher_jax._support.outline import outline
 from fisher_jax._tracing.ids import Carried, Lost
-from fisher_jax._tracing.provenance import Spec, Use, View
 from fisher_jax._tracing.replay import Replay, zero
 from fisher_jax._tracing.structure import Structure, Structures
 from fisher_jax._tracing.tracing import evaluate
+from fisher_jax._tracing.uses import Spec, Use, View
 
 __all__ = [
     "Program",

@@ -21,9 +21,9 @@ from fisher_jax._support.jax_internals import (
     unstacked,
     zeros,
 )
-from fisher_jax._tracing.provenance import Known, Spec, View, alike, plain
 from fisher_jax._tracing.survey import Survey
 from fisher_jax._tracing.tracing import evaluate
+from fisher_jax._tracing.uses import Known, Spec, View, alike, plain
 
 __all__ = ["Replay", "zero"]
 

@@ -14,9 +14,9 @@ from fisher_jax._support.jax_internals import is_traced, opened, struct, walk
 from fisher_jax._tracing.dense import operand_axes, token_axes
 from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, along
 from fisher_jax._tracing.places import input_token_axes
-from fisher_jax._tracing.provenance import Data, Spec, Use, View
 from fisher_jax._tracing.survey import Made, Survey
 from fisher_jax._tracing.tracing import evaluate
+from fisher_jax._tracing.uses import Data, Spec, Use, View
 
 __all__ = ["Head", "Structure", "Structures"]
 

@@ -16,8 +16,8 @@ from jaxtyping import Array
 
 from fisher_jax._support.outline import outline
 from fisher_jax._tracing.program import Tap, differentiate, frozen, gradient_of_use, real_scalar, trace
-from fisher_jax._tracing.provenance import Spec, Use
 from fisher_jax._tracing.structure import Structures
+from fisher_jax._tracing.uses import Spec, Use
 
 __all__ = ["Coverage", "Tap", "Use", "capture", "coverage", "gradients_from_taps", "value_grad_and_taps"]
 

@@ -25,7 +25,7 @@ from fisher_jax._support.jax_internals import (
     rematerialised,
     walk,
 )
-from fisher_jax._tracing.provenance import Data, Known, Step, View, plain
+from fisher_jax._tracing.uses import Data, Known, Step, View, plain
 
 __all__ = ["Way", "evaluate"]
 

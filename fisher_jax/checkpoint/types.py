@@ -221,7 +221,7 @@ _TABLE = {
         optional="bias use bias_use",
     ),
     "parameter use": StateType(
-        "_tracing.provenance:Use",
+        "_tracing.uses:Use",
         texts="kind primitive where",
         anything="segments loops operand roles options signature",
         numbers="index",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisher_jax._support.jax_internals import PLACES, equation
-from fisher_jax._tracing.provenance import Segment, Step, Use
+from fisher_jax._tracing.uses import Segment, Step, Use
 from fisher_jax.checkpoint.facts import DamagedError, check
 
 __all__ = ["fields", "rebuilt"]

@@ -13,10 +13,10 @@ from fisher_jax._support import meshes, rejection
 from fisher_jax._support.dtypes import is_floating, wide, wide_dtype
 from fisher_jax._support.jax_internals import abstract, convolution
 from fisher_jax._tracing.dense import token_axes
-from fisher_jax._tracing.orientation import Grouping
 from fisher_jax._tracing.places import UnfollowedError, input_token_axes, row_ids
 from fisher_jax._tracing.program import Tap, gradient_of_use, trace, with_ids
-from fisher_jax._tracing.provenance import Spec
+from fisher_jax._tracing.roles import Grouping
+from fisher_jax._tracing.uses import Spec
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import tokens_of, unit_ids
 from fisher_jax.estimators import gram

@@ -16,8 +16,8 @@ from fisher_jax._support.jax_internals import lookup
 from fisher_jax._support.meshes import replicated
 from fisher_jax._tracing.axes import UntraceableError, in_leaf_order, trace_axes
 from fisher_jax._tracing.dense import matrices, operand_axes
-from fisher_jax._tracing.orientation import Grouping
-from fisher_jax._tracing.provenance import Spec, Use
+from fisher_jax._tracing.roles import Grouping
+from fisher_jax._tracing.uses import Spec, Use
 
 __all__ = ["cost", "fits", "squared_sums"]
 

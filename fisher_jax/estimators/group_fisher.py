@@ -10,7 +10,7 @@ from fisher_jax import groups as groups_room
 from fisher_jax import welford
 from fisher_jax._support import meshes
 from fisher_jax._support.dtypes import is_floating
-from fisher_jax._tracing import orientation
+from fisher_jax._tracing import roles
 from fisher_jax._tracing.program import trace
 from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
@@ -145,7 +145,7 @@ def group_fisher(
             assert example is not None
             return trace(apply_fn, params, (example.inputs,), None, structures, None).structure.specs
 
-        return orientation.groupings(groups, params, None if example is None else specs)
+        return roles.groupings(groups, params, None if example is None else specs)
 
     def problem(params: Tree) -> Problem:
         return Problem(
@@ -156,7 +156,7 @@ def group_fisher(
     def init(params: Tree):
         like = jax.eval_shape(lambda p: problem(p).reduce(_floating(p)), params)
         if combine is None:
-            like = orientation.as_sharded(grouped(params), params, like)
+            like = roles.as_sharded(grouped(params), params, like)
         return meshes.on_mesh_of(welford.init(like, unit=unit), params)
 
     def observe(params: Tree, batch: Batch, key: Array | None = None, *, taps=None, taps_scale=1.0) -> Moments:
@@ -177,7 +177,7 @@ def group_fisher(
         return welford.add(state, observe(params, batch, key, **given))
 
     def group_sizes(params: Tree) -> Tree:
-        return orientation.sizes(grouped(params), params)
+        return roles.sizes(grouped(params), params)
 
     return FisherEstimator(init, observe, update, welford.add, group_sizes)
 

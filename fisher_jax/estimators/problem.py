@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from fisher_jax._support.dtypes import is_floating, wide
 from fisher_jax._support.jax_internals import zeros
-from fisher_jax._tracing.orientation import Grouping
+from fisher_jax._tracing.roles import Grouping
 from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import Tokens, log_probs, tokens_of

@@ -9,7 +9,7 @@ import pytest
 
 import fisher_jax as fj
 from fisher_jax._tracing import program
-from fisher_jax._tracing.orientation import groupings
+from fisher_jax._tracing.roles import groupings
 from tests.tracing.zoo import ZOO
 
 B, S, V, D, N, H, L = 3, 4, 40, 6, 2, 3, 2

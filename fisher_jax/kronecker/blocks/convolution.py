@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax._support.jax_internals import convolution
-from fisher_jax._tracing.provenance import Use
+from fisher_jax._tracing.uses import Use
 
 __all__ = ["channel_axis", "kernel_axes", "kernel_blocks", "patches", "sizes"]
 

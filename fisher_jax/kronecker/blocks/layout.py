@@ -10,7 +10,7 @@ from jaxtyping import Array
 from fisher_jax._support.jax_internals import broadcast_axes, named_axes, permutation, slice_bounds, unstacked_axis
 from fisher_jax._tracing.axes import trace_axes
 from fisher_jax._tracing.dense import operand_axes
-from fisher_jax._tracing.provenance import Segment, Step, Use
+from fisher_jax._tracing.uses import Segment, Step, Use
 from fisher_jax.kronecker.blocks.convolution import kernel_blocks
 
 __all__ = ["bias_rows", "inverse", "is_rearrangement", "kernel_matrices", "table_matrices", "through", "unit_axes"]

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from fisher_jax._support import jax_internals
 from fisher_jax._tracing.axes import UntraceableError, roles_of_leaf
 from fisher_jax._tracing.dense import operand_axes
-from fisher_jax._tracing.provenance import Spec, Use
 from fisher_jax._tracing.structure import Structure
+from fisher_jax._tracing.uses import Spec, Use
 from fisher_jax.kronecker.blocks import convolution
 from fisher_jax.kronecker.blocks.layout import is_rearrangement, unit_axes
 from fisher_jax.kronecker.options import Curvature

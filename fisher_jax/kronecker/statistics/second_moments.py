@@ -17,7 +17,7 @@ from fisher_jax._support.placement import spec_of
 from fisher_jax._tracing.dense import matrices, operand_axes
 from fisher_jax._tracing.places import UnfollowedError, input_token_axes, of_real_positions, of_rows, of_tokens
 from fisher_jax._tracing.program import Tap
-from fisher_jax._tracing.provenance import Segment, Use
+from fisher_jax._tracing.uses import Segment, Use
 from fisher_jax.kronecker.blocks.convolution import patches
 from fisher_jax.kronecker.blocks.layout import through
 from fisher_jax.kronecker.blocks.plan import Block, Rules

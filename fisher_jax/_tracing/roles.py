@@ -14,7 +14,7 @@ from fisher_jax import groups as groups_room
 from fisher_jax._support.jax_internals import is_traced
 from fisher_jax._tracing.axes import UntraceableError, roles_of_leaf
 from fisher_jax._tracing.heads import by_heads
-from fisher_jax._tracing.provenance import Spec
+from fisher_jax._tracing.uses import Spec
 from fisher_jax.groups import Group, Heads
 
 __all__ = ["Grouping", "groupings", "sizes"]

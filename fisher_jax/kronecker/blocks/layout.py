@@ -112,7 +112,7 @@ def unit_axes(use: Use) -> tuple[int, ...]:
     return tuple(i for i, atoms in enumerate(axes) if any(atom.size > 1 for atom in atoms))
 
 
-def inverse(arrange: Callable[[Array], Array], leaf: jax.ShapeDtypeStruct) -> Callable[[Array], Array]:
+def inverse(arrange: Callable[[Array], Array], leaf: Array | jax.ShapeDtypeStruct) -> Callable[[Array], Array]:
     """From matrices back to the leaf: ``arrange`` only moves numbers, so that its transpose undoes it."""
 
     def back(matrices: Array) -> Array:

@@ -181,7 +181,7 @@ def test_every_state_has_a_short_repr(states):
     for name, state in states.items():
         for found in state.values() if isinstance(state, dict) else (state,):
             assert repr(found).startswith(f"{type(found).__name__}("), name
-            assert len(repr(found)) < 420, name
+            assert len(repr(found)) < 600, name
             assert "\n" not in repr(found), name
 
 

@@ -117,7 +117,7 @@ def without_padding(inputs: Any, real: Any = None, weights: Any = None) -> Any:
 
     Zero times NaN would spoil a backward pass through positions that do not count. Finite inputs stay as they are.
     """
-    masks = [] if real is None else [jnp.asarray(real) != 0]
+    masks = [] if real is None else [jnp.asarray(real).astype(bool)]
     if weights is not None and jnp.ndim(weights):
         masks.append(jnp.any((jnp.asarray(weights) > 0).reshape(len(weights), -1), 1))
 

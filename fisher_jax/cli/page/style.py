@@ -1,6 +1,7 @@
 """How the pictures look: light and dark, large enough for a phone, colour-blind safe, labelled directly."""
 
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -133,8 +134,8 @@ def log_axis(axes: Axes, which: str, low: float, high: float, *, compact: bool =
 
 def log_ticks(low: float, high: float, *, compact: bool = False, most: int = 8) -> dict[float, str]:
     """Values for ticks between `low` and `high`, about `most` of them, and their texts."""
-    decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1).astype(int)
-    narrow = np.log10(high / low) < 2.2
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    narrow = math.log10(high / low) < 2.2
     every = max(1, round(len(decades) / most))
     factors = (1,) if not narrow else (1, 3) if most < 6 else (1, 2, 5)
     ticks = {

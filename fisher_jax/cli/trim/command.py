@@ -72,7 +72,7 @@ def trim(
 ) -> None:  # fmt: skip
     vocabulary = read_vocabulary(model.tokenizer)
     order = most_important_first(model, None if task is None else task.arrays, settings.by)
-    kept = kept_tokens(vocabulary, order[order < vocabulary.size], settings.keep)
+    kept = kept_tokens(vocabulary, order[order < vocabulary.size].tolist(), settings.keep)
     trimmed = cut_model(model, kept)
     check_texts(model, trimmed, texts)
     console.say(

@@ -89,8 +89,8 @@ def test_gram_matrices_summed_over_token_shards_would_be_wrong():
 
     @jax.jit
     def solved(gram):
-        A, G = factors.eigen(a.T @ a), factors.LowRank(jnp.asarray(U), *factors.eigen(gram))
-        return tikhonov.exact(A, G, M, 0.1)
+        A, G = factors.eigen(jnp.asarray(a.T @ a)), factors.LowRank(jnp.asarray(U), *factors.eigen(gram))
+        return tikhonov.exact(A, G, jnp.asarray(M), 0.1)
 
     def apply(gram):
         found = solved(gram)

@@ -131,6 +131,8 @@ def _from_taps(problem: HeadProblem, params: Tree, batch: Batch, taps: list[Tap]
         raise ValueError(
             f"the taps are of {hidden.shape[0]} tokens and the batch has {weights.size}: give its own taps"
         )
+    if found.tokens is not None:
+        hidden, cotangents = hidden[found.tokens], cotangents[found.tokens]
     num_rows = weights.shape[0]
     ids = unit_ids(problem.unit, batch.units, num_rows)
 

@@ -195,13 +195,42 @@ def test_taps_that_cannot_serve_are_refused():
     with pytest.raises(ValueError, match=r"parameter \['mix'\] is used by .* the gradient of all rows together"):
         observed(sequence, params, batch, taps_of(decayed, params, batch))
 
-    def by_time(params, inputs):
-        return jnp.swapaxes(params["embed"][inputs.T] @ params["head"], 0, 1)
 
-    square = fj.Batch(batch.inputs[:, :B], batch.targets[:, :B])
-    taps = taps_of(lambda params, batch: jnp.sum(by_time(params, batch.inputs)), params, square)
-    with pytest.raises(ValueError, match="rows of the batch are not the first tokens"):
-        observed(fj.group_fisher(by_time, estimator="sequence"), params, square, taps)
+MOVED = {
+    "time first": (lambda x: jnp.swapaxes(x, 0, 1), lambda x: jnp.swapaxes(x, 0, 1)),
+    "rows and positions reversed": (lambda x: x[::-1, ::-1], lambda x: x[::-1, ::-1]),
+    "one axis, other order": (
+        lambda x: jnp.swapaxes(x, 0, 1).ravel(),
+        lambda x: jnp.swapaxes(x.reshape(S, B, -1), 0, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("estimator", ["head", "sequence"])
+@pytest.mark.parametrize("name", MOVED)
+def test_rows_are_found_where_a_model_moves_them(name, estimator):
+    there, back = MOVED[name]
+    params, batch = problem(jnp.float32)
+    params = {key: params[key] for key in ("embed", "mix", "head")}
+
+    def plain(params, inputs):
+        return jnp.tanh(jnp.take(params["embed"], inputs, axis=0) @ params["mix"]) @ params["head"]
+
+    def moved(params, inputs):
+        return back(plain(params, there(inputs)))
+
+    def loss(params, batch):
+        log_p = jax.nn.log_softmax(moved(params, batch.inputs))
+        return jnp.sum(batch.weights * jnp.take_along_axis(log_p, batch.targets[..., None], -1)[..., 0])
+
+    options = {"estimator": estimator, "groups": "row", "example": batch, "unit": "sequence"}
+    wanted = fj.group_fisher(plain, **options).observe(params, batch)
+    taps = fj.capture(loss)(params, batch)[1]
+    for given in ({}, {"taps": taps}):
+        found = fj.group_fisher(moved, **options).observe(params, batch, **given)
+        for name in params:
+            if wanted.mean[name] is not None:
+                np.testing.assert_allclose(found.mean[name], wanted.mean[name], rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("estimator", ["head", "sequence"])

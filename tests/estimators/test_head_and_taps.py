@@ -199,7 +199,7 @@ def test_taps_that_cannot_serve_are_refused():
 MOVED = {
     "time first": (lambda x: jnp.swapaxes(x, 0, 1), lambda x: jnp.swapaxes(x, 0, 1)),
     "rows and positions reversed": (lambda x: x[::-1, ::-1], lambda x: x[::-1, ::-1]),
-    "one axis, other order": (
+    "one axis": (
         lambda x: jnp.swapaxes(x, 0, 1).ravel(),
         lambda x: jnp.swapaxes(x.reshape(S, B, -1), 0, 1),
     ),
@@ -226,11 +226,13 @@ def test_rows_are_found_where_a_model_moves_them(name, estimator):
     options = {"estimator": estimator, "groups": "row", "example": batch, "unit": "sequence"}
     wanted = fj.group_fisher(plain, **options).observe(params, batch)
     taps = fj.capture(loss)(params, batch)[1]
-    for given in ({}, {"taps": taps}):
+    # A model of a fixed number of rows runs none alone, but its taps tell them apart.
+    alone = estimator == "head" or name != "one axis"
+    for given in ({"taps": taps}, *([{}] if alone else [])):
         found = fj.group_fisher(moved, **options).observe(params, batch, **given)
-        for name in params:
-            if wanted.mean[name] is not None:
-                np.testing.assert_allclose(found.mean[name], wanted.mean[name], rtol=1e-5, err_msg=name)
+        for path in params:
+            if wanted.mean[path] is not None:
+                np.testing.assert_allclose(found.mean[path], wanted.mean[path], rtol=1e-5, err_msg=path)
 
 
 @pytest.mark.parametrize("estimator", ["head", "sequence"])

@@ -1,5 +1,6 @@
 """Where the rows and positions of a batch lie among the tokens of a use."""
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -28,15 +29,16 @@ def input_token_axes(use: Use, ndim: int) -> tuple[int, ...]:
     return token_axes(use, ndim)
 
 
-def of_real_positions(use: Use, shape: tuple[int, ...], real: Array) -> Array:
+def of_real_positions(use: Use, shape: tuple[int, ...], real: Array, iteration: tuple[Array, ...] = ()) -> Array:
     """Which tokens of a use are real, bool ``[T]``; a token that belongs to no row is.
 
     Args:
         shape: of what the use meets, see `input_token_axes`, without loops.
         real: ``[rows]`` or ``[rows, ...positions]``.
+        iteration: of each of the use's loops the iteration that is meant.
 
     Raises:
-        UnfollowedError: rows or positions are not known, or move from iteration to iteration of a loop.
+        UnfollowedError: rows or positions are not known.
     """
     real = jnp.asarray(real).astype(bool)
     rows, positions = _over_tokens(use, shape, "row"), _over_tokens(use, shape, "position")
@@ -49,7 +51,11 @@ def of_real_positions(use: Use, shape: tuple[int, ...], real: Array) -> Array:
         index = [_both(row, position, by_row.shape[1]) for row in rows for position in positions]
         found = [_taken(by_row.ravel(), one) for one in index]
     count = math.prod(shape[i] for i in input_token_axes(use, len(shape)))
-    return jnp.broadcast_to(jnp.all(jnp.stack(found), 0) if found else jnp.ones(1, bool), (count,))
+    if not found:
+        return jnp.ones(count, bool)
+    every = functools.reduce(jnp.logical_and, found)
+    places = zip(iteration, every.shape[:-1], strict=True)
+    return jnp.broadcast_to(every[tuple(i if n > 1 else 0 for i, n in places)], (count,))
 
 
 def of_tokens(use: Use, shape: tuple[int, ...], values: Array) -> Array:
@@ -61,8 +67,7 @@ def of_tokens(use: Use, shape: tuple[int, ...], values: Array) -> Array:
     found = _over_tokens(use, shape, "token")
     if len(found) != 1:
         raise UnfollowedError("the outputs come from no single product")
-    (tokens,) = found
-    flat = jnp.ravel(values)
+    tokens, flat = found[0].ravel(), jnp.ravel(values)
     if np.array_equal(tokens, np.arange(flat.size)):
         return flat
     return jnp.where(tokens == NOBODY, 0, flat[np.maximum(tokens, 0)])
@@ -78,7 +83,9 @@ def of_rows(use: Use, shape: tuple[int, ...]) -> np.ndarray:
     count = math.prod(shape[i] for i in input_token_axes(use, len(shape)))
     if len(found) != 1 or (found[0] == NOBODY).any():
         raise UnfollowedError("its tokens belong to no single row")
-    return np.broadcast_to(found[0], (count,))
+    if any(n > 1 for n in found[0].shape[:-1]):
+        raise UnfollowedError("every iteration of the loop around it has other rows")
+    return np.broadcast_to(found[0].ravel(), (count,))
 
 
 def row_ids(use: Use) -> Ids:
@@ -96,7 +103,7 @@ def row_ids(use: Use) -> Ids:
 
 
 def _over_tokens(use: Use, shape: tuple[int, ...], kind: str) -> list[np.ndarray]:
-    """Ids of one kind over the tokens of a use, ``[T]`` or, where they do not vary, ``[1]``."""
+    """Ids of one kind over the tokens of a use, ``[*loops, T]``, of length 1 where they do not vary."""
     found = []
     for one in use.ids:
         if one.kind == kind:
@@ -109,19 +116,19 @@ def _over_tokens(use: Use, shape: tuple[int, ...], kind: str) -> list[np.ndarray
 
 
 def _ravelled(one: Ids, use: Use, shape: tuple[int, ...]) -> np.ndarray | None:
-    if any(n > 1 for n in one.values.shape[: len(use.loops)]):
-        raise UnfollowedError(f"every iteration of the loop around it has another {one.kind}")
-    own = one.values.reshape(one.values.shape[len(use.loops) :])
-    tokens = input_token_axes(use, own.ndim)
-    rest = [i for i in range(own.ndim) if i not in tokens]
-    if any(own.shape[i] > 1 for i in rest):
-        if use.kind == "dense" and not any(own.shape[i] > 1 for i in (*tokens, *_kept_apart(use))):
+    loops = len(use.loops)
+    lead, own = one.values.shape[:loops], one.values.shape[loops:]
+    tokens = input_token_axes(use, len(own))
+    rest = [i for i in range(len(own)) if i not in tokens]
+    if any(own[i] > 1 for i in rest):
+        if use.kind == "dense" and not any(own[i] > 1 for i in (*tokens, *_kept_apart(use))):
             return None  # summed over
         raise UnfollowedError(f"it meets several {one.kind}s at once")
-    values = own.transpose([*tokens, *rest]).reshape([own.shape[i] for i in tokens])
-    if values.size == 1:
-        return values.reshape(1)
-    return np.broadcast_to(values, [shape[i] for i in tokens]).ravel()
+    order = [*range(loops), *(loops + i for i in (*tokens, *rest))]
+    values = one.values.transpose(order).reshape(*lead, *(own[i] for i in tokens))
+    if all(own[i] == 1 for i in tokens):
+        return values.reshape(*lead, 1)
+    return np.broadcast_to(values, (*lead, *(shape[i] for i in tokens))).reshape(*lead, -1)
 
 
 def _kept_apart(use: Use) -> tuple[int, ...]:
@@ -133,6 +140,6 @@ def _both(row: np.ndarray, position: np.ndarray, length: int) -> np.ndarray:
 
 
 def _taken(values: Array, index: np.ndarray) -> Array:
-    if np.array_equal(index, np.arange(values.size)):
+    if index.ndim == 1 and np.array_equal(index, np.arange(values.size)):
         return values
     return jnp.where(index == NOBODY, True, values[np.maximum(index, 0)])

@@ -35,7 +35,7 @@ Tree = Any
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["inputs", "cotangents", "reduced"],
+    data_fields=["inputs", "cotangents", "reduced", "iteration"],
     meta_fields=["path", "kind", "leaf", "use"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Tap:
         cotangents: of the use's output; for ``generic`` of the parameter itself.
         reduced: the result of ``reduce`` where one was given; ``inputs`` and ``cotangents`` are then ``None``.
         use: the static facts.
+        iteration: while a tap is reduced, the iteration of each of its loops.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Tap:
     inputs: tuple[Array, ...] | None = None
     cotangents: Array | None = None
     reduced: Tree = None
+    iteration: tuple[Array, ...] = ()
 
     def __repr__(self) -> str:
         return outline(self)
@@ -225,9 +227,9 @@ def differentiate(
     def tap(spec: Spec) -> Tap:
         return Tap(program.paths[spec.leaf], spec.use.kind, spec.leaf, spec.use)
 
-    def kept(spec: Spec, inputs: tuple, cotangent: Array) -> Tree:
+    def kept(spec: Spec, iteration: tuple, inputs: tuple, cotangent: Array) -> Tree:
         assert reduce is not None
-        return reduce(dataclasses.replace(tap(spec), inputs=inputs, cotangents=cotangent))
+        return reduce(dataclasses.replace(tap(spec), inputs=inputs, cotangents=cotangent, iteration=iteration))
 
     keep = None if reduce is None else kept
 

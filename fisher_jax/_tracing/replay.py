@@ -39,7 +39,9 @@ class Replay:
         perturbations: one for each use of a followed leaf, those inside of loops and of rematerialised parts among
             them.
         follow: whether a leaf is perturbed.
-        reduce: ``reduce(spec, inputs, cotangent)``, what is kept of a use in place of its inputs and cotangent.
+        reduce: ``reduce(spec, iteration, inputs, cotangent)``, what is kept of a use in place of its inputs and
+            cotangent.
+        iteration: of each of the loops around this part.
         inputs: of the uses, where nothing is reduced.
     """
 
@@ -47,6 +49,7 @@ class Replay:
     perturbations: Iterator
     follow: Callable[[int], bool]
     reduce: Callable | None
+    iteration: tuple[Array, ...] = ()
     inputs: list[tuple] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
@@ -58,8 +61,8 @@ class Replay:
     def bind(self, eqn: Any, values: list) -> list:
         return bind(eqn, list(map(plain, values)))
 
-    def _inside(self, part: Survey, perturbations: list) -> "Replay":
-        return Replay(part, iter(perturbations), self.follow, self.reduce)
+    def _inside(self, part: Survey, perturbations: list, *iteration: Array) -> "Replay":
+        return Replay(part, iter(perturbations), self.follow, self.reduce, (*self.iteration, *iteration))
 
     def _perturbations_of(self, part: Survey) -> list:
         return [next(self.perturbations) for spec in part.specs if self.follow(spec.leaf)]
@@ -74,7 +77,7 @@ class Replay:
         if self.reduce is None:
             self.inputs.append(inputs)
             return _tapped(None, view.factor, found, None, next(self.perturbations))
-        backward, constants = _Reduction.trace(functools.partial(self.reduce, spec), inputs, found)
+        backward, constants = _Reduction.trace(functools.partial(self.reduce, spec, self.iteration), inputs, found)
         kept = jax.lax.stop_gradient((inputs, constants))
         return _tapped(backward, view.factor, found, kept, next(self.perturbations))
 
@@ -111,13 +114,13 @@ class Replay:
             return [v.inside(a, loop) if isinstance(v, View) else alike(v, a) for v, a in pairs]
 
         def body(carry, x):
-            perturbations, slices = x
-            inner = self._inside(part, perturbations)
+            perturbations, slices, iteration = x
+            inner = self._inside(part, perturbations, iteration)
             args = [*inside(consts, map(plain, consts), "shared"), *carry, *inside(xs, slices, "stacked")]
             outs = [inner.generic(v, eqn) for v in evaluate(scan.traced, args, inner)]
             return outs[: scan.num_carry], (outs[scan.num_carry :], inner.inputs)
 
-        scanned = (self._perturbations_of(part), list(map(plain, xs)))
+        scanned = (self._perturbations_of(part), list(map(plain, xs)), jnp.arange(scan.length, dtype=jnp.int32))
         carry, (ys, inputs) = jax.lax.scan(
             body, carry, scanned, length=scan.length, reverse=scan.reverse, unroll=scan.unroll
         )
@@ -132,7 +135,8 @@ def zero(spec: Spec, reduce: Callable | None) -> Tree:
     output, inputs = spec.output, spec.inputs
     for _ in spec.lengths:
         output, inputs = unstacked(output), tuple(map(unstacked, inputs))
-    result = jax.eval_shape(functools.partial(reduce, spec), inputs, output)
+    iteration = tuple(jax.ShapeDtypeStruct((), jnp.int32) for _ in spec.lengths)
+    result = jax.eval_shape(functools.partial(reduce, spec), iteration, inputs, output)
     for x in jax.tree.leaves(result):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(

@@ -71,7 +71,7 @@ def next_token_batch(
         units: integer ids ``[B]``, see `Batch`.
 
     Returns:
-        A `Batch`: ``weights`` float32 ``[B, S - 1]``, ``real`` bool ``[B, S - 1]``.
+        A `Batch`: ``weights`` float32 ``[B, S - 1]``, ``real`` bool ``[B, S - 1]``, or ``None`` without a mask.
 
     Raises:
         ValueError: an array of another shape than ``tokens``, or rows too short to hold a prediction.
@@ -91,13 +91,14 @@ def next_token_batch(
             f"tokens have shape [rows, length] with length >= 2 (a target needs a token before it), found "
             f"{list(tokens.shape)}"
         )
-    mask = jnp.ones(tokens.shape, bool) if mask is None else _same_shape("mask", mask, tokens) != 0
+    real = None if mask is None else _same_shape("mask", mask, tokens) != 0
+    mask = jnp.ones(tokens.shape, bool) if real is None else real
     weights = (mask[:, 1:] & mask[:, :-1]).astype(jnp.float32)
     if loss_mask is not None:
         weights = weights * _same_shape("loss_mask", loss_mask, tokens)[:, 1:].astype(jnp.float32)
     if units is not None:
         units = row_ids(units, tokens.shape[0])
-    return Batch(tokens[:, :-1], tokens[:, 1:], weights, mask[:, :-1], units)
+    return Batch(tokens[:, :-1], tokens[:, 1:], weights, None if real is None else real[:, :-1], units)
 
 
 def row_ids(units: Any, num_rows: int) -> Int[Array, " rows"]:

@@ -177,3 +177,41 @@ def test_a_closure_that_starts_to_move_positions_is_looked_at_again():
         np.testing.assert_allclose(
             dict(jax.tree_util.tree_leaves_with_path(found))[path], x, rtol=1e-3, atol=1e-4, err_msg=str(path)
         )
+
+
+def recurrent(scan):
+    """A recurrent network over positions, in a loop or unrolled."""
+
+    def model(params, tokens):
+        embedded = jnp.swapaxes(params["embed"][tokens], 0, 1)
+
+        def step(state, x):
+            state = jnp.tanh(x @ params["w"] + state)
+            return state, state
+
+        if scan:
+            _, states = jax.lax.scan(step, jnp.zeros((ROWS, WIDTH)), embedded)
+        else:
+            state, found = jnp.zeros((ROWS, WIDTH)), []
+            for x in embedded:
+                state, _ = step(state, x)
+                found.append(state)
+            states = jnp.stack(found)
+        return jnp.swapaxes(states, 0, 1) @ params["o"]
+
+    return model
+
+
+@pytest.mark.parametrize("correction", [False, True])
+def test_masks_follow_a_loop_over_positions(correction):
+    params = {key: PARAMS[key] for key in ("embed", "w", "o")}
+    batch = fj.Batch(TOKENS, TARGETS, weights=WEIGHTS, real=REAL)
+    options = fj.Curvature(policy="never", eigenvalue_correction=correction)
+    found, wanted = (
+        fj.kfac_factors(recurrent(scan), fj.categorical, params, batch, curvature=options, damping=0.1)
+        for scan in (True, False)
+    )
+    for path, matrix in dense(wanted).items():
+        np.testing.assert_allclose(dense(found)[path], matrix, rtol=1e-5, atol=1e-6, err_msg=str(path))
+    for path, x in fj.precondition(wanted, params).items():
+        np.testing.assert_allclose(fj.precondition(found, params)[path], x, rtol=1e-4, atol=1e-4, err_msg=path)

@@ -43,8 +43,8 @@ def _of_use(block: Block, tap: Tap, masks: Masks, rules: Rules, on_a: Array, on_
     lengths = tap.cotangents.shape[: len(loops)]  # type: ignore[union-attr]
     stacks = [n for n, loop in zip(lengths, loops, strict=True) if loop == "stacked"]
 
-    def run(inputs, cotangents, on_a, on_g):
-        whole = dataclasses.replace(tap, inputs=inputs, cotangents=cotangents)
+    def run(inputs, cotangents, on_a, on_g, *iteration):
+        whole = dataclasses.replace(tap, inputs=inputs, cotangents=cotangents, iteration=iteration)
         a, g, mask = observations(whole, block, masks, rules)
         # At the head the weight of a token is in its output gradient already.
         on_a = product(a, on_a)
@@ -52,11 +52,11 @@ def _of_use(block: Block, tap: Tap, masks: Masks, rules: Rules, on_a: Array, on_
         squares = (product(g, on_g) ** 2, (on_a * counts) ** 2)
         return product(jnp.swapaxes(squares[0], 1, 2), squares[1])
 
-    for loop in reversed(loops):
-        basis = 0 if loop == "stacked" else None
-        run = jax.vmap(run, (0, 0, basis, basis))
+    for depth in reversed(range(len(loops))):
+        basis = 0 if loops[depth] == "stacked" else None
+        run = jax.vmap(run, (0, 0, basis, basis, *(0 if i == depth else None for i in range(len(loops)))))
     bases = (x.reshape(*stacks, -1, *x.shape[1:]) for x in (on_a, on_g))
-    found = run(tap.inputs, tap.cotangents, *bases)
+    found = run(tap.inputs, tap.cotangents, *bases, *map(jnp.arange, lengths))
     shared = tuple(i for i, loop in enumerate(loops) if loop == "shared")
     found = found.sum(shared)
     return found.reshape(-1, *found.shape[-2:])

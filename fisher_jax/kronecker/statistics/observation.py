@@ -76,11 +76,12 @@ def observe(problem: Problem, program: Program, blocks: tuple[Block, ...], batch
         owner = {i: b for b in blocks for i in (b.leaf, b.bias) if i is not None}
 
         def kept(tap):
-            def sums(inputs, cotangents, masks):
-                full = dataclasses.replace(tap, inputs=inputs, cotangents=cotangents)
+            def sums(inputs, cotangents, iteration, masks):
+                full = dataclasses.replace(tap, inputs=inputs, cotangents=cotangents, iteration=iteration)
                 return statistic(full, owner[tap.leaf], masks, rules)
 
-            return automatic(sums, places(tap, owner[tap.leaf], rules), tap.inputs, tap.cotangents, masks)
+            where = places(tap, owner[tap.leaf], rules)
+            return automatic(sums, where, tap.inputs, tap.cotangents, tap.iteration, masks)
 
         reduce = None if whole else kept
         value, _, taps = differentiate(program, loss, reduce=reduce, follow=followed.__contains__)
@@ -148,13 +149,14 @@ def _raw(tap: Any, owner: dict[int, Block], masks: Masks, rules: Rules) -> Tree:
     block = owner[tap.leaf]
 
     def run(inputs, cotangents, masks):
-        def kept(inputs, cotangents):
-            whole = dataclasses.replace(tap, inputs=inputs, cotangents=cotangents)
+        def kept(inputs, cotangents, *iteration):
+            whole = dataclasses.replace(tap, inputs=inputs, cotangents=cotangents, iteration=iteration)
             return statistic(whole, block, masks, rules)
 
-        for _ in tap.use.loops:
-            kept = jax.vmap(kept)
-        return kept(inputs, cotangents)
+        loops = len(tap.use.loops)
+        for depth in reversed(range(loops)):
+            kept = jax.vmap(kept, (0, 0, *(0 if i == depth else None for i in range(loops))))
+        return kept(inputs, cotangents, *map(jnp.arange, cotangents.shape[:loops]))
 
     looped = [None] * len(tap.use.loops)
     where = {name: PartitionSpec(*looped, *spec) for name, spec in places(tap, block, rules).items()}

@@ -168,7 +168,7 @@ def _mask(tap: Tap, block: Block, masks: Masks) -> Array:
         if block.head:
             return of_tokens(tap.use, shape, masks.weights)
         if masks.real is not None:
-            return of_real_positions(tap.use, shape, masks.real)
+            return of_real_positions(tap.use, shape, masks.real, tap.iteration)
     except UnfollowedError as error:
         what = "the weights of the loss" if block.head else "the padding mask Batch.real"
         place = f" at {tap.use.where}" if tap.use.where else ""

@@ -75,6 +75,8 @@ def kfac_factors(
 
     Args:
         params, batch: where the curvature is taken. Padding is ``batch.real``, the loss mask ``batch.weights``.
+            Both lie on the positions they belong to wherever the model moves these (transposes, windows, constant
+            gathers, loops).
         key: for labels drawn from the model, and for the columns that ``token_cap`` keeps (without a key the middle
             one of each stratum).
         damping: ``F + damping I`` is what `precondition` inverts.
@@ -88,7 +90,7 @@ def kfac_factors(
 
     Raises:
         ValueError: a parameter without a block, named with its line and the way out; masks of
-            another shape; a missing key.
+            another shape, or that must lie on positions which the model sorts or picks by data; a missing key.
         RejectedBatchError: outside of ``jit`` a batch that is empty or has values that cannot be used.
 
     See Martens and Grosse (2015); Eschenhagen et al. (2023) for shared weights; George et al. (2018) for EK-FAC.

@@ -28,8 +28,11 @@ def add(*sums: Lanes) -> Lanes:
     return first, second
 
 
-def of_host(x: np.ndarray, start: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Lanes:
+def of_host(
+    value: np.ndarray | np.generic, start: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
+) -> Lanes:
     """The checksum of a NumPy array, or of a block that begins at ``start`` in an array of the given shape."""
+    x = np.asarray(value)
     if x.size == 0:
         return 0, 0
     if start is not None and shape is not None and x.shape != shape:

@@ -57,9 +57,9 @@ def test_blocks_add_up(cut):
     inside = np.zeros(x.shape, bool)
     inside[cut] = True
     start = tuple(part.start or 0 for part in index[0])
-    elements = [sums.of_host(x[i : i + 1, j : j + 1], (i, j), x.shape) for i, j in np.argwhere(inside)]
+    elements = [sums.of_host(x[i : i + 1, j : j + 1], (i, j), x.shape) for i, j in np.argwhere(inside).tolist()]
     assert sums.of_host(x[cut], start, x.shape) == sums.add(*elements)
-    rest = [sums.of_host(x[i : i + 1, j : j + 1], (i, j), x.shape) for i, j in np.argwhere(~inside)]
+    rest = [sums.of_host(x[i : i + 1, j : j + 1], (i, j), x.shape) for i, j in np.argwhere(~inside).tolist()]
     assert sums.add(*elements, *rest) == sums.of_host(x)
 
 

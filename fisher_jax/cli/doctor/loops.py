@@ -15,7 +15,7 @@ import numpy as np
 import fisher_jax as fj
 from fisher_jax.cli.doctor import draws
 
-Leaves = dict[str, np.ndarray]
+Leaves = dict[str, Any]  # arrays of NumPy, and its numbers
 
 
 def by_path(tree: Any, dtype: Any = np.float64) -> Leaves:

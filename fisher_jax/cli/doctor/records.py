@@ -11,7 +11,7 @@ import numpy as np
 RIGHT, WRONG, FAILED, NOT_RUN = "right", "WRONG", "FAILED", "not run"
 BROKEN = (WRONG, FAILED)
 
-Leaves = dict[str, np.ndarray]
+Leaves = dict[str, Any]  # arrays of NumPy, and its numbers
 
 
 class Check(NamedTuple):

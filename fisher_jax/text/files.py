@@ -35,19 +35,19 @@ def has_text(text: str) -> bool:
     return any(character.isalnum() for character in text)
 
 
-def pieces(source: str, name: str) -> Iterator[str]:
+def pieces(source: str, name: str, limit: int = MOST_BYTES) -> Iterator[str]:
     """The text of a file, or of standard input (`-`), a few at a time; line ends are `\\n`.
 
     Raises:
-        InputError: the file cannot be read, is not UTF-8, holds a zero byte, or more than `MOST_BYTES`.
+        InputError: the file cannot be read, is not UTF-8, holds a zero byte, or more than ``limit`` bytes.
     """
     if source == "-":
         if sys.stdin is None:
             raise InputError("standard input is closed; give a file to --text.")
-        yield from _decoded(_raw(sys.stdin.buffer, name), name, whole=True)
+        yield from _decoded(_raw(sys.stdin.buffer, name, limit=limit), name, whole=True)
         return
     with _opened(source) as stream:
-        yield from _decoded(_raw(stream, name), name, whole=True)
+        yield from _decoded(_raw(stream, name, limit=limit), name, whole=True)
 
 
 def first_characters(text: Iterator[str], longest: int | None) -> str:
@@ -107,13 +107,15 @@ def _opened(path: str) -> BinaryIO:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
-def _raw(stream: BinaryIO | io.BufferedReader, name: str, most: int = _PIECE) -> Iterator[bytes]:
+def _raw(
+    stream: BinaryIO | io.BufferedReader, name: str, most: int = _PIECE, limit: int = MOST_BYTES
+) -> Iterator[bytes]:
     size = 0
     try:
         while piece := stream.read(most):
             size += len(piece)
-            if size > MOST_BYTES:
-                raise InputError(f"{name} has more than {MOST_BYTES / 2**30:g} GiB; give a part of it.")
+            if size > limit:
+                raise InputError(f"{name} has more than {limit / 2**30:g} GiB; give a part of it.")
             yield piece
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}.") from None

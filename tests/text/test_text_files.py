@@ -77,12 +77,12 @@ def test_standard_input_that_is_closed(monkeypatch):
         list(documents(["-"]))
 
 
-def test_a_file_of_many_gigabytes_is_refused_where_all_of_it_is_wanted(tmp_path, monkeypatch):
-    monkeypatch.setattr("fisher_jax.text.files.MOST_BYTES", 10)
+def test_a_file_of_many_gigabytes_is_refused_where_all_of_it_is_wanted(tmp_path):
     path = tmp_path / "large.txt"
     path.write_text("words and words")
+    assert "".join(pieces(str(path), path.name, limit=15)) == "words and words"
     with pytest.raises(InputError, match="GiB"):
-        list(documents([str(path)]))
+        list(pieces(str(path), path.name, limit=14))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder", "sparse", "loop", "latin", "late zero"])

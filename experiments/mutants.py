@@ -69,7 +69,9 @@ TESTS = {
         "kronecker/test_kfac.py",
     ),
     "_support": ("support/*.py", "welford/*.py", "**/test_groups.py", "operators/*.py"),
-    "_support/compensated.py": ("**/test_compensated.py", "**/test_precision.py", "**/test_lanczos.py"),
+    "_support/compensated.py": (
+        "**/test_compensated.py", "**/test_plain.py", "**/test_precision.py", "**/test_lanczos.py",
+    ),
     "_support/dtypes.py": ("**/test_precision.py", "**/test_merging.py", "lm_head/*.py"),
     "_support/errors.py": ("**/test_text_files.py", "**/test_rejection.py"),
     "_support/host_memory.py": ("**/test_packing.py", "**/test_row_length.py"),

@@ -59,6 +59,8 @@ def test_a_text_is_read_no_further_than_needed():
 
 def test_standard_input_without_an_end_is_read_no_further_than_needed(monkeypatch):
     class Endless(io.RawIOBase):
+        mode = "rb"  # every file has one, and the check of annotations reads it
+
         def readable(self):
             return True
 

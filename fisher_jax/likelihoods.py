@@ -47,7 +47,7 @@ def _categorical_product(outputs: Array, tangent: Array) -> Array:
     return p * tangent - p * jnp.sum(p * tangent, -1, keepdims=True)
 
 
-def _categorical_factor(outputs: Array, k: Array) -> Array:
+def _categorical_factor(outputs: Array, k: Array | int) -> Array:
     p = jax.nn.softmax(wide(outputs))
     onehot = (jnp.arange(p.shape[-1]) == k).astype(p.dtype)
     return jnp.sqrt(p[..., k])[..., None] * (jnp.expand_dims(onehot, tuple(range(p.ndim - 1))) - p)

@@ -41,11 +41,11 @@ class _Place:
             turned = self._turned(part, lead)
             yield name, np.ascontiguousarray(turned).reshape(turned.shape)  # a scalar stays one
 
-    def join(self, parts: list[np.ndarray], lead: int = 0) -> np.ndarray:
-        parts = [self._turned(part, lead) for part in parts]
-        return np.stack(parts, axis=lead) if self.stacked else parts[0]
+    def join(self, parts: list[np.ndarray], lead: int = 0) -> Any:
+        turned = [self._turned(part, lead) for part in parts]
+        return np.stack(turned, axis=lead) if self.stacked else turned[0]
 
-    def _turned(self, x: np.ndarray, lead: int) -> np.ndarray:
+    def _turned(self, x: Any, lead: int) -> Any:
         return np.swapaxes(x, -1, -2) if self.transposed and x.ndim == lead + 2 else x
 
 

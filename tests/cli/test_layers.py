@@ -1,11 +1,11 @@
 """`--parameters all`: every layer, attention head and tensor, against plain gradients in float64."""
 
 import csv
+import dataclasses
 import io
 import os
 import shutil
 import signal
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from fisher_jax.cli.main import main
 from fisher_jax.cli.page import style
 from fisher_jax.cli.report import accumulate, layer_plots, layers
 from fisher_jax.cli.report.settings import ReportSettings
-from fisher_jax.models import DecoderConfig, from_config, init_params, load
+from fisher_jax.models import DecoderConfig, LanguageModel, from_config, init_params, load
 
 ALL = ["--parameters", "all", "--task", "first", "--max-tokens", "1000", "--held-out-tokens", "0", "--seed", "3"]
 FAMILIES = {
@@ -206,8 +206,10 @@ def test_a_task_of_the_head_leaves_the_table_until_its_own_task_is_dropped(repor
 def _family(name):
     config = DecoderConfig(vocab_size=19, width=8, num_layers=2, num_heads=2, head_size=4, mlp_size=6,
                            max_positions=6, **FAMILIES[name])  # fmt: skip
-    return SimpleNamespace(
-        config=config, apply=from_config(config).apply, params=init_params(config, jax.random.key(0))
+    functions = from_config(config)
+    given = {field.name: getattr(functions, field.name) for field in dataclasses.fields(functions)}
+    return LanguageModel(
+        **given, name=name, params=init_params(config, jax.random.key(0)), tokenizer=None, fingerprint=""
     )
 
 

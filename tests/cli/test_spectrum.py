@@ -15,6 +15,7 @@ from fisher_jax.cli.spectrum.measure import basis_size
 from fisher_jax.cli.spectrum.settings import SpectrumSettings
 from fisher_jax.models import load
 from fisher_jax.models.weight_names import flatten, unflatten
+from fisher_jax.text.corpora import Document
 from fisher_jax.text.packing import pack
 from tests.models import decoder_oracle
 
@@ -61,7 +62,7 @@ class _Dense:
 
     def __init__(self, model, texts, names):
         self.model = model
-        documents = [(text, Path(text).read_text(encoding="utf-8")) for text in texts]
+        documents = [Document(text, Path(text).read_text(encoding="utf-8")) for text in texts]
         rows = pack(
             documents, self.model.tokenizer.encode, seq_len=LENGTH, max_targets=TOKENS, held_out_targets=0,
             vocab_size=self.model.config.vocab_size,

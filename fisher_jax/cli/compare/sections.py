@@ -157,7 +157,7 @@ def _header(names: tuple[str, str]) -> list[str]:
     return ["token", f"per 1,000 tokens: {a}", b, f"importance: {a}", b, "difference", "± error", "z", "p", "q"]
 
 
-def _row(found: Compared, shift: RowShift, row: int) -> list[str]:
+def _row(found: Compared, shift: RowShift, row: int | np.integer) -> list[str]:
     test = shift.shift
     return [
         found.vocabulary[row],

@@ -191,9 +191,9 @@ def _ticks(axes: Axes, num_layers: int, named: dict[int, str]) -> None:
         side.set_visible(False)
 
 
-def _mean(part: Measured) -> np.ndarray:
+def _mean(part: Measured) -> np.ndarray | np.floating:
     return part.mean
 
 
-def _average(part: Measured) -> np.ndarray:
+def _average(part: Measured) -> np.ndarray | np.floating:
     return part.average

@@ -27,7 +27,7 @@ class Measured(NamedTuple):
     parameters: np.ndarray  # that each sum is over
 
     @property
-    def average(self) -> np.ndarray:
+    def average(self) -> np.ndarray | np.floating:
         """Per parameter."""
         return self.mean / self.parameters
 

@@ -48,7 +48,7 @@ def prune(
     hidden: np.ndarray,
     targets: np.ndarray,
     documents: np.ndarray,
-    head: jax.Array,
+    head: jax.Array | np.ndarray,
     ranked: list[Ordering],
     *,
     bias: np.ndarray | None = None,
@@ -107,7 +107,7 @@ def _log_pruned_sums(
 def _log_kept_sums(
     hidden: np.ndarray,
     targets: np.ndarray,
-    head: jax.Array,
+    head: jax.Array | np.ndarray,
     levels: np.ndarray,
     num_shares: int,
     bias: np.ndarray | None,

@@ -21,8 +21,10 @@ def draws(seed, out, n, T, duplicated=False):
     return a / np.sqrt(2 * T * n), g / np.sqrt(2 * T * out), M
 
 
+array = jnp.asarray  # inside of tests, where 64 bits may be on
+
 FORMS = {
-    "eigen": lambda rows: factors.eigen(jnp.asarray(rows.T @ rows)),
+    "eigen": lambda rows: factors.eigen(array(rows.T @ rows)),
     "low_rank": lambda rows: factors.low_rank(rows.T),
     "diagonal": lambda rows: factors.diagonal((rows**2).sum(0)),
 }
@@ -46,7 +48,7 @@ PAIRS = [
 
 def each(function):
     """``function(damping)`` at all dampings, as one array."""
-    return jax.vmap(function)(jnp.asarray(DAMPINGS))
+    return jax.vmap(function)(array(DAMPINGS))
 
 
 def agree(found, wanted, tolerance=1e-8):
@@ -66,13 +68,9 @@ def test_exact_and_factored_damping_are_the_dense_power(pair):
         for T, (a, g, M) in cases.items():
             A, G = FORMS[pair[0]](a), FORMS[pair[1]](g)
             for power in (-1.0, -0.5):
-                found[T, power] = each(
-                    lambda d, A=A, G=G, M=M, power=power: tikhonov.exact(A, G, jnp.asarray(M), d, power)
-                )
+                found[T, power] = each(lambda d, A=A, G=G, M=M, power=power: tikhonov.exact(A, G, array(M), d, power))
                 if T == 4:
-                    found[0, power] = each(
-                        lambda d, A=A, G=G, M=M, p=power: tikhonov.factored(A, G, jnp.asarray(M), d, p)
-                    )
+                    found[0, power] = each(lambda d, A=A, G=G, M=M, p=power: tikhonov.factored(A, G, array(M), d, p))
         return found
 
     with jax.enable_x64(True):
@@ -112,7 +110,7 @@ def test_a_block_without_curvature_divides_by_the_damping(kind):
     @jax.jit
     def run(zero):
         A, G = FORMS["eigen"](zero), FORMS[kind](zero)
-        return tikhonov.exact(A, G, jnp.asarray(M), 0.5, -0.5), tikhonov.factored(A, G, jnp.asarray(M), 0.5)
+        return tikhonov.exact(A, G, array(M), 0.5, -0.5), tikhonov.factored(A, G, array(M), 0.5)
 
     with jax.enable_x64(True):
         exact, factored = run(np.zeros((3, 4)))
@@ -122,9 +120,7 @@ def test_a_block_without_curvature_divides_by_the_damping(kind):
 
 def test_stacked_layers_are_a_batch():
     layers = [draws(seed, 6, 5, 4) for seed in range(3)]
-    run = jax.jit(
-        jax.vmap(lambda a, g, M: tikhonov.exact(FORMS["eigen"](a), FORMS["low_rank"](g), jnp.asarray(M), 1e-3))
-    )
+    run = jax.jit(jax.vmap(lambda a, g, M: tikhonov.exact(FORMS["eigen"](a), FORMS["low_rank"](g), array(M), 1e-3)))
     with jax.enable_x64(True):
         found = run(*(np.stack(parts) for parts in zip(*layers, strict=True)))
     for one, (ai, gi, Mi) in zip(found, layers, strict=True):
@@ -144,10 +140,10 @@ def test_float32_errors_are_those_of_the_documentation_and_bfloat16_storage_is_i
         own = g.T @ a
 
         def three(damping):
-            exact = tikhonov.exact(A, G, jnp.asarray(M), damping), tikhonov.exact(A, G, jnp.asarray(own), damping)
+            exact = tikhonov.exact(A, G, array(M), damping), tikhonov.exact(A, G, array(own), damping)
             return *exact, tikhonov.push_through(A, G, a, damping)
 
-        return jax.vmap(three)(jnp.asarray(dampings)), half.columns, tikhonov.exact(A, half, jnp.asarray(M), 1e-2)
+        return jax.vmap(three)(array(dampings)), half.columns, tikhonov.exact(A, half, array(M), 1e-2)
 
     found, columns, from_half = run(a, g, M)
     for damping, general, own, pushed in zip(dampings, *found, strict=True):
@@ -177,7 +173,7 @@ def test_the_true_fisher_of_a_softmax_head(tokens):
 
     @jax.jit
     def run(a, p, w, M):
-        A, head = FORMS["eigen"](a), woodbury.softmax_head(jnp.asarray(p.T), w)
+        A, head = FORMS["eigen"](a), woodbury.softmax_head(array(p.T), w)
         solved = [each(lambda d, f=f: f(A, head, M, d)) for f in (woodbury.head_exact, woodbury.head_factored)]
         return woodbury.head_matrix(head), *solved
 
@@ -197,9 +193,7 @@ def test_the_true_fisher_of_a_softmax_head_at_small_damping_in_float32():
     dense_a, dense_g = a.T.astype(np.float64) @ a, oracle.softmax_fisher(p, np.ones(20))
     wanted = oracle.factored_power(dense_a, dense_g, M, 1e-10)
     solve = jax.jit(
-        lambda: woodbury.head_factored(
-            FORMS["eigen"](a), woodbury.softmax_head(jnp.asarray(p.T)), jnp.asarray(M), 1e-10
-        )
+        lambda: woodbury.head_factored(FORMS["eigen"](a), woodbury.softmax_head(array(p.T)), array(M), 1e-10)
     )
     assert relative(solve(), wanted) < 1e-3
 
@@ -214,9 +208,7 @@ def test_an_embedding_tied_to_its_head(kind):
     def run(a, g, p, rows, M):
         A = FORMS["eigen"](a)
         if kind == "softmax":
-            return each(
-                lambda d: woodbury.tied_head(A, woodbury.softmax_head(jnp.asarray(p.T)), rows, jnp.asarray(M), d)
-            )
+            return each(lambda d: woodbury.tied_head(A, woodbury.softmax_head(array(p.T)), rows, array(M), d))
         return each(lambda d: woodbury.tied(A, FORMS[kind](g), rows, M, d))
 
     with jax.enable_x64(True):
@@ -238,7 +230,7 @@ def test_subsampled_columns_keep_the_second_moment_in_expectation():
         mean = jnp.einsum("kit,kjt->ij", drawn, drawn) / len(offsets)
         return mean, jnp.all(jnp.any(drawn != 0, axis=1)), few, factors.subsample(few, 6, offsets[0])[0]
 
-    mean, alive, few, kept = run(jnp.asarray(g.T, jnp.float32))
+    mean, alive, few, kept = run(array(g.T, jnp.float32))
     np.testing.assert_allclose(mean, g.T @ g, atol=0.03 * np.linalg.norm(g.T @ g))
     assert alive
     few, kept = np.asarray(few), np.asarray(kept)

@@ -70,8 +70,11 @@ def contraction(eqn):
     return list(ask.contraction(eqn.params))
 
 
+PLAIN = {"batching": (), "index_batching": (), "clips": False}
+
+
 def lookup(eqn):
-    return list(ask.lookup(eqn.params, eqn.invars[0].aval.shape))
+    return ask.lookup(eqn.params, eqn.invars[0].aval.shape)._asdict()
 
 
 # The question, a program, its arguments, who asks, and the answer about the program's last equation.
@@ -102,10 +105,13 @@ ROWS = [
     # Options of these operations.
     ("axes of a product", lambda w, x: jnp.einsum("bxi,bjx->bij", w, x), (W[None].repeat(2, 0), X.reshape(2, 2, 2)),
      lambda e: sorted(map(sorted, ask.contraction(e.params))), [[(0,), (0,)], [(1,), (2,)]]),
-    ("whole rows of a lookup", lambda w: w[INDICES], (W,), lookup, [(0,), True, (1,), False]),
-    ("single entries of a lookup", lambda w: w[INDICES, INDICES], (W,), lookup, [(0, 1), False, (), False]),
+    ("whole rows of a lookup", lambda w: w[INDICES], (W,), lookup,
+     {**PLAIN, "axes": (0,), "collapsed": (0,), "sizes": (1, 3), "whole": True, "offset": (1,)}),
+    ("single entries of a lookup", lambda w: w[INDICES, INDICES], (W,), lookup,
+     {**PLAIN, "axes": (0, 1), "collapsed": (0, 1), "sizes": (1, 1), "whole": False, "offset": ()}),
     ("clipping of a lookup", lambda w: jnp.take(w, INDICES, axis=1, mode="clip"), (W,),
-     lambda e: lookup(ask.opened(ask.called(e))[0].equations[-1]), [(1,), True, (0,), True]),
+     lambda e: lookup(ask.opened(ask.called(e))[0].equations[-1]), 
+     {**PLAIN, "axes": (1,), "collapsed": (1,), "sizes": (2, 1), "whole": True, "offset": (0,), "clips": True}),
     ("axes and groups of a convolution", convolve, (IMAGE, KERNEL), convolution,
      [(0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3), 2, 1, (1, 2), ((0, 0), (0, 0))]),
     ("order of a transpose", lambda w: jnp.transpose(w[None], (1, 2, 0)), (W,), ask.permutation, (1, 2, 0)),

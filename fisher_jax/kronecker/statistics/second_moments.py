@@ -188,7 +188,7 @@ def _reduce(tap: Tap, a: Array, g: Array, mask: Array, rows: int) -> tuple[Array
             f'shared="reduce" needs the row of every token of {tap.path} at {tap.use.where}: {error}'
         ) from None
     count = _by_row(mask, row, rows)
-    mean = _by_row(a * mask[:, None], row, rows) / jnp.where(count > 0, count, 1)[:, None]
+    mean = _by_row(a * mask[None, :, None], row, rows) / jnp.where(count > 0, count, 1)[None, :, None]
     return mean, _by_row(g, row, rows), (count > 0).astype(mask.dtype)
 
 

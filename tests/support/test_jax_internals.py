@@ -110,7 +110,7 @@ ROWS = [
     ("single entries of a lookup", lambda w: w[INDICES, INDICES], (W,), lookup,
      {**PLAIN, "axes": (0, 1), "collapsed": (0, 1), "sizes": (1, 1), "whole": False, "offset": ()}),
     ("clipping of a lookup", lambda w: jnp.take(w, INDICES, axis=1, mode="clip"), (W,),
-     lambda e: lookup(ask.opened(ask.called(e))[0].equations[-1]), 
+     lambda e: lookup(ask.opened(ask.called(e))[0].equations[-1]),
      {**PLAIN, "axes": (1,), "collapsed": (1,), "sizes": (2, 1), "whole": True, "offset": (0,), "clips": True}),
     ("axes and groups of a convolution", convolve, (IMAGE, KERNEL), convolution,
      [(0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3), 2, 1, (1, 2), ((0, 0), (0, 0))]),

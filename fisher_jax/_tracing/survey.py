@@ -181,19 +181,18 @@ class Survey:
         types = [var.aval for var in body.arguments]
         consts = [_entered(v, t, "shared", self.loops) for v, t in zip(values[:first], types[:first], strict=True)]
         xs = [_entered(v, t, "stacked", self.loops) for v, t in zip(values[head:], types[head:], strict=True)]
-        carried = [_beside_loop(x.ids, self.loops) if isinstance(x, Data) else () for x in start]
-        for attempt in range(_PASSES):
+        part: Survey = self
+        outs: list[Data] = []
+
+        def once(carried: list[Carried]) -> list[Carried]:
+            nonlocal part, outs
             part = self.inside(eqn, 1)
             part.findings = copy.deepcopy(self.findings)
             carry = [Data(t, ids) for t, ids in zip(types[first:head], carried, strict=True)]
             outs = [part.generic(v, eqn) for v in evaluate(scan.traced, [*consts, *carry, *xs], part)]
-            after = [_kept_between(_ids_of(x), self.loops, eqn, self.line) for x in outs[: scan.num_carry]]
-            new = [joined((a, b), eqn, self.line) for a, b in zip(carried, after, strict=True)]
-            if attempt == _PASSES - 2:
-                new = [_unstable(a, b, eqn, self.line) for a, b in zip(carried, new, strict=True)]
-            if all(map(_same_ids, carried, new)):
-                break
-            carried = new
+            return [_kept_between(_ids_of(x), self.loops, eqn, self.line) for x in outs[: scan.num_carry]]
+
+        carried = self._settled(eqn, [_beside_loop(_ids_of(x), self.loops) for x in start], once)
         vars(self.findings).update(vars(part.findings))
         found = [*(_after_loop(ids, self.loops) for ids in carried), *(_ids_of(x) for x in outs[scan.num_carry :])]
         return [Data(var.aval, ids, maker=eqn) for var, ids in zip(eqn.outvars, found, strict=True)], part
@@ -206,17 +205,24 @@ class Survey:
     def _repeated(self, eqn: Any, body: Any, skipped: int, num_consts: int, values: list) -> list[Data]:
         """A loop without end: what it carries must belong to the same rows and positions in every round."""
         consts, start = values[skipped : skipped + num_consts], values[skipped + num_consts :]
-        carried = [_ids_of(plain(x)) for x in start]
-        for attempt in range(_PASSES):
+
+        def once(carried: list[Carried]) -> list[Carried]:
             given = [Data(var.aval, ids) for var, ids in zip(eqn.outvars, carried, strict=True)]
-            outs = [_ids_of(plain(x)) for x in evaluate(body, [*consts, *given], self.inside(eqn))]
-            new = [joined((a, b), eqn, self.line) for a, b in zip(carried, outs, strict=True)]
+            return [_ids_of(plain(x)) for x in evaluate(body, [*consts, *given], self.inside(eqn))]
+
+        carried = self._settled(eqn, [_ids_of(plain(x)) for x in start], once)
+        return [Data(var.aval, ids, maker=eqn) for var, ids in zip(eqn.outvars, carried, strict=True)]
+
+    def _settled(self, eqn: Any, carried: list[Carried], once: Callable) -> list[Carried]:
+        """Ids that one round of a loop leaves as they are, from those that it starts with; else they are lost."""
+        for attempt in range(_PASSES):
+            new = [joined((a, b), eqn, self.line) for a, b in zip(carried, once(carried), strict=True)]
             if attempt == _PASSES - 2:
                 new = [_unstable(a, b, eqn, self.line) for a, b in zip(carried, new, strict=True)]
             if all(map(_same_ids, carried, new)):
                 break
             carried = new
-        return [Data(var.aval, ids, maker=eqn) for var, ids in zip(eqn.outvars, carried, strict=True)]
+        return carried
 
     def _made(self, eqn: Any, operands: list, carried: list[Carried]) -> list[Made | None]:
         """The product that each result comes from, entry by entry."""

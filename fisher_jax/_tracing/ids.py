@@ -399,9 +399,24 @@ def _sort(eqn, operand, values, output, loops, constant):
 
 
 def _top_k(eqn, operand, values, output, loops, constant):
-    if values.shape[-1] > 1:
+    axis = eqn.params.get("axis", -1) % len(eqn.invars[0].aval.shape)
+    if values.shape[loops + axis] > 1:
         raise _LostError("it sorts them")
     return values
+
+
+def _of_last_axes(number: Callable[[Any], int]) -> Callable:
+    """The rule of an operation that mixes what lies along the last few axes, one problem after the other."""
+
+    def rule(eqn, operand, values, output, loops, constant):
+        ndim, mixed = len(eqn.invars[operand].aval.shape), number(eqn)
+        lead = loops + ndim - mixed
+        if any(n > 1 for n in values.shape[lead:]):
+            raise _LostError("it mixes them")
+        more = len(eqn.outvars[output].aval.shape) - (ndim - mixed)
+        return values.reshape(*values.shape[:lead], *(1,) * more)
+
+    return rule
 
 
 def _convolve(eqn, operand, values, output, loops, constant):
@@ -563,6 +578,9 @@ _RULES: dict[str, Callable] = {
     "scatter": _scatter,
     "scatter-add": _scatter,
     "scatter_add": _scatter,
+    "fft": _of_last_axes(lambda eqn: len(eqn.params["fft_lengths"])),
+    **dict.fromkeys(("cholesky", "eigh", "householder_product", "lu", "qr", "svd"), _of_last_axes(lambda eqn: 2)),
+    "triangular_solve": _of_last_axes(lambda eqn: 2),
     "iota": lambda *_: None,
     "random_bits": lambda *_: None,
     "random_fold_in": lambda *_: None,

@@ -181,6 +181,8 @@ def test_a_scan_over_layers_leaves_ids_as_they_are():
         ("a neighbouring row", lambda x: x + jnp.roll(x, 1, 0), {"row"}),
         ("the first row", lambda x: x + x[:1], {"row"}),
         ("a sort", lambda x: jnp.sort(x, 1), {"position"}),
+        ("frequencies of positions", lambda x: jnp.fft.fft(x, axis=1).real, {"position"}),
+        ("the largest of positions", lambda x: jax.lax.top_k(jnp.swapaxes(x, 1, 2), 2)[0], {"position"}),
         ("a lookup by data", lambda x: jnp.take_along_axis(x, jnp.argsort(x[..., :1], 1), 1), {"position"}),
         ("a convolution", lambda x: jax.lax.conv_general_dilated(
             x, jnp.ones((3, WIDTH, 2)), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")), {"position"}),
@@ -207,6 +209,10 @@ def test_what_cannot_be_followed_is_lost_and_says_where(name, function, lost):
         ("the first position", lambda x: x + x[:, :1], {"row", "position"}),
         ("one branch of two", lambda x: jax.lax.cond(x[0, 0, 0] > 0, jnp.sin, jnp.cos, x), {"row", "position"}),
         ("the first row of a batch of one", lambda x: x[:1] + x[:1][0], {"row", "position"}),
+        ("frequencies of features", lambda x: jnp.fft.fft(x).real, {"row", "position"}),
+        ("the largest features", lambda x: jax.lax.top_k(x, 2)[0], {"row", "position"}),
+        ("a factor of each row", lambda x: jnp.linalg.cholesky(jnp.einsum("bsd,bse->bde", x, x)), {"row"}),
+        ("eigenvalues of each row", lambda x: jnp.linalg.eigvalsh(jnp.einsum("bsd,bse->bde", x, x)), {"row"}),
         ("a batch of matrices", lambda x: jax.vmap(lambda y: y @ y.T @ y)(x), {"row", "position"}),
     ],
 )

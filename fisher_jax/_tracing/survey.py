@@ -264,16 +264,18 @@ class Survey:
                 len(a) == 1 and (np.squeeze(x.values) == np.arange(x.values.size)).all() if a else True
                 for x, a in zip(made.axes, places, strict=True)
             )
-            if not identity or not set(one.axes) <= {a[0] for a in places if a}:
-                continue
             tokens = token_axes(made.use, len(made.axes))
-            if not set(one.axes) <= {places[i][0] for i in tokens if places[i]}:
-                continue
-            shape = [one.values.shape[places[i][0]] if places[i] else 1 for i in tokens]
             order = [places[i][0] for i in tokens if places[i]]
-            rest = [i for i in range(one.values.ndim) if i not in order]
-            values = one.values.transpose([*order, *rest]).reshape(shape)
-            ids = along(one.kind, values, input_token_axes(made.use, made.met), made.met, self.loops)
+            # Every iteration of a loop around may have another one.
+            if not identity or not set(one.axes) <= {*range(self.loops), *order}:
+                continue
+            lead = one.values.shape[: self.loops]
+            rest = [i for i in range(self.loops, one.values.ndim) if i not in order]
+            values = one.values.transpose([*range(self.loops), *order, *rest])
+            shape = [1] * made.met
+            for axis, i in zip(input_token_axes(made.use, made.met), tokens, strict=True):
+                shape[axis] = one.values.shape[places[i][0]] if places[i] else 1
+            ids = Ids(one.kind, values.reshape(*lead, *shape))
             known = self.findings.learned.get(made.use.order, ())
             self.findings.learned[made.use.order] = (*known, ids)
 

@@ -186,7 +186,7 @@ def recurrent(scan):
         embedded = jnp.swapaxes(params["embed"][tokens], 0, 1)
 
         def step(state, x):
-            state = jnp.tanh(x @ params["w"] + state)
+            state = jnp.tanh(x @ params["w"] + (state @ params["u"] if "u" in params else state))
             return state, state
 
         if scan:
@@ -215,3 +215,17 @@ def test_masks_follow_a_loop_over_positions(correction):
         np.testing.assert_allclose(dense(found)[path], matrix, rtol=1e-5, atol=1e-6, err_msg=str(path))
     for path, x in fj.precondition(wanted, params).items():
         np.testing.assert_allclose(fj.precondition(found, params)[path], x, rtol=1e-4, atol=1e-4, err_msg=path)
+
+
+def test_a_state_counts_at_the_position_that_it_is_used_at():
+    """The state before a position meets its kernel there: ``A`` is over the states before real positions."""
+    params = {key: PARAMS[key] for key in ("embed", "w", "o")} | {"u": draw(WIDTH, WIDTH, seed=9)}
+    batch = fj.Batch(TOKENS, TARGETS, weights=WEIGHTS, real=REAL)
+    factors = fj.kfac_factors(recurrent(True), fj.categorical, params, batch, curvature=fj.Curvature(policy="never"))
+    w, u, embedded = (np.asarray(x, np.float64) for x in (params["w"], params["u"], params["embed"][TOKENS]))
+    state, wanted = np.zeros((ROWS, WIDTH)), np.zeros((WIDTH, WIDTH))
+    for t in range(LENGTH):
+        before = state[np.asarray(REAL[:, t])]
+        wanted += before.T @ before
+        state = np.tanh(embedded[:, t] @ w + state @ u)
+    np.testing.assert_allclose(dense(factors)["['u']", "A"][0], wanted / int(REAL.sum()), rtol=1e-4, atol=1e-5)

@@ -86,7 +86,7 @@ def derivation(token: str, ranks: dict[tuple[str, ...], int]) -> set[str]:
     return passed - {token}
 
 
-def kept_tokens(vocabulary: Vocabulary, order: Iterable[int], keep: int) -> np.ndarray:
+def kept_tokens(vocabulary: Vocabulary, order: Iterable[int | np.integer], keep: int) -> np.ndarray:
     """Exactly ``keep`` ids, ascending: the required ones, then by ``order`` (most important first).
 
     Ids without a token are passed over.

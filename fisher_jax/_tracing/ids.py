@@ -52,12 +52,16 @@ class Ids:
 
 @dataclasses.dataclass(frozen=True)
 class Lost:
-    """Ids of one kind that could not be followed: the operation, its line, and why."""
+    """Ids of one kind that could not be followed: the operation, its line, and why.
+
+    ``mixed`` ones come from many; added to what has ids, they belong where these do.
+    """
 
     kind: Any
     operation: str
     where: str
     reason: str
+    mixed: bool = False
 
     def __str__(self) -> str:
         place = f" at {self.where}" if self.where else ""
@@ -137,6 +141,8 @@ def carried_through(
         ]
         kept = [tuple(one for one in own if one is not None) for own in moved]
         found = joined(kept, eqn, line)
+        if eqn.primitive.name == "dot_general":
+            found = (*found, *_mixed(eqn, given, found, loops, line))
         for axis in _joining_axes(eqn):
             found = tuple(x if isinstance(x, Lost) else Ids(x.kind, _extended(x.values, loops + axis)) for x in found)
         results.append(found)
@@ -164,14 +170,37 @@ def joined(parts: Sequence[Carried], eqn: Any, line: Callable[[Any], str]) -> Ca
 
 def _joined_of(kind: Any, parts: Sequence[Carried], eqn: Any, line: Callable) -> Carried:
     found: list[Ids] = []
+    mixed: Carried = ()
     for one in (x for part in parts for x in part if x.kind == kind):
+        if isinstance(one, Lost) and one.mixed:
+            mixed = (one,)
+            continue
         if isinstance(one, Lost):
             return (one,)
         merged = _added(found, one)
         if merged is None:
             return (Lost(kind, eqn.primitive.name, line(eqn), f"its operands belong to different {kind}s"),)
         found = merged
-    return tuple(found)
+    return tuple(found) or mixed
+
+
+def _mixed(eqn: Any, given: Sequence[Carried], found: Carried, loops: int, line: Callable) -> Carried:
+    """Kinds that a product sums over by a matrix, whose other axis may be one of new rows or positions."""
+    lost: dict[Any, Lost] = {}
+    for operand, own in enumerate(given):
+        contracted, batch = (sides[1 - operand] for sides in contraction(eqn.params))
+        shape = eqn.invars[1 - operand].aval.shape
+        if not any(n > 1 for i, n in enumerate(shape) if i not in (*contracted, *batch)):
+            continue
+        for one in own:
+            axes = [loops + i for i in contraction(eqn.params).contracted[operand]]
+            known = {x.kind for x in (*found, *given[1 - operand])}
+            if isinstance(one, Lost) or not set(one.axes) & set(axes) or one.kind in known:
+                continue
+            size = int(np.prod([one.values.shape[i] for i in axes]))
+            if len(np.unique(one.values)) == size:  # the axis of them alone, not one of features too
+                lost[one.kind] = Lost(one.kind, eqn.primitive.name, line(eqn), "a matrix mixes them", mixed=True)
+    return tuple(lost.values())
 
 
 def _added(found: list[Ids], one: Ids) -> list[Ids] | None:
@@ -315,6 +344,11 @@ def _concatenate(eqn, operand, values, output, loops, constant):
     return _placed(values, loops + axis, sum(sizes[:operand]), sizes[operand], sum(sizes))
 
 
+def _stack(eqn, operand, values, output, loops, constant):
+    axis = loops + int(eqn.params["axis"]) % len(eqn.outvars[0].aval.shape)
+    return _placed(np.expand_dims(values, axis), axis, operand, 1, len(eqn.invars))
+
+
 def _placed(values: np.ndarray, axis: int, start: int, size: int, whole: int) -> np.ndarray:
     """Ids of a part of an axis, and of nobody in the rest."""
     shape = list(values.shape)
@@ -328,6 +362,8 @@ def _joining_axes(eqn: Any) -> Sequence[int]:
     """Axes along which an operation puts parts side by side."""
     if eqn.primitive.name == "concatenate":
         return (int(eqn.params["dimension"]),)
+    if eqn.primitive.name == "stack":
+        return (int(eqn.params["axis"]) % len(eqn.outvars[0].aval.shape),)
     return range(len(eqn.outvars[0].aval.shape)) if eqn.primitive.name == "dynamic_update_slice" else ()
 
 
@@ -564,6 +600,7 @@ _RULES: dict[str, Callable] = {
     "unstack": _unstack,
     "rev": _rev,
     "concatenate": _concatenate,
+    "stack": _stack,
     "pad": _pad,
     "dot_general": _product,
     "sort": _sort,

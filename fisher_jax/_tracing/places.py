@@ -42,6 +42,8 @@ def of_real_positions(use: Use, shape: tuple[int, ...], real: Array, iteration: 
     """
     real = jnp.asarray(real).astype(bool)
     rows, positions = _over_tokens(use, shape, "row"), _over_tokens(use, shape, "position")
+    if len(rows) > 1:
+        raise UnfollowedError("it meets two rows at once")
     by_row = real.reshape(real.shape[0], -1)
     if real.ndim == 1 or not positions:
         found = [_taken(by_row.any(1), row) for row in rows]

@@ -149,7 +149,8 @@ def _rows_of(tap: Tap, num_rows: int) -> _Rows:
         return _Rows((None, 0), None)
     met = cotangents if use.kind in ("conv", "scale", "bias") else jnp.asarray((tap.inputs or ())[0])
     values = ids.values.ravel()
-    if len(ids.axes) != 1 or ids.axes[0] < loops or (np.bincount(values) * num_rows != len(values)).any():
+    counts = np.bincount(values[values >= 0], minlength=num_rows)
+    if len(ids.axes) != 1 or ids.axes[0] < loops or (counts * num_rows != len(values)).any():
         raise ValueError(
             f"the rows of the batch are not one axis of the tap of {tap.path} at {use.where}: {_WAY_OUT}"
         )

@@ -235,6 +235,16 @@ def test_rows_are_found_where_a_model_moves_them(name, estimator):
                 np.testing.assert_allclose(found.mean[path], wanted.mean[path], rtol=1e-5, err_msg=path)
 
 
+def test_a_model_of_a_fixed_number_of_rows_runs_none_alone():
+    params, batch = problem(jnp.float32)
+
+    def fixed(params, inputs):
+        return apply_fn(params, inputs) + jnp.zeros((B, 1, 1))
+
+    with pytest.raises(ValueError, match=r"one row of the batch alone gives outputs of shape \[3, 4, 11\].*taps="):
+        fj.group_fisher(fixed, estimator="sequence").observe(params, batch)
+
+
 @pytest.mark.parametrize("estimator", ["head", "sequence"])
 def test_taps_of_a_loss_that_is_no_number_are_rejected(estimator):
     params, batch = problem(jnp.float32)

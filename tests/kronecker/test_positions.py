@@ -143,11 +143,17 @@ def beside(params, tokens):
     return jnp.tanh((embedded + jnp.roll(embedded, 1, 1)) @ params["w"] + params["b"]) @ params["o"]
 
 
+def mixed(params, tokens):
+    embedded = jnp.einsum("st,btd->bsd", jnp.tril(jnp.ones((LENGTH, LENGTH))), params["embed"][tokens])
+    return jnp.tanh(embedded @ params["w"] + params["b"]) @ params["o"]
+
+
 @pytest.mark.parametrize(
     ("name", "model", "told"),
     [
         ("sorted", lambda p, x: plain(p, jnp.sort(x, 1)), "sort"),
         ("by data", lambda p, x: plain(p, jnp.take_along_axis(x, jnp.argsort(x, 1), 1)), "gather"),
+        ("with a matrix", mixed, "dot_general.*a matrix mixes them"),
         ("with a neighbour", beside, "different positions"),
     ],
 )  # fmt: skip
@@ -229,3 +235,22 @@ def test_a_state_counts_at_the_position_that_it_is_used_at():
         wanted += before.T @ before
         state = np.tanh(embedded[:, t] @ w + state @ u)
     np.testing.assert_allclose(dense(factors)["['u']", "A"][0], wanted / int(REAL.sum()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (ROWS - 1,), (LENGTH,), (ROWS, LENGTH - 1), (ROWS, LENGTH, 1)])
+def test_a_padding_mask_of_another_shape_is_refused(shape):
+    batch = fj.Batch(TOKENS, TARGETS, real=jnp.ones(shape, bool))
+    with pytest.raises(ValueError, match=r"Batch.real .* per row and position.*\[3, 4\]"):
+        fj.kfac_factors(plain, fj.categorical, PARAMS, batch)
+
+
+def test_rows_are_not_reduced_where_a_loop_takes_their_positions_apart():
+    params = {key: PARAMS[key] for key in ("embed", "w", "o")}
+    with pytest.raises(ValueError, match=r"\['w'\].*in a loop at.*expand"):
+        fj.kfac_factors(
+            recurrent(True),
+            fj.categorical,
+            params,
+            fj.Batch(TOKENS, TARGETS),
+            curvature=fj.Curvature(shared="reduce"),
+        )

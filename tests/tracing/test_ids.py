@@ -184,6 +184,8 @@ def test_a_scan_over_layers_leaves_ids_as_they_are():
         ("frequencies of positions", lambda x: jnp.fft.fft(x, axis=1).real, {"position"}),
         ("the largest of positions", lambda x: jax.lax.top_k(jnp.swapaxes(x, 1, 2), 2)[0], {"position"}),
         ("a lookup by data", lambda x: jnp.take_along_axis(x, jnp.argsort(x[..., :1], 1), 1), {"position"}),
+        ("a matrix over positions", lambda x: jnp.einsum("st,btd->bsd", jnp.ones((LENGTH, LENGTH)), x), {"position"}),
+        ("a matrix over rows", lambda x: jnp.einsum("ab,bsd->asd", jnp.ones((ROWS, ROWS)), x), {"row"}),
         ("a convolution", lambda x: jax.lax.conv_general_dilated(
             x, jnp.ones((3, WIDTH, 2)), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")), {"position"}),
         ("a loop that flips", lambda x: jax.lax.fori_loop(0, 3, lambda _, h: jnp.flip(h, 1), x), {"position"}),
@@ -204,6 +206,13 @@ def test_what_cannot_be_followed_is_lost_and_says_where(name, function, lost):
         ("a mean over everything", lambda x: x.mean(), set()),
         ("a product over positions", lambda x: jnp.einsum("bsd,s->bd", x, jnp.ones(LENGTH)), {"row"}),
         ("numbers beside them", lambda x: x * 2 + jnp.arange(LENGTH)[:, None], {"row", "position"}),
+        (
+            "a matrix over positions beside them",
+            lambda x: x + jnp.einsum("st,btd->bsd", jnp.ones((LENGTH, LENGTH)), x),
+            {"row", "position"},
+        ),
+        ("positions and features in one", lambda x: x.reshape(ROWS, -1) @ jnp.ones((LENGTH * WIDTH, 5)), {"row"}),
+        ("pairs of features", lambda x: jnp.stack([x, -x], -1).reshape(*x.shape[:2], -1), {"row", "position"}),
         ("a norm", lambda x: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True)), {"row", "position"}),
         ("a cumulative sum", lambda x: jnp.cumsum(x, 1), {"row", "position"}),
         ("the first position", lambda x: x + x[:, :1], {"row", "position"}),

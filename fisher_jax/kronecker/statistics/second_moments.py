@@ -181,6 +181,11 @@ def _mask(tap: Tap, block: Block, masks: Masks) -> Array:
 
 def _reduce(tap: Tap, a: Array, g: Array, mask: Array, rows: int) -> tuple[Array, Array, Array]:
     """One observation for each row: the mean of its inputs, the sum of its output gradients."""
+    if "shared" in tap.use.loops:
+        raise ValueError(
+            f'shared="reduce" sums over the positions of a row, and {tap.path} meets them one after the other in a '
+            f'loop at {tap.use.where}: use shared="expand", or diagonal= of fj.Curvature'
+        )
     try:
         row = of_rows(tap.use, _shape(tap)) if rows > 1 else np.zeros(a.shape[1], np.int32)
     except UnfollowedError as error:

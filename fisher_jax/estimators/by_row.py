@@ -37,9 +37,9 @@ def by_row(problem: Problem, params: Tree, batch: Batch, key: Array | None) -> t
     alone_shape = program.structure.outputs[0].shape
     if alone_shape != (1, *out.shape[1:]):
         raise ValueError(
-            f"one row of the batch alone gives outputs of shape {list(alone_shape)} where each of the {num_rows} rows "
-            f"together has {list(out.shape[1:])}: observations of rows run every row alone, so "
-            "take the number of rows from the inputs, or give taps= of the whole batch"
+            f"one row of the batch alone gives outputs of shape {list(alone_shape)} where each of the {num_rows} "
+            f"rows together has {list(out.shape[1:])}: observations of rows run every row alone, so take the number "
+            "of rows from the inputs, or give taps= of the whole batch"
         )
     squares, plan = _squares(problem, program)
 

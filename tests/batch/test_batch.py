@@ -16,9 +16,8 @@ def test_position_t_is_scored_against_token_t_plus_1():
         np.testing.assert_array_equal(batch.inputs[:, t], TOKENS[:, t])
         np.testing.assert_array_equal(batch.targets[:, t], TOKENS[:, t + 1])
     np.testing.assert_array_equal(batch.weights, np.ones((2, 5)))
-    np.testing.assert_array_equal(batch.real, np.ones((2, 5), bool))
     assert batch.weights.dtype == jnp.float32
-    assert batch.real.dtype == bool
+    assert batch.real is None  # without a mask nothing is padding
     assert batch.units is None
 
 

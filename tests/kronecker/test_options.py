@@ -1,6 +1,7 @@
 """K-FAC's options objects: plain values that refuse what is wrong, and what optax does with them."""
 
 import dataclasses
+import inspect
 import re
 
 import jax
@@ -37,7 +38,9 @@ def test_options_are_frozen_hashable_and_never_taken_for_schedules(kind):
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(found, dataclasses.fields(kind)[0].name, None)
     for field in dataclasses.fields(kind):
-        assert len(re.findall(rf"^        (?:\w+, )*{field.name}(?:, \w+)*: ", kind.__doc__, re.M)) == 1, field.name
+        assert len(re.findall(rf"^    (?:\w+, )*{field.name}(?:, \w+)*: ", inspect.getdoc(kind), re.M)) == 1, (
+            field.name
+        )
 
 
 @pytest.mark.parametrize(

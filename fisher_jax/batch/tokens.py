@@ -148,8 +148,11 @@ def log_probs(likelihood: Likelihood, outputs: Array, targets: Any, weights: Arr
 
 
 def _counted(outputs: Array, weights: Array) -> Array:
+    counted = weights > 0
+    if jax.typeof(outputs).sharding.mesh.empty:
+        return counted
     # On a mesh of explicit axes the outputs say where the tokens lie, and weights that were not given do not.
-    return (weights > 0) | jnp.zeros_like(outputs, bool).any(-1)
+    return counted | jnp.zeros_like(outputs, bool).any(-1)
 
 
 def mean_of(values: Array, weights: Array) -> Array:

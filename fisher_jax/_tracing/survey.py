@@ -25,7 +25,8 @@ from fisher_jax._support.jax_internals import (
     user_line,
 )
 from fisher_jax._tracing.dense import token_axes
-from fisher_jax._tracing.ids import Carried, Ids, Lost, along, carried_through, is_elementwise, is_layout, joined
+from fisher_jax._tracing.id_rules import carried_through, is_elementwise, is_layout
+from fisher_jax._tracing.ids import Carried, Ids, Lost, along, joined
 from fisher_jax._tracing.places import input_token_axes
 from fisher_jax._tracing.tracing import evaluate
 from fisher_jax._tracing.uses import Data, Known, Spec, Use, View, plain, shape_of, signature

@@ -1,5 +1,6 @@
 """The runs that a folder keeps: their states in one checkpoint, and beside them how far each of them came."""
 
+import abc
 import copy
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ class Progress(Protocol):
 P = TypeVar("P", bound=Progress)
 
 
-class RunStore(Generic[P]):
+class RunStore(abc.ABC, Generic[P]):
     """The states of all runs in the folder ``state`` of an output, as they are in its newest save.
 
     A command says what a save holds (`facts_of`, `runs_of`, `content`, `keep`) and what two runs must share
@@ -41,17 +42,17 @@ class RunStore(Generic[P]):
         self.runs: dict[str, P] = {}
         self.read()
 
+    @abc.abstractmethod
     def facts_of(self, runs: Mapping[str, P]) -> dict[str, Any]:
         """The metadata of a save."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def runs_of(self, facts: Any) -> dict[str, P]:
         """What `facts_of` wrote.
 
         Raises:
             UnreadableError: something else; the message says what is wrong.
         """
-        raise NotImplementedError
 
     def content(self, name: str, state: Any) -> Any:
         """What a save holds, with this state of this run."""
@@ -60,9 +61,9 @@ class RunStore(Generic[P]):
     def keep(self, name: str, content: Any) -> None:
         """What has to be remembered of a save."""
 
+    @abc.abstractmethod
     def compared(self, progress: P, earlier: P) -> dict[str, Any]:
         """What a run shares with an earlier one if it goes on with it, by the names of a refusal."""
-        raise NotImplementedError
 
     def named(self, name: str) -> str:
         return "run"

@@ -1,0 +1,519 @@
+"""Ids of rows and positions through one operation of a program: its rule, by the name of the primitive.
+
+Layout operations act on ids as on values; products and reductions drop the ids of the axes that they sum over;
+everything else needs equal ids, or loses them, and says where.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fisher_jax._support.jax_internals import (
+    broadcast_axes,
+    contraction,
+    convolution,
+    lookup,
+    named_axes,
+    permutation,
+    slice_bounds,
+    unstacked_axis,
+)
+from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, compressed, joined
+
+__all__ = ["carried_through", "is_elementwise", "is_layout"]
+
+_SAME = {
+    "convert_element_type", "copy", "copy_p", "sharding_constraint", "reduce_precision", "layout_constraint",
+    "reshard", "mesh_cast", "pvary", "pcast", "stop_gradient", "name", "optimization_barrier",
+}  # fmt: skip
+_ELEMENTWISE = {
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e",
+    "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "complex", "conj", "cos", "cosh", "digamma", "div", "eq", "erf",
+    "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac", "imag", "integer_pow",
+    "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter",
+    "not", "or", "polygamma", "population_count", "pow", "real", "regularized_incomplete_beta", "rem", "round",
+    "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh",
+    "sqrt", "square", "sub", "tan", "tanh", "xor", "zeta",
+}  # fmt: skip
+_REDUCTIONS = {
+    "argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum",
+    "reduce_xor", "reduce",
+}  # fmt: skip
+_LAYOUT = {
+    "transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "split", "unstack", "rev",
+    "gather", "dynamic_slice",
+}  # fmt: skip
+_CUMULATIVE = {"cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"}
+
+
+class _LostError(Exception):
+    """Ids cannot be followed; the message says why."""
+
+
+def carried_through(
+    eqn: Any,
+    given: Sequence[Carried],
+    loops: int,
+    constant: Callable[[int], np.ndarray | None],
+    line: Callable[[Any], str],
+) -> list[Carried]:
+    """Ids of the results of an equation, one for each.
+
+    Args:
+        eqn: an equation without a function of its own inside.
+        given: ids of its operands.
+        loops: number of loops around it, the first axes of all ids.
+        constant: the value of operand ``i`` where it is a constant of the program; else ``None``.
+        line: where an equation stands.
+    """
+    if not any(given):
+        return [() for _ in eqn.outvars]
+    results: list[Carried] = []
+    for output in range(len(eqn.outvars)):
+        moved = [
+            tuple(_moved(eqn, i, one, output, loops, constant, line) for one in own) for i, own in enumerate(given)
+        ]
+        kept = [tuple(one for one in own if one is not None) for own in moved]
+        found = joined(kept, eqn, line)
+        if eqn.primitive.name == "dot_general":
+            found = (*found, *_mixed(eqn, given, found, loops, line))
+        for axis in _joining_axes(eqn):
+            found = tuple(x if isinstance(x, Lost) else Ids(x.kind, _extended(x.values, loops + axis)) for x in found)
+        results.append(found)
+    return results
+
+
+def _moved(
+    eqn: Any, operand: int, one: Ids | Lost, output: int, loops: int, constant: Callable, line: Callable
+) -> Ids | Lost | None:
+    """One id of one operand in the result; ``None`` where it is summed over."""
+    if isinstance(one, Lost):
+        return one
+    try:
+        values = _rule(eqn.primitive.name)(eqn, operand, one.values, output, loops, constant)
+    except _LostError as error:
+        return Lost(one.kind, eqn.primitive.name, line(eqn), str(error))
+    return None if values is None or (values == NOBODY).all() else Ids(one.kind, compressed(values))
+
+
+def _mixed(eqn: Any, given: Sequence[Carried], found: Carried, loops: int, line: Callable) -> Carried:
+    """Kinds that a product sums over by a matrix, whose other axis may be one of new rows or positions."""
+    lost: dict[Any, Lost] = {}
+    for operand, own in enumerate(given):
+        contracted, batch = (sides[1 - operand] for sides in contraction(eqn.params))
+        shape = eqn.invars[1 - operand].aval.shape
+        if not any(n > 1 for i, n in enumerate(shape) if i not in (*contracted, *batch)):
+            continue
+        for one in own:
+            axes = [loops + i for i in contraction(eqn.params).contracted[operand]]
+            known = {x.kind for x in (*found, *given[1 - operand])}
+            if isinstance(one, Lost) or not set(one.axes) & set(axes) or one.kind in known:
+                continue
+            size = int(np.prod([one.values.shape[i] for i in axes]))
+            if len(np.unique(one.values)) == size:  # the axis of them alone, not one of features too
+                lost[one.kind] = Lost(one.kind, eqn.primitive.name, line(eqn), "a matrix mixes them", mixed=True)
+    return tuple(lost.values())
+
+
+def is_elementwise(name: str) -> bool:
+    """Whether an operation makes each entry of its result from the entries at the same place."""
+    return name in _ELEMENTWISE
+
+
+def is_layout(name: str) -> bool:
+    """Whether an operation only moves entries."""
+    return name in _SAME or name in _LAYOUT
+
+
+def _rule(name: str) -> Callable:
+    if name in _SAME:
+        return _same
+    if name in _ELEMENTWISE:
+        return _elementwise
+    if name in _REDUCTIONS:
+        return _reduce
+    if name in _CUMULATIVE:
+        return _same
+    return _RULES.get(name, _unknown)
+
+
+def _unknown(eqn, operand, values, output, loops, constant):
+    raise _LostError("nothing is known of what it does to rows and positions")
+
+
+def _same(eqn, operand, values, output, loops, constant):
+    return values if operand == output or len(eqn.invars) == 1 else None
+
+
+def _elementwise(eqn, operand, values, output, loops, constant):
+    ndim = len(eqn.outvars[output].aval.shape)
+    if values.ndim == loops + ndim:
+        return values
+    return values.reshape(*values.shape[:loops], *(1,) * ndim)  # a number beside arrays
+
+
+def _transpose(eqn, operand, values, output, loops, constant):
+    return values.transpose([*range(loops), *(loops + i for i in permutation(eqn))])
+
+
+def _broadcast(eqn, operand, values, output, loops, constant):
+    if operand:
+        return None
+    shape = [1] * len(eqn.outvars[0].aval.shape)
+    for i, to in enumerate(broadcast_axes(eqn)):
+        shape[to] = values.shape[loops + i]
+    return values.reshape(*values.shape[:loops], *shape)
+
+
+def _squeeze(eqn, operand, values, output, loops, constant):
+    return values.squeeze(tuple(loops + i for i in named_axes(eqn)))
+
+
+def _expand(eqn, operand, values, output, loops, constant):
+    return np.expand_dims(values, tuple(loops + i for i in named_axes(eqn)))
+
+
+def _reshape(eqn, operand, values, output, loops, constant):
+    if operand:
+        return None
+    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    lead, own = values.shape[:loops], values.shape[loops:]
+    full: list[int] = []
+    shape: list[int] = []
+    for old, new in _groups(before, after):
+        varies = any(own[i] > 1 for i in old)
+        full += [before[i] if varies else 1 for i in old]
+        shape += [after[i] if varies else 1 for i in new]
+    return np.broadcast_to(values, (*lead, *full)).reshape(*lead, *shape)
+
+
+def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[range, range]]:
+    """Axes before and after a reshape that hold the same entries, in order and as few as can be."""
+    found, i, j = [], 0, 0
+    while i < len(before) or j < len(after):
+        first, other = i, j
+        m = n = 1
+        if i < len(before):
+            m, i = before[i], i + 1
+        if j < len(after):
+            n, j = after[j], j + 1
+        while m != n:
+            if m < n and i < len(before):
+                m, i = m * before[i], i + 1
+            elif m > n and j < len(after):
+                n, j = n * after[j], j + 1
+            else:  # one of the two has no axes left but those of length 1
+                m, n, i, j = 0, 0, len(before), len(after)
+        found.append((range(first, i), range(other, j)))
+    return found
+
+
+def _slice(eqn, operand, values, output, loops, constant):
+    starts, limits, strides = slice_bounds(eqn)
+    cuts = zip(values.shape[loops:], starts, limits, strides or (1,) * len(starts), strict=True)
+    parts = [slice(None) if n == 1 else slice(a, b, c) for n, a, b, c in cuts]
+    return values[(slice(None),) * loops + tuple(parts)]
+
+
+def _split(eqn, operand, values, output, loops, constant):
+    axis, sizes = loops + eqn.params["axis"], eqn.params["sizes"]
+    if values.shape[axis] == 1:
+        return values
+    start = sum(sizes[:output])
+    return values.take(range(start, start + sizes[output]), axis)
+
+
+def _unstack(eqn, operand, values, output, loops, constant):
+    axis = loops + unstacked_axis(eqn)
+    return values.take(output if values.shape[axis] > 1 else 0, axis)
+
+
+def _rev(eqn, operand, values, output, loops, constant):
+    return np.flip(values, tuple(loops + i for i in named_axes(eqn)))
+
+
+def _concatenate(eqn, operand, values, output, loops, constant):
+    axis = int(eqn.params["dimension"])
+    sizes = [x.aval.shape[axis] for x in eqn.invars]
+    return _placed(values, loops + axis, sum(sizes[:operand]), sizes[operand], sum(sizes))
+
+
+def _stack(eqn, operand, values, output, loops, constant):
+    axis = loops + int(eqn.params["axis"]) % len(eqn.outvars[0].aval.shape)
+    return _placed(np.expand_dims(values, axis), axis, operand, 1, len(eqn.invars))
+
+
+def _placed(values: np.ndarray, axis: int, start: int, size: int, whole: int) -> np.ndarray:
+    """Ids of a part of an axis, and of nobody in the rest."""
+    shape = list(values.shape)
+    shape[axis] = whole
+    found = np.full(shape, NOBODY, np.int32)
+    found[(slice(None),) * axis + (slice(start, start + size),)] = values
+    return found
+
+
+def _joining_axes(eqn: Any) -> Sequence[int]:
+    """Axes along which an operation puts parts side by side."""
+    if eqn.primitive.name == "concatenate":
+        return (int(eqn.params["dimension"]),)
+    if eqn.primitive.name == "stack":
+        return (int(eqn.params["axis"]) % len(eqn.outvars[0].aval.shape),)
+    return range(len(eqn.outvars[0].aval.shape)) if eqn.primitive.name == "dynamic_update_slice" else ()
+
+
+def _extended(values: np.ndarray, axis: int) -> np.ndarray:
+    """One id along an axis where all parts that have one have the same."""
+    if values.shape[axis] == 1:
+        return values
+    most = values.max(axis, keepdims=True)
+    return compressed(most) if ((values == most) | (values == NOBODY)).all() else values
+
+
+def _pad(eqn, operand, values, output, loops, constant):
+    if operand:
+        return None
+    for i, (low, high, inside) in enumerate(eqn.params["padding_config"]):
+        axis = loops + i
+        if values.shape[axis] == 1:
+            continue
+        spread = [NOBODY] * ((values.shape[axis] - 1) * (inside + 1) + 1)
+        places = np.arange(len(spread))
+        index = np.where(places % (inside + 1) == 0, places // (inside + 1), -1)
+        index = np.pad(index, (max(low, 0), max(high, 0)), constant_values=-1)
+        index = index[max(-low, 0) : len(index) - max(-high, 0)]
+        taken = values.take(index, axis)
+        shape = [1] * values.ndim
+        shape[axis] = len(index)
+        values = np.where((index < 0).reshape(shape), NOBODY, taken)
+    return values
+
+
+def _reduce(eqn, operand, values, output, loops, constant):
+    axes = eqn.params["axes"] if "axes" in eqn.params else eqn.params["dimensions"]
+    if len(eqn.invars) > len(eqn.outvars) and operand >= len(eqn.outvars):
+        return None  # what a reduction starts from
+    return _summed(values, axes, loops)
+
+
+def _summed(values: np.ndarray, axes: Sequence[int], loops: int) -> np.ndarray | None:
+    """Without axes that are summed over; ``None`` where the id varied along them alone."""
+    gone = tuple(loops + i for i in axes)
+    if all(values.shape[i] == 1 for i in gone):
+        return values.squeeze(gone)
+    if any(n > 1 for i, n in enumerate(values.shape) if i not in gone):
+        raise _LostError("it sums over a part of them")
+    return None
+
+
+def _product(eqn, operand, values, output, loops, constant):
+    contracted, batch = (sides[operand] for sides in contraction(eqn.params))
+    shape = eqn.invars[operand].aval.shape
+    free = [i for i in range(len(shape)) if i not in (*contracted, *batch)]
+    others = len(eqn.outvars[0].aval.shape) - len(batch) - len(free)
+    kept = _summed(values, contracted, loops)
+    if kept is None:
+        return None
+    left = [i for i in range(len(shape)) if i not in contracted]
+    order = [left.index(i) for i in (*batch, *free)]
+    kept = kept.transpose([*range(loops), *(loops + i for i in order)])
+    lead, own = kept.shape[:loops], kept.shape[loops:]
+    beside = (1,) * others
+    first, second = (own[len(batch) :], beside) if operand == 0 else (beside, own[len(batch) :])
+    return kept.reshape(*lead, *own[: len(batch)], *first, *second)
+
+
+def _sort(eqn, operand, values, output, loops, constant):
+    if values.shape[loops + eqn.params["dimension"]] > 1:
+        raise _LostError("it sorts them")
+    return values
+
+
+def _top_k(eqn, operand, values, output, loops, constant):
+    axis = eqn.params.get("axis", -1) % len(eqn.invars[0].aval.shape)
+    if values.shape[loops + axis] > 1:
+        raise _LostError("it sorts them")
+    return values
+
+
+def _of_last_axes(number: Callable[[Any], int]) -> Callable:
+    """The rule of an operation that mixes what lies along the last few axes, one problem after the other."""
+
+    def rule(eqn, operand, values, output, loops, constant):
+        ndim, mixed = len(eqn.invars[operand].aval.shape), number(eqn)
+        lead = loops + ndim - mixed
+        if any(n > 1 for n in values.shape[lead:]):
+            raise _LostError("it mixes them")
+        more = len(eqn.outvars[output].aval.shape) - (ndim - mixed)
+        return values.reshape(*values.shape[:lead], *(1,) * more)
+
+    return rule
+
+
+def _convolve(eqn, operand, values, output, loops, constant):
+    conv = convolution(eqn.params)
+    if operand or conv.batch_groups != 1:
+        raise _LostError("it mixes them")
+    batch, channels, *space = (values.shape[loops + i] for i in conv.inputs)
+    if max([1, *space]) > 1:
+        raise _LostError("it is a convolution over them")
+    if channels > 1:
+        if batch > 1 or any(n > 1 for n in values.shape[:loops]):
+            raise _LostError("it sums over a part of them")
+        return None
+    shape = [1] * len(conv.outputs)
+    shape[conv.outputs[0]] = batch
+    return values.reshape(*values.shape[:loops], *shape)
+
+
+def _window(eqn, operand, values, output, loops, constant):
+    if operand >= len(eqn.outvars):
+        return None
+    sizes = eqn.params["window_dimensions"]
+    if any(n > 1 and size > 1 for n, size in zip(values.shape[loops:], sizes, strict=True)):
+        raise _LostError("its windows hold several of them")
+    strides, padding = eqn.params["window_strides"], eqn.params["padding"]
+    for n, stride, pad in zip(values.shape[loops:], strides, padding, strict=True):
+        if n > 1 and (stride != 1 or tuple(pad) != (0, 0)):
+            raise _LostError("its windows leave out some of them")
+    return values
+
+
+def _dynamic_slice(eqn, operand, values, output, loops, constant):
+    if operand:
+        return None
+    sizes = eqn.outvars[0].aval.shape
+    for i, (size, n) in enumerate(zip(sizes, eqn.invars[0].aval.shape, strict=True)):
+        if values.shape[loops + i] > 1 and size != n:
+            start = constant(1 + i)
+            if start is None:
+                raise _LostError("data say which of them are taken")
+            first = int(np.clip(start, 0, n - size))
+            values = values.take(range(first, first + size), loops + i)
+    return values
+
+
+def _dynamic_update_slice(eqn, operand, values, output, loops, constant):
+    if operand > 1:
+        return None
+    whole, part = (x.aval.shape for x in eqn.invars[:2])
+    cut = [i for i, (m, n) in enumerate(zip(whole, part, strict=True)) if m != n]
+    varying = {i for i in cut if values.shape[loops + i] > 1}
+    starts = {i: constant(2 + i) for i in (varying if operand == 0 else cut)}
+    if any(starts[i] is None for i in varying) or (operand == 0 and varying and len(cut) > 1):
+        raise _LostError("it replaces some of them")
+    for i, start in starts.items():
+        if start is None:
+            continue
+        first = int(np.clip(start, 0, whole[i] - part[i]))
+        if operand == 1:
+            values = _placed(values, loops + i, first, part[i], whole[i])
+        else:
+            values = values.copy()
+            values[(slice(None),) * (loops + i) + (slice(first, first + part[i]),)] = NOBODY
+    return values
+
+
+def _scatter(eqn, operand, values, output, loops, constant):
+    if operand:
+        raise _LostError("it writes into some of them")
+    return values
+
+
+def _gather(eqn, operand, values, output, loops, constant):
+    picked = lookup(eqn.params, eqn.invars[0].aval.shape)
+    ndim = len(eqn.outvars[0].aval.shape)
+    outer = [i for i in range(ndim) if i not in picked.offset]
+    if operand == 1:
+        shape = [1] * ndim
+        for axis, n in zip(outer, values.shape[loops:-1], strict=True):
+            shape[axis] = n
+        if values.shape[-1] > 1:
+            raise _LostError("indices along one axis belong to different ones")
+        return values.reshape(*values.shape[:loops], *shape)
+    own = values.shape[loops:]
+    if any(own[i] > 1 for i in picked.axes):
+        return _gathered(eqn, values, picked, outer, loops, constant)
+    shape = [1] * ndim
+    slices = [i for i in range(len(own)) if i not in (*picked.collapsed, *picked.batching)]
+    to = dict(zip(slices, picked.offset, strict=True))
+    to |= {i: outer[j] for i, j in zip(picked.batching, picked.index_batching, strict=True)}
+    for i, n in enumerate(own):
+        if n > 1 and i in to:
+            shape[to[i]] = n
+    order = sorted((i for i in range(len(own)) if own[i] > 1 and i in to), key=to.__getitem__)
+    rest = [i for i in range(len(own)) if i not in order]
+    moved = values.transpose([*range(loops), *(loops + i for i in (*order, *rest))])
+    return moved.reshape(*values.shape[:loops], *shape)
+
+
+def _gathered(eqn, values, picked, outer, loops, constant):
+    """A gather with constant indices, on the ids themselves."""
+    index = constant(1)
+    if index is None:
+        raise _LostError("data say which of them are taken")
+    if any(n > 1 for n in values.shape[:loops]):
+        raise _LostError("it takes some of them inside of a loop over them")
+    operand = eqn.invars[0].aval.shape
+    own = values.reshape(values.shape[loops:])
+    lead = index.shape[:-1]
+    vectors = index.reshape(-1, index.shape[-1]).astype(np.int64)
+    batch = np.indices(lead).reshape(len(lead), -1)
+    sizes = [1 if own.shape[i] == 1 else n for i, n in enumerate(picked.sizes)]
+    inside = np.ones(len(vectors), bool)
+    places = []
+    for axis, size in enumerate(sizes):
+        start = np.zeros(len(vectors), np.int64)
+        if axis in picked.axes:
+            start = vectors[:, picked.axes.index(axis)]
+            last = operand[axis] - picked.sizes[axis]
+            if not picked.clips:
+                inside &= (start >= 0) & (start <= last)
+            start = np.clip(start, 0, last)
+        elif axis in picked.batching:
+            start = batch[picked.index_batching[picked.batching.index(axis)]]
+        if own.shape[axis] == 1:
+            start = np.zeros_like(start)
+        step = np.arange(size).reshape([-1 if i == axis else 1 for i in range(len(sizes))])
+        places.append(start.reshape(-1, *(1,) * len(sizes)) + step)
+    found = own[tuple(np.broadcast_arrays(*places))]
+    found = np.where(inside.reshape(-1, *(1,) * len(sizes)), found, NOBODY)
+    gone = tuple(1 + i for i in (*picked.collapsed, *picked.batching))
+    found = found.squeeze(gone).reshape(*lead, *(n for i, n in enumerate(sizes) if 1 + i not in gone))
+    found = np.moveaxis(found, range(found.ndim), (*outer, *picked.offset))
+    return found.reshape(*values.shape[:loops], *found.shape)
+
+
+_RULES: dict[str, Callable] = {
+    "transpose": _transpose,
+    "broadcast_in_dim": _broadcast,
+    "squeeze": _squeeze,
+    "expand_dims": _expand,
+    "reshape": _reshape,
+    "slice": _slice,
+    "split": _split,
+    "unstack": _unstack,
+    "rev": _rev,
+    "concatenate": _concatenate,
+    "stack": _stack,
+    "pad": _pad,
+    "dot_general": _product,
+    "sort": _sort,
+    "top_k": _top_k,
+    "conv_general_dilated": _convolve,
+    "reduce_window_max": _window,
+    "reduce_window_sum": _window,
+    "reduce_window_min": _window,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+    "gather": _gather,
+    "scatter": _scatter,
+    "scatter-add": _scatter,
+    "scatter_add": _scatter,
+    "fft": _of_last_axes(lambda eqn: len(eqn.params["fft_lengths"])),
+    **dict.fromkeys(("cholesky", "eigh", "householder_product", "lu", "qr", "svd"), _of_last_axes(lambda eqn: 2)),
+    "triangular_solve": _of_last_axes(lambda eqn: 2),
+    "iota": lambda *_: None,
+    "random_bits": lambda *_: None,
+    "random_fold_in": lambda *_: None,
+}

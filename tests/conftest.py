@@ -8,13 +8,13 @@ import pytest
 from tests import annotations
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser, pluginmanager):
+    """Every call of the package has its arguments and its result checked against their annotations, shapes too.
+
+    The hook stands before the conftest of any room can import the package; options are not yet parsed then.
+    """
     parser.addoption("--no-types", action="store_true", help="do not check the annotations of the package")
-
-
-def pytest_configure(config):
-    """Every call of the package has its arguments and its result checked against their annotations, shapes too."""
-    if not config.getoption("--no-types"):
+    if "--no-types" not in pluginmanager.getplugin("pytestconfig").invocation_params.args:
         jaxtyping.install_import_hook("fisher_jax", f"{annotations.__name__}.check")
 
 

@@ -108,7 +108,7 @@ def _opened(path: str) -> BinaryIO:
 
 
 def _raw(
-    stream: BinaryIO | io.BufferedReader, name: str, most: int = _PIECE, limit: int = MOST_BYTES
+    stream: BinaryIO | io.BufferedIOBase, name: str, most: int = _PIECE, limit: int = MOST_BYTES
 ) -> Iterator[bytes]:
     size = 0
     try:

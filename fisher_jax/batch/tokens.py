@@ -18,7 +18,7 @@ from fisher_jax._support import rejection
 from fisher_jax._support.dtypes import wide_dtype
 from fisher_jax._support.errors import RejectedBatchError
 from fisher_jax.batch.batch import Batch, row_ids
-from fisher_jax.likelihoods import Likelihood
+from fisher_jax.likelihoods import Likelihood, bernoulli, categorical, gaussian
 
 __all__ = [
     "Tokens",
@@ -136,15 +136,35 @@ def without_padding(inputs: Any, real: Any = None, weights: Any = None) -> Any:
 
 
 def readable(outputs: Array, weights: Array) -> Array:
-    """Outputs ``[..., K]``, 0 at the tokens of weight 0, whatever they are there; their gradient is 0 there too."""
+    """Outputs ``[..., K]``, 0 at the tokens of weight 0, whatever they are there; their derivatives are 0 there too."""
     return jnp.where(_counted(outputs, weights)[..., None], outputs, jnp.zeros_like(outputs))
 
 
 def log_probs(likelihood: Likelihood, outputs: Array, targets: Any, weights: Array) -> Array:
-    """Per-token log-likelihood, 0 where the weight is 0, whatever the outputs and targets are there."""
-    # Both selections: a NaN that is only hidden in the value would come back in the gradient.
-    found = likelihood.log_prob(readable(outputs, weights), targets)
-    return jnp.where(_counted(outputs, weights), found, jnp.zeros_like(found))
+    """Per-token log-likelihood, 0 where the weight is 0, whatever the outputs and targets are there.
+
+    Its gradient is 0 there too. A derivative in forward mode that is not finite there needs `readable` outputs.
+    """
+    counted = _counted(outputs, weights)
+    # Derivatives that are finite at 0 need no selection of their own, which would be a pass over the vocabulary.
+    outputs = _replaced(outputs, counted) if likelihood in _SMOOTH else readable(outputs, weights)
+    shape = counted.shape + (1,) * (jnp.ndim(targets) - counted.ndim)
+    targets = jnp.where(counted.reshape(shape), targets, jnp.zeros_like(targets))
+    found = likelihood.log_prob(outputs, targets)
+    return jnp.where(counted, found, jnp.zeros_like(found))
+
+
+_SMOOTH = (bernoulli, categorical, gaussian)
+
+
+@jax.custom_jvp
+def _replaced(outputs: Array, counted: Array) -> Array:
+    return jnp.where(counted[..., None], outputs, jnp.zeros_like(outputs))
+
+
+@_replaced.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    return _replaced(*primals), tangents[0]
 
 
 def _counted(outputs: Array, weights: Array) -> Array:

@@ -104,7 +104,9 @@ def _function(operator: Operator, params: Tree, part: Tokens) -> Callable[[Tree]
         return apply_fn(operator.selection.join(moving, params), part.inputs)
 
     def scores(moving):
-        return log_probs(operator.likelihood, outputs(moving), part.targets, part.weights)
+        # Differentiated forwards, twice for the Hessian.
+        found = readable(outputs(moving), part.weights)
+        return log_probs(operator.likelihood, found, part.targets, part.weights)
 
     def loss(moving):
         return -jnp.sum(part.weights * scores(moving))

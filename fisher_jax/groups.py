@@ -30,6 +30,9 @@ a scale its own."""
 tensor = Group("tensor")
 """The whole kernel is one group; of a stack of layers, the kernel of each layer."""
 
+# What libraries put around an array: no names of it.
+_WRAPPERS = ("kernel", "w", "weight", "b", "bias", "value", "raw_value")
+
 _ALL = {group.name: group for group in (param, row, column, tensor)}
 
 
@@ -51,13 +54,25 @@ class Heads(Group):
         """``query``, ``key``, ``value``, ``output`` or ``fused``, by the last name that tells; otherwise ``None``.
 
         Args:
-            path: names joined by ``/``.
+            path: names joined by ``/``. Names that libraries put around an array (``kernel``, ``w``, ``weight``, the
+                ``value`` of ``kernel/value``) do not count.
         """
+        *outer, last_name = path.split("/")
+        if outer and last_name in _WRAPPERS:
+            inside = self._named("/".join(outer))
+            # A ``value`` is a name where nothing else before it is one.
+            if outer[-1] in _WRAPPERS or (inside and inside[0] == len("/".join(outer))) or not self._named(last_name):
+                return self.part_of("/".join(outer))
+        found = self._named(path)
+        return found[1] if found else None
+
+    def _named(self, path: str) -> tuple[int, str] | None:
+        """The last name that tells, where it ends, and what it tells."""
         last: dict[int, str] = {}
         for part in ("query", "key", "value", "output", "fused"):
             for match in re.finditer(f"(?:^|/)(?:{getattr(self, part)})(?=/|$)", path):
                 last[match.end()] = part
-        return last[max(last)] if last else None
+        return max(last.items()) if last else None
 
 
 def head(
@@ -75,19 +90,25 @@ def head(
     """One group per attention head: rows of the query, key and value kernels, columns of the output kernel.
 
     Sums are ``[num_heads]`` for query and output and ``[num_kv_heads]`` for key and value, after the axes of stacked
-    layers. Biases of query, key and value belong to the heads; every other parameter, the output bias too, is one
-    group, as in ``tensor``.
+    layers; a kernel that holds several of them gives a dict by part. Biases of query, key and value belong to the
+    heads; every other parameter, the output bias too, is one group, as in ``tensor``.
+
+    The program of the model says which kernel is what, and which of its units belong to which head: queries meet keys
+    in a product, its result weights the values, and the next kernel is the output. Names are asked where it does not
+    say (an attention without such a product, a kernel of the device's own): of a kernel whose outputs go into none
+    but an output kernel, and of an output kernel that follows none but query, key and value kernels.
 
     Args:
         num_heads: query heads.
         num_kv_heads: key and value heads (grouped-query attention); ``None``: as many as query heads.
-        head_dim: size of a head; ``None``: what all kernels agree on, units / heads.
+        head_dim: size of a head; ``None``: units / heads.
         query, key, value, output: regular expressions for whole names of a path like ``layers/attention/q/kernel``;
-            the last name that matches counts, and ``attention/(o|out)`` asks for two names in a row.
+            the last name that matches counts, and ``attention/(o|out)`` asks for two names in a row. Names such as
+            ``kernel``, ``w`` and the ``value`` of ``kernel/value`` do not count.
         fused: the same for a kernel that holds query, key and value together.
-        fused_layout: how it holds them along its output units: ``"q k v"``, all queries, then all keys, then all
-            values; ``"heads"``, for every key-value head its queries, its key and its value. There is no default:
-            both are in use.
+        fused_layout: how it holds them along its output units, where names are asked: ``"q k v"``, all queries, then
+            all keys, then all values; ``"heads"``, for every key-value head its queries, its key and its value.
+            There is no default: both are in use.
 
     Raises:
         ValueError: numbers of heads that are not positive or do not divide, an unknown layout.

@@ -21,7 +21,7 @@ from fisher_jax._support.jax_internals import (
 )
 from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, compressed, joined
 
-__all__ = ["carried_through", "is_elementwise", "is_layout"]
+__all__ = ["carried_through", "extended", "is_elementwise", "is_layout", "moved_through"]
 
 _SAME = {
     "convert_element_type", "copy", "copy_p", "sharding_constraint", "reduce_precision", "layout_constraint",
@@ -71,17 +71,26 @@ def carried_through(
         return [() for _ in eqn.outvars]
     results: list[Carried] = []
     for output in range(len(eqn.outvars)):
-        moved = [
-            tuple(_moved(eqn, i, one, output, loops, constant, line) for one in own) for i, own in enumerate(given)
-        ]
-        kept = [tuple(one for one in own if one is not None) for own in moved]
-        found = joined(kept, eqn, line)
+        found = joined(moved_through(eqn, given, output, loops, constant, line), eqn, line)
         if eqn.primitive.name == "dot_general":
             found = (*found, *_mixed(eqn, given, found, loops, line))
-        for axis in _joining_axes(eqn):
-            found = tuple(x if isinstance(x, Lost) else Ids(x.kind, _extended(x.values, loops + axis)) for x in found)
-        results.append(found)
+        results.append(extended(eqn, found, loops))
     return results
+
+
+def moved_through(
+    eqn: Any, given: Sequence[Carried], output: int, loops: int, constant: Callable, line: Callable
+) -> list[Carried]:
+    """Ids of each operand as they lie in one result; those that are summed over are gone."""
+    moved = [[_moved(eqn, i, one, output, loops, constant, line) for one in own] for i, own in enumerate(given)]
+    return [tuple(one for one in own if one is not None) for own in moved]
+
+
+def extended(eqn: Any, found: Carried, loops: int) -> Carried:
+    """Ids of a result that is made of parts side by side, one along an axis where all that have one have the same."""
+    for axis in _joining_axes(eqn):
+        found = tuple(x if isinstance(x, Lost) else Ids(x.kind, _extended(x.values, loops + axis)) for x in found)
+    return found
 
 
 def _moved(
@@ -293,7 +302,7 @@ def _reduce(eqn, operand, values, output, loops, constant):
     axes = eqn.params["axes"] if "axes" in eqn.params else eqn.params["dimensions"]
     if len(eqn.invars) > len(eqn.outvars) and operand >= len(eqn.outvars):
         return None  # what a reduction starts from
-    return _summed(values, axes, loops)
+    return _summed(values, [int(i) for i in axes], loops)
 
 
 def _summed(values: np.ndarray, axes: Sequence[int], loops: int) -> np.ndarray | None:

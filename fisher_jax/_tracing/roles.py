@@ -13,7 +13,7 @@ from jaxtyping import Array
 from fisher_jax import groups as groups_room
 from fisher_jax._support.jax_internals import is_traced
 from fisher_jax._tracing.axes import UntraceableError, roles_of_leaf
-from fisher_jax._tracing.heads import by_heads
+from fisher_jax._tracing.heads import by_heads, by_program, named_part
 from fisher_jax._tracing.uses import Spec
 from fisher_jax.groups import Group, Heads
 
@@ -72,20 +72,24 @@ def groupings(groups: Any, params: Tree, specs: Callable[[], list[Spec]] | None)
     found = specs() if specs is not None and oriented else []
     result: list[Grouping | None] = []
     heads: list[tuple[int, str]] = []
+    slashed = [_slashed(path) for path, _ in leaves]
     for i, ((path, x), choice) in enumerate(zip(leaves, chosen, strict=True)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             result.append(None)
             continue
-        names = jax.tree_util.keystr(path), _slashed(path)
-        own = {k: _leaf(*names, x, c, [s for s in found if s.leaf == i]) for k, c in choice.items()}
+        name = jax.tree_util.keystr(path)
+        part = {k: named_part(c, i, slashed, found) if isinstance(c, Heads) else None for k, c in choice.items()}
+        own = {k: _leaf(name, part[k], x, c, [s for s in found if s.leaf == i]) for k, c in choice.items()}
         heads += [(one.head_dim, one.path) for one in own.values() if one.head_dim]
-        result.append(_several(names[0], own) if several else own[""])
+        result.append(_several(name, own) if several else own[""])
     if any(isinstance(c, Heads) for choice in chosen for c in choice.values()):
         _check_heads(dict(heads), leaves)
     return result
 
 
 def _slashed(path: tuple) -> str:
+    while len(path) > 1 and getattr(path[-1], "name", None) in ("value", "raw_value"):
+        path = path[:-1]  # the box of a library, whose attribute it is
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -109,7 +113,7 @@ def _choose(groups: Any, path: tuple, x: Any) -> Any:
     return found
 
 
-def _leaf(path: str, slashed: str, x: Any, choice: Any, specs: list[Spec]) -> Grouping:
+def _leaf(path: str, part: str | None, x: Any, choice: Any, specs: list[Spec]) -> Grouping:
     if not isinstance(choice, Group):
         return Grouping(path, None, choice)
     if choice.name == "param":
@@ -117,11 +121,12 @@ def _leaf(path: str, slashed: str, x: Any, choice: Any, specs: list[Spec]) -> Gr
     if not specs:
         # The loss does not use it: nothing tells its orientation, and its only value is zero.
         return Grouping(path, (), side="tensor")
-    if choice.name == "tensor" or (isinstance(choice, Heads) and choice.part_of(slashed) is None):
+    shown = isinstance(choice, Heads) and any(spec.use.parts for spec in specs)
+    if choice.name == "tensor" or (isinstance(choice, Heads) and not shown and part is None):
         return _kept(path, "tensor", _loops(specs, x.ndim))
     roles = _roles(path, x.ndim, specs)
     if isinstance(choice, Heads):
-        return _heads(path, slashed, x, choice, roles)
+        return _shown_heads(path, x, choice, roles, specs) if shown else _heads(path, str(part), x, choice, roles)
     if "grouped" in roles and choice.name == "column":
         raise ValueError(
             f"parameter {path} is the kernel of a grouped convolution, whose input axis holds the inputs of one "
@@ -179,8 +184,17 @@ def _loops(specs: list[Spec], ndim: int) -> Roles:
     return (None,) * ndim
 
 
-def _heads(path: str, slashed: str, x: Any, heads: Heads, roles: Roles) -> Grouping:
-    part = heads.part_of(slashed)
+def _shown_heads(path: str, x: Any, heads: Heads, roles: Roles, specs: list[Spec]) -> Grouping:
+    """Heads as the program has them."""
+    found = by_program(path, tuple(x.shape), specs, heads)
+    loops = [i for i, role in enumerate(roles) if role == "loop" and i not in found.axes]
+    keep = tuple(sorted([*loops, *found.axes]))
+    order = [keep.index(i) for i in (*loops, *found.axes)]
+    side = None if any(i not in loops for i in range(len(loops))) else "column" if found.output else "row"
+    return Grouping(path, keep, lambda sums: found.finish(jnp.transpose(sums, order)), side, 1)
+
+
+def _heads(path: str, part: str, x: Any, heads: Heads, roles: Roles) -> Grouping:
     side = ("column", "both") if part == "output" else ("row", "both")
     keep = tuple(i for i, role in enumerate(roles) if role == "loop" or role in side)
     if part == "output" and not any(role == "column" for role in roles):
@@ -188,7 +202,7 @@ def _heads(path: str, slashed: str, x: Any, heads: Heads, roles: Roles) -> Group
     loops = sum(role == "loop" for role in roles)
     if list(keep[:loops]) != [i for i, role in enumerate(roles) if role == "loop"]:
         raise ValueError(f"parameter {path} has its axes of stacked layers behind its units; {_WAYS_OUT}")
-    finish, head_dim = by_heads(path, heads, str(part), tuple(x.shape[i] for i in keep[loops:]))
+    finish, head_dim = by_heads(path, heads, part, tuple(x.shape[i] for i in keep[loops:]))
     return Grouping(path, keep, finish, "column" if part == "output" else "row", head_dim)
 
 

@@ -147,7 +147,7 @@ def _surveyed(traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | Non
     learned = survey.findings.learned
     if head is not None:
         learned[head.use.order] = (*learned.get(head.use.order, ()), _token_ids(head, survey))
-    survey = _with_ids(survey, learned)
+    survey = _with_attention(_with_ids(survey, learned))
     ids = tuple(x.ids if isinstance(x, Data) else () for x in outs)
     return Structure(survey, outputs, ids, head, other, survey.findings.biases)
 
@@ -188,6 +188,26 @@ def _with_ids(survey: Survey, learned: dict) -> Survey:
     return dataclasses.replace(
         survey, own=list(map(spec, survey.own)), parts=parts, specs=list(map(spec, survey.specs))
     )
+
+
+def _with_attention(survey: Survey) -> Survey:
+    """The same survey, every use with what it is in attentions."""
+    found, leaves = survey.findings.attention, {spec.use.order: spec.leaf for spec in survey.specs}
+    parts = found.parts(survey.specs)
+    follows = {order: frozenset(leaves[i] for i in uses) for order, uses in found.follows.items()}
+
+    def spec(one: Spec) -> Spec:
+        order = one.use.order
+        use = dataclasses.replace(one.use, parts=parts.get(order, ()), follows=follows.get(order, frozenset()))
+        return dataclasses.replace(one, use=use)
+
+    def everywhere(part: Survey) -> Survey:
+        inner = list(map(everywhere, part.parts))
+        return dataclasses.replace(
+            part, own=list(map(spec, part.own)), parts=inner, specs=list(map(spec, part.specs))
+        )
+
+    return everywhere(survey)
 
 
 def _head(outputs: Data) -> Head | None:

@@ -1,6 +1,5 @@
 """What a program does with its parameters, and whose row and position every array belongs to, without running it."""
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from fisher_jax._support.jax_internals import (
     repetition,
     user_line,
 )
+from fisher_jax._tracing.attention import Attention
 from fisher_jax._tracing.dense import token_axes
 from fisher_jax._tracing.id_rules import carried_through, is_elementwise, is_layout
 from fisher_jax._tracing.ids import Carried, Ids, Lost, along, joined
@@ -75,11 +75,16 @@ class Findings:
         number: of uses so far.
         biases: leaf of a bias, by the leaf of the kernel to whose output it is added.
         learned: ids of the tokens of a use that has none of its own, from what its output is added to; by its order.
+        attention: what the products of parameters are in attentions.
     """
 
     number: int = 0
     biases: dict[int, int] = dataclasses.field(default_factory=dict)
     learned: dict[int, Carried] = dataclasses.field(default_factory=dict)
+    attention: Attention = dataclasses.field(default_factory=Attention)
+
+    def copy(self) -> "Findings":
+        return Findings(self.number, self.biases.copy(), self.learned.copy(), self.attention.copy())
 
 
 @dataclasses.dataclass
@@ -92,6 +97,7 @@ class Survey:
         around: the line of the call around this part.
         own: uses in this part, in program order; those of loops and rematerialised parts are in ``parts``.
         specs: all uses, those of parts among them.
+        met: the operand that is a parameter, while the result of its use is asked for.
     """
 
     loops: int = 0
@@ -100,6 +106,7 @@ class Survey:
     own: list[Spec] = dataclasses.field(default_factory=list)
     parts: list["Survey"] = dataclasses.field(default_factory=list)
     specs: list[Spec] = dataclasses.field(default_factory=list)
+    met: int | None = None
 
     def line(self, eqn: Any) -> str:
         """Where an equation stands; functions of JAX stand where they are called."""
@@ -129,14 +136,26 @@ class Survey:
         )  # fmt: skip
         fixed = not eqn.effects and all(not isinstance(x, Data) or x.constant is not None for x in operands)
         value = _once(functools.partial(_computed, eqn, operands)) if fixed else None
-        made = self._made(eqn, operands, carried)
+        made, units = self._made(eqn, operands, carried), self._units(eqn, operands)
         return [
-            Data(var.aval, ids, made[i], None if value is None else functools.partial(_item, value, i), eqn)
+            Data(var.aval, ids, made[i], None if value is None else functools.partial(_item, value, i), eqn, units[i])
             for i, (var, ids) in enumerate(zip(eqn.outvars, carried, strict=True))
         ]
 
+    def _units(self, eqn: Any, operands: list) -> list[tuple[Ids, ...]]:
+        """Of which products the results of an equation are made; a product of a parameter is one of its own."""
+        if self.met is not None and eqn.primitive.name in ("dot_general", "gather", "conv_general_dilated"):
+            return [()]
+        given = [x.units if isinstance(x, Data) else () for x in operands]
+        data = [x.ids if isinstance(x, Data) and x.constant is None and i != self.met else None
+                for i, x in enumerate(operands)]  # fmt: skip
+        constant = functools.cache(lambda i: _constant(operands[i]))
+        return self.findings.attention.through(eqn, given, data, self.loops, constant, self.line)
+
     def use(self, view: View, kind: str, eqn: Any, index: int, output: Callable, apply: Any, inputs: tuple) -> Data:
+        self.met = index
         found: Data = output()
+        self.met = None
         whose = _whose(kind, found, inputs)
         use = _facts(view, kind, eqn, index, apply, self.findings.number, whose, self.around)
         self.findings.number += 1
@@ -147,7 +166,14 @@ class Survey:
             sizes = found.type.shape
             places = tuple(along(i, np.arange(n), [i], len(sizes), self.loops) for i, n in enumerate(sizes))
             met = len(sizes if kind == "conv" else inputs[0].type.shape)
-            return dataclasses.replace(found, made=Made(view.leaf, use, places, sizes, met))
+            units = (
+                ()
+                if kind == "embedding"
+                else self.findings.attention.made(use, _units_of(inputs[0]), sizes, self.loops)
+            )
+            return dataclasses.replace(found, made=Made(view.leaf, use, places, sizes, met), units=units)
+        if kind == "bias":
+            self.findings.attention.added(use, _units_of(inputs[0]))
         made = next((x.made for x in inputs if isinstance(x, Data) and x.made is not None), None)
         if made is None or kind == "generic":
             return found
@@ -188,7 +214,7 @@ class Survey:
         def once(carried: list[Carried]) -> list[Carried]:
             nonlocal part, outs
             part = self.inside(eqn, 1)
-            part.findings = copy.deepcopy(self.findings)
+            part.findings = self.findings.copy()
             carry = [Data(t, ids) for t, ids in zip(types[first:head], carried, strict=True)]
             outs = [part.generic(v, eqn) for v in evaluate(scan.traced, [*consts, *carry, *xs], part)]
             return [_kept_between(_ids_of(x), self.loops, eqn, self.line) for x in outs[: scan.num_carry]]
@@ -285,6 +311,10 @@ def _ids_of(x: Any) -> Carried:
     return x.ids if isinstance(x, Data) else ()
 
 
+def _units_of(x: Any) -> tuple[Ids, ...]:
+    return x.units if isinstance(x, Data) else ()
+
+
 def _constant(x: Any) -> np.ndarray | None:
     if not isinstance(x, Data):
         return np.asarray(x)
@@ -317,8 +347,9 @@ def _entered(x: Any, kind: Any, how: str, loops: int) -> Any:
     if not isinstance(x, Data):
         return x
     if how == "stacked":
-        return Data(kind, x.ids)
-    return Data(kind, _beside_loop(x.ids, loops), None, x.constant)
+        return Data(kind, x.ids, units=x.units)
+    units = tuple(one for one in _beside_loop(x.units, loops) if isinstance(one, Ids))
+    return Data(kind, _beside_loop(x.ids, loops), None, x.constant, units=units)
 
 
 def _beside_loop(carried: Carried, loops: int) -> Carried:

@@ -6,13 +6,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from fisher_jax._support.jax_internals import abstract, bind, stacked, struct
 from fisher_jax._support.outline import outline
-from fisher_jax._tracing.ids import Carried
+from fisher_jax._tracing.ids import Carried, Ids
 
-__all__ = ["Data", "Known", "Segment", "Spec", "Step", "Use", "View", "alike", "plain", "shape_of", "signature"]
+__all__ = [
+    "Data",
+    "Known",
+    "Part",
+    "Segment",
+    "Spec",
+    "Step",
+    "Use",
+    "View",
+    "alike",
+    "plain",
+    "shape_of",
+    "signature",
+]
 
 Tree = Any
 
@@ -56,6 +70,27 @@ def signature(eqn: Any) -> tuple:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """What the program says a use is in an attention.
+
+    Attributes:
+        name: ``query``, ``key`` or ``value`` (its output units belong to heads), ``output`` (its inputs do).
+        axes: of the operand, along which these units or inputs lie.
+        heads: the head of each of them, int32 over ``axes``; -1 of those in none.
+        number: of heads.
+        where: the line at which queries meet keys.
+        attention: which attention of the program.
+    """
+
+    name: str
+    axes: tuple[int, ...]
+    heads: np.ndarray
+    number: int
+    where: str
+    attention: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Use:
     """Static facts of one use: how the parameter got there, and the operation that is linear in it.
 
@@ -79,6 +114,8 @@ class Use:
         order: its place among all uses of the program.
         ids: whose row and position every token of the use is: of what the parameter meets (of the output, for a
             convolution), see `fisher_jax._tracing.ids`. Not compared.
+        parts: what it is in attentions. Not compared.
+        follows: leaves whose products it meets (a bias: is added to), with no product between. Not compared.
     """
 
     kind: str
@@ -94,6 +131,8 @@ class Use:
     signature: tuple = ()
     order: int = 0
     ids: Carried = ()
+    parts: tuple[Part, ...] = ()
+    follows: frozenset[int] = frozenset()
 
     def __repr__(self) -> str:
         return outline(self)
@@ -120,6 +159,7 @@ class Data:
         made: the product of a parameter that it comes from, entry by entry.
         constant: gives its value, where it is a constant of the program.
         maker: the equation that it comes from.
+        units: of which products its entries are made, see `fisher_jax._tracing.attention`.
     """
 
     type: Any
@@ -127,6 +167,7 @@ class Data:
     made: Any = None
     constant: Callable[[], Any] | None = None
     maker: Any = None
+    units: tuple[Ids, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ def fits(specs: list[Spec], grouping: Grouping) -> bool:
         return False
     atoms = [atom for axis in axes for atom in axis]
     # A slice leaves part of the kernel to other uses; a loop over anything but leading axes moves them.
-    return all(atom.whole for atom in atoms) and taken == set(range(len(use.loops)))
+    return all(atom.whole for atom in atoms) and set(taken) == set(range(len(use.loops)))
 
 
 def cost(spec: Spec) -> tuple[int, int]:

@@ -35,7 +35,7 @@ class Grouping:
         keep: axes that stay; the others are summed. ``None`` where only ``finish`` knows.
         finish: what is done with the sums.
         side: of the operand that stays, ``row``, ``column`` or ``tensor`` (neither); ``None`` for anything else.
-        head_dim: of attention heads.
+        head_dim: of attention heads that are taken for such by their name; 0 where the program shows them.
     """
 
     path: str
@@ -80,7 +80,7 @@ def groupings(groups: Any, params: Tree, specs: Callable[[], list[Spec]] | None)
         name = jax.tree_util.keystr(path)
         part = {k: named_part(c, i, slashed, found) if isinstance(c, Heads) else None for k, c in choice.items()}
         own = {k: _leaf(name, part[k], x, c, [s for s in found if s.leaf == i]) for k, c in choice.items()}
-        heads += [(one.head_dim, one.path) for one in own.values() if one.head_dim]
+        heads += [(one.head_dim, one.path) for one in own.values() if one.head_dim is not None]
         result.append(_several(name, own) if several else own[""])
     if any(isinstance(c, Heads) for choice in chosen for c in choice.values()):
         _check_heads(dict(heads), leaves)
@@ -191,7 +191,7 @@ def _shown_heads(path: str, x: Any, heads: Heads, roles: Roles, specs: list[Spec
     keep = tuple(sorted([*loops, *found.axes]))
     order = [keep.index(i) for i in (*loops, *found.axes)]
     side = None if any(i not in loops for i in range(len(loops))) else "column" if found.output else "row"
-    return Grouping(path, keep, lambda sums: found.finish(jnp.transpose(sums, order)), side, 1)
+    return Grouping(path, keep, lambda sums: found.finish(jnp.transpose(sums, order)), side, 0)
 
 
 def _heads(path: str, part: str, x: Any, heads: Heads, roles: Roles) -> Grouping:
@@ -223,8 +223,9 @@ def _several(path: str, parts: dict[str, Grouping]) -> Grouping:
 
 
 def _check_heads(sizes: dict[int, str], leaves: list) -> None:
-    if len(sizes) > 1:
-        told = " and ".join(f"{path} of size {size}" for size, path in sizes.items())
+    named = {size: path for size, path in sizes.items() if size}
+    if len(named) > 1:
+        told = " and ".join(f"{path} of size {size}" for size, path in named.items())
         raise ValueError(f"attention kernels have heads of one size, found {told}: give head_dim= or name patterns")
     if not sizes:
         names = ", ".join(_slashed(path) for path, _ in leaves[:4])

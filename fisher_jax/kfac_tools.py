@@ -1,6 +1,6 @@
 """What else Kronecker factors tell: their coverage, their spectrum, models merged by them; and the K-FAC states."""
 
-from fisher_jax.kronecker.blocks.coverage import KFACCoverage, kfac_coverage
+from fisher_jax.kronecker.curvature.coverage import KFACCoverage, kfac_coverage
 from fisher_jax.kronecker.curvature.factors import BlockFactors, Factors
 from fisher_jax.kronecker.curvature.spectrum import BlockEigenvalues, KFACSpectrum, kfac_spectrum
 from fisher_jax.kronecker.optimizer.from_state import kfac_factors_from_state

@@ -6,25 +6,37 @@ import numpy as np
 
 from fisher_jax._support.errors import RejectedBatchError
 
-__all__ = ["NEGATIVE_WEIGHT", "NON_FINITE", "TARGET_OUT_OF_RANGE", "check", "reason_mask", "reasons"]
+__all__ = [
+    "NEGATIVE_WEIGHT",
+    "NON_FINITE",
+    "OPTION_OUT_OF_RANGE",
+    "TARGET_OUT_OF_RANGE",
+    "check",
+    "reason_mask",
+    "reasons",
+]
 
 NON_FINITE = 1
 TARGET_OUT_OF_RANGE = 2
 NEGATIVE_WEIGHT = 4
+OPTION_OUT_OF_RANGE = 8
 
 _SENTENCES = {
     NON_FINITE: "a NaN or infinite value in the loss, the scores or the parameters",
     TARGET_OUT_OF_RANGE: "a target outside [0, number of outputs) where the weight is not zero",
     NEGATIVE_WEIGHT: "a weight that is negative, NaN or infinite",
+    OPTION_OUT_OF_RANGE: "a learning rate, damping, momentum or bound of a step outside of its range",
 }
 
 
 def reason_mask(**found):
-    """int32 bit mask from booleans: ``non_finite``, ``target_out_of_range``, ``negative_weight``."""
+    """int32 bit mask from booleans: ``non_finite``, ``target_out_of_range``, ``negative_weight``,
+    ``option_out_of_range``."""
     bits = {
         "non_finite": NON_FINITE,
         "target_out_of_range": TARGET_OUT_OF_RANGE,
         "negative_weight": NEGATIVE_WEIGHT,
+        "option_out_of_range": OPTION_OUT_OF_RANGE,
     }
     return sum(jnp.where(flag, bits[name], 0).astype(jnp.int32) for name, flag in found.items())
 

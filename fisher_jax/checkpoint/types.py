@@ -240,7 +240,7 @@ _TABLE = {
         arrays="eigenvalues residuals",
         numbers="dimension num_zero trace",
     ),
-    "kfac coverage": StateType("kronecker.blocks.coverage:KFACCoverage", anything="rows"),
+    "kfac coverage": StateType("kronecker.curvature.coverage:KFACCoverage", anything="rows"),
     "kfac eigen": StateType("kronecker.factors.forms:Eigen", arrays="values vectors"),
     "kfac diagonal": StateType("kronecker.factors.forms:Diagonal", arrays="values"),
     "kfac low rank": StateType("kronecker.factors.forms:LowRank", arrays="columns values vectors"),

@@ -8,6 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from fisher_jax._support.jax_internals import is_traced
 
 __all__ = ["Adaptive", "Curvature", "FixedRate", "Refresh", "check_option"]
 
@@ -72,8 +75,8 @@ class Curvature:
         _one_of(self, "form", "auto", "exact", "factored")
         _one_of(self, "shared", "expand", "reduce")
         _whole(self, "token_cap", optional=True)
-        _number(self, "power", lambda x: math.isfinite(x), "finite")
-        _number(self, "temperature", lambda x: x > 0, "positive")
+        _number(self, "power", math.isfinite, "a finite number", fixed=True)
+        _number(self, "temperature", lambda x: x > 0, "a positive number", fixed=True)
         if self.factor_dtype is not None and not jnp.issubdtype(self.factor_dtype, jnp.floating):
             raise ValueError(f"factor_dtype is a floating dtype or None, found {self.factor_dtype!r}")
         if self.diagonal is not None and not callable(self.diagonal):
@@ -245,7 +248,8 @@ def check_option(name: str, found: Any, *kinds: type) -> None:
 
 
 def _one_of(options: Any, name: str, *known: str, more: str = "") -> None:
-    if (found := getattr(options, name)) not in known:
+    found = getattr(options, name)
+    if not isinstance(found, str) or found not in known:
         raise ValueError(f"{name} is one of {', '.join(known)}{more}, found {found!r}")
 
 
@@ -257,9 +261,12 @@ def _whole(options: Any, name: str, optional: bool = False) -> None:
         raise ValueError(f"{name} is a whole number, at least 1{', or None' * optional}, found {found!r}")
 
 
-def _number(options: Any, name: str, allowed: Callable[[Any], bool], words: str) -> None:
+def _number(options: Any, name: str, allowed: Callable[[Any], bool], words: str, fixed: bool = False) -> None:
+    """``fixed``: the program depends on it, so that its value must be known while tracing."""
     found = getattr(options, name)
-    if isinstance(found, jax.Array):  # under jit its value is not known
+    if is_traced(found) and not fixed:
         return
-    if not isinstance(found, numbers.Real) or isinstance(found, bool) or not allowed(found):
-        raise ValueError(f"{name} is {words}, found {found!r}")
+    if isinstance(found, jax.Array | np.ndarray | np.generic) and not is_traced(found) and found.shape == ():
+        found = found.item()
+    if not isinstance(found, numbers.Real) or isinstance(found, bool) or not allowed(found) or math.isinf(found):
+        raise ValueError(f"{name} is {words}, found {getattr(options, name)!r}")

@@ -1,5 +1,6 @@
 """What a state says: mean, variance, standard error, intervals and counts."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -130,8 +131,8 @@ def interval(x: Readable, level: float = 0.95) -> tuple[Tree, Tree]:
         >>> round(float(lower), 3), round(float(upper), 3)
         (-3.572, 9.572)
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level is a probability between 0 and 1, found {level}")
+    if not isinstance(level, numbers.Real) or not 0 < level < 1:
+        raise ValueError(f"level is a probability between 0 and 1, found {level!r}")
     import scipy.stats  # slow to import, and wanted here only
 
     n = count(x)

@@ -65,6 +65,7 @@ def transformation(example, apply_fn=model, axis_name=None, **options):
         apply_fn,
         example=example,
         damping=0.1,
+        kl_clip=None,
         curvature=fj.Curvature(**{"policy": "all"} | options),
         refresh=fj.Refresh(**{"period": 1} | refresh),
         axis_name=axis_name,

@@ -55,7 +55,9 @@ def runner(curvature, refresh):
     with jax.enable_x64(True):
         _, _, batches = setting()
         example = fj.Batch(*map(jnp.asarray, batches[0]))
-        tx = fj.scale_by_kfac(model, example=example, damping=DAMPING, curvature=curvature, refresh=refresh)
+        tx = fj.scale_by_kfac(
+            model, example=example, damping=DAMPING, kl_clip=None, curvature=curvature, refresh=refresh
+        )
         return tx, jax.jit(tx.update)
 
 

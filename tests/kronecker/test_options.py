@@ -155,9 +155,14 @@ def test_scale_by_kfac_under_inject_hyperparams_follows_a_schedule_of_the_dampin
     params, batch = setting()
     refresh = fj.Refresh(period=1)
     injected = optax.inject_hyperparams(fj.scale_by_kfac, static_args=STATIC)(
-        apply_fn=apply_fn, likelihood=fj.categorical, example=batch, damping=falling(0.1), refresh=refresh
+        apply_fn=apply_fn,
+        likelihood=fj.categorical,
+        example=batch,
+        damping=falling(0.1),
+        kl_clip=None,
+        refresh=refresh,
     )
-    plain = fj.scale_by_kfac(apply_fn, example=batch, damping=falling(0.1), refresh=refresh)
+    plain = fj.scale_by_kfac(apply_fn, example=batch, damping=falling(0.1), kl_clip=None, refresh=refresh)
     found, state = steps_of(injected, params, batch)
     same(found, steps_of(plain, params, batch)[0])
     assert float(state.hyperparams["damping"]) == np.float32(0.1 / 4)
@@ -171,7 +176,8 @@ def test_scale_by_kfac_under_inject_hyperparams_follows_a_schedule_of_the_dampin
 def test_the_rows_and_the_ramp_of_a_refresh_hold_without_kfac_too():
     params, batch = setting()
     first = fj.Batch(batch.inputs[:2], batch.targets[:2])
-    tx = fj.scale_by_kfac(apply_fn, example=batch, damping=0.1, refresh=fj.Refresh(period=4, factor_rows=2, ramp=2))
+    refresh = fj.Refresh(period=4, factor_rows=2, ramp=2)
+    tx = fj.scale_by_kfac(apply_fn, example=batch, damping=0.1, kl_clip=None, refresh=refresh)
     grads = jax.grad(mean_loss)(params, batch)
     state, ages, update = tx.init(params), [], jax.jit(tx.update)
     for step in range(6):
@@ -181,3 +187,140 @@ def test_the_rows_and_the_ramp_of_a_refresh_hold_without_kfac_too():
             factors = fj.kfac_factors(apply_fn, fj.categorical, params, first, damping=0.1)
             same(updates, fj.precondition(factors, grads))
     assert ages == [1, 1, 2, 1, 2, 3]
+
+
+NUMBERS = {
+    "learning_rate": (-0.1, float("nan"), float("inf"), "0.1", True, np.ones(2), [0.1]),
+    "damping": (-1, float("nan"), float("inf"), "0.1", False, jnp.ones(2), jnp.array(True)),
+    "momentum": (2, 1.0, -0.5, float("nan"), "0.9", True),
+    "weight_decay": (-0.1, float("nan"), "0", True),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NUMBERS.items() for value in values])
+def test_a_number_out_of_its_range_is_refused_by_name(name, value):
+    options = {"learning_rate": 0.1, name: value}
+    with pytest.raises(
+        ValueError, match=f"^{name} is (at least 0|in ).*a number, an array of shape .. or a schedule"
+    ):
+        fj.kfac(apply_fn, example=setting()[1], **options)
+
+
+@pytest.mark.parametrize("value", NUMBERS["damping"])
+def test_a_damping_is_checked_wherever_it_is_given(value):
+    params, batch = setting()
+    with pytest.raises(ValueError, match=r"^damping is at least 0"):
+        fj.scale_by_kfac(apply_fn, example=batch, damping=value)
+    with pytest.raises(ValueError, match=r"^damping is at least 0"):
+        fj.kfac_factors(apply_fn, fj.categorical, params, batch, damping=value)
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-3, float("nan"), float("inf"), "0.1", "none", True])
+def test_a_trust_region_is_positive(value):
+    batch = setting()[1]
+    with pytest.raises(ValueError, match=r"^kl_clip is positive"):
+        fj.scale_by_kfac(apply_fn, example=batch, kl_clip=value)
+    with pytest.raises(ValueError, match=r"^kl_clip is positive"):
+        fj.FixedRate(kl_clip=value)
+
+
+def test_a_trust_region_needs_the_inverse():
+    batch, curvature = setting()[1], fj.Curvature(power=-0.5)
+    fj.scale_by_kfac(apply_fn, example=batch, curvature=curvature)
+    with pytest.raises(ValueError, match=r"only power=-1 predicts, found power=-0\.5"):
+        fj.scale_by_kfac(apply_fn, example=batch, curvature=curvature, kl_clip=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (fj.Curvature, "estimator", 3),
+        (fj.Curvature, "form", None),
+        (fj.Curvature, "temperature", float("inf")),
+        (fj.Curvature, "temperature", "hot"),
+        (fj.Curvature, "power", True),
+        (fj.Curvature, "power", jnp.array(float("nan"))),
+        (fj.Refresh, "period", "10"),
+        (fj.Refresh, "period", jnp.array(10)),
+        (fj.Refresh, "factor_decay", float("nan")),
+        (fj.Adaptive, "min_damping", float("inf")),
+        (fj.Adaptive, "max_momentum", jnp.array(-1.0)),
+        (fj.Adaptive, "rate_scale", True),
+    ],
+)
+def test_odd_values_of_fields_are_refused_in_a_sentence(kind, field, value):
+    with pytest.raises(ValueError, match=f"^{field} is .*found "):
+        kind(**{field: value})
+
+
+@pytest.mark.parametrize("make", [
+    lambda x: fj.Refresh(period=x), lambda x: fj.Curvature(token_cap=x), lambda x: fj.Curvature(power=x),
+    lambda x: fj.Curvature(temperature=x), lambda x: fj.Curvature(estimator=x), lambda x: fj.Adaptive(model_rows=x),
+])  # fmt: skip
+def test_what_the_program_depends_on_is_known_before_tracing(make):
+    with pytest.raises(ValueError, match=r"^\w+ is .*found .*Trace"):
+        jax.jit(make)(jnp.ones(()))
+
+
+def after(options, bad_at=1, steps=4):
+    """States before, at and after an update with an option out of range, and the updates."""
+    params, batch = setting()
+    tx = fj.kfac(apply_fn, example=batch, curvature=fj.Curvature(estimator="empirical"), **options(bad_at))
+    grads, state, found = jax.grad(mean_loss)(params, batch), tx.init(params), []
+    update = jax.jit(tx.update)
+    for _ in range(steps):
+        updates, state = update(grads, state, params, batch=batch)
+        found.append((updates, state))
+    return found
+
+
+def turning(good, bad):
+    return lambda bad_at: lambda step: jnp.where(step == bad_at, bad, good)
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("learning_rate", 0.1, -0.1), ("learning_rate", 0.1, jnp.nan), ("damping", 0.1, -1.0), ("momentum", 0.5, 2.0),
+        ("momentum", 0.5, jnp.nan), ("weight_decay", 0.01, jnp.inf),
+    ],
+)  # fmt: skip
+def test_a_schedule_out_of_range_rejects_its_update_and_no_other(name, good, bad):
+    schedule = turning(good, bad)
+    (_, before), (updates, state), (later, _), (_, last) = after(
+        lambda bad_at: {"learning_rate": 0.1, name: schedule(bad_at)}
+    )
+    assert int(state.factors.rejected) == int(last.factors.rejected) == 1
+    assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(updates))
+    assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(later))
+    for a, b in zip(jax.tree.leaves(before.factors.blocks), jax.tree.leaves(state.factors.blocks), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for kept in ("velocity", "damping", "learning_rate", "momentum"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, kept), getattr(state, kept))
+    with pytest.raises(fj.RejectedBatchError, match="learning rate, damping, momentum"):
+        fj.check(last)
+
+
+@pytest.mark.parametrize("name", ["damping", "kl_clip"])
+def test_a_traced_option_of_scale_by_kfac_out_of_range_gives_no_update(name):
+    params, batch = setting()
+    grads = jax.grad(mean_loss)(params, batch)
+
+    @jax.jit
+    def step(value):
+        tx = fj.scale_by_kfac(apply_fn, example=batch, **{name: value})
+        return tx.update(grads, tx.init(params), params, batch=batch)
+
+    updates, state = step(-1.0)
+    assert (int(state.rejected), int(state.age)) == (1, -1)
+    assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(updates))
+    assert int(step(0.1)[1].rejected) == 0
+
+
+def test_an_inverse_that_overflows_is_counted():
+    """Without damping a factor without rank has no inverse."""
+    params, batch = setting()
+    tx = fj.scale_by_kfac(apply_fn, example=batch, damping=0.0, curvature=fj.Curvature(policy="all"))
+    updates, state = tx.update(jax.grad(mean_loss)(params, batch), tx.init(params), params, batch=batch)
+    assert int(state.rejected) == 1
+    assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(updates))

@@ -52,7 +52,7 @@ def reference(params, batch, grads, damping=1e-2):
 @functools.cache
 def jitted():
     _, batch = setting()
-    tx = fj.scale_by_kfac(model, example=batch, damping=1e-2, refresh=fj.Refresh(period=2))
+    tx = fj.scale_by_kfac(model, example=batch, damping=1e-2, kl_clip=None, refresh=fj.Refresh(period=2))
     return tx, jax.jit(tx.update, donate_argnames="state")
 
 
@@ -73,7 +73,7 @@ def test_factors_are_fresh_from_the_first_step_and_every_period():
 
 def test_taps_of_the_training_step_serve_instead_of_another_evaluation():
     params, batch = setting()
-    tx = fj.scale_by_kfac(model, example=batch, damping=1e-2)
+    tx = fj.scale_by_kfac(model, example=batch, damping=1e-2, kl_clip=None)
 
     @jax.jit
     def both(params, state):
@@ -130,7 +130,12 @@ def test_padding_alone_changes_nothing_and_one_token_is_enough():
 def test_it_trains_inside_scan():
     params, batch = setting()
     precondition = fj.scale_by_kfac(
-        model, example=batch, damping=0.1, curvature=fj.Curvature(estimator="ggn"), refresh=fj.Refresh(period=3)
+        model,
+        example=batch,
+        damping=0.1,
+        kl_clip=None,
+        curvature=fj.Curvature(estimator="ggn"),
+        refresh=fj.Refresh(period=3),
     )
     tx = optax.chain(precondition, optax.scale(-0.5))
 
@@ -147,7 +152,7 @@ def test_it_trains_inside_scan():
 def test_multi_transform_gives_it_some_parameters_and_adamw_others():
     params, batch = setting()
     labels = {"w": "kfac", "b": "kfac", "head": "adamw"}
-    inner = fj.scale_by_kfac(model, example=batch, damping=1e-2, model_params=params)
+    inner = fj.scale_by_kfac(model, example=batch, damping=1e-2, kl_clip=None, model_params=params)
     tx = optax.multi_transform({"kfac": inner, "adamw": optax.adamw(1e-3)}, labels)
     grads = gradient(params, batch)
     state = tx.init(params)
@@ -164,7 +169,7 @@ def test_multi_transform_gives_it_some_parameters_and_adamw_others():
 def test_inject_hyperparams_moves_the_damping():
     params, batch = setting()
     tx = optax.inject_hyperparams(fj.scale_by_kfac, static_args=("apply_fn", "likelihood"))(
-        model, example=batch, damping=1e-2
+        model, example=batch, damping=1e-2, kl_clip=None
     )
     grads = gradient(params, batch)
     state = tx.init(params)
@@ -179,7 +184,7 @@ def test_multi_steps_and_apply_if_finite_pass_the_batch_on():
     params, batch = setting()
     grads = gradient(params, batch)
     alone = reference(params, batch, grads)
-    inner = fj.scale_by_kfac(model, example=batch, damping=1e-2)
+    inner = fj.scale_by_kfac(model, example=batch, damping=1e-2, kl_clip=None)
     tx = optax.MultiSteps(inner, 2)
     state = tx.init(params)
     update = jax.jit(tx.update)
@@ -208,6 +213,7 @@ def test_nnx_optimizer_recipe():
         lambda params, x: nnx.merge(graph, params)(x),
         example=batch,
         damping=1e-2,
+        kl_clip=None,
         curvature=fj.Curvature(token_cap=4, policy="all"),
     )
     optimizer = nnx.Optimizer(module, optax.chain(precondition, optax.sgd(0.1)), wrt=nnx.Param)

@@ -15,14 +15,15 @@ from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_arguments
 from fisher_jax.batch.tokens import require_usable
 from fisher_jax.kronecker.blocks.plan import Block
-from fisher_jax.kronecker.blocks.problem import block_plan, problem_of
+from fisher_jax.kronecker.blocks.problem import Problem, block_plan, problem_of
 from fisher_jax.kronecker.curvature.damped import solve
 from fisher_jax.kronecker.curvature.decomposition import BlockFactors, decompose
+from fisher_jax.kronecker.numbers import check_numbers
 from fisher_jax.kronecker.options import Curvature, check_option
-from fisher_jax.kronecker.statistics.observation import observe
+from fisher_jax.kronecker.statistics.observation import Observation, observe
 from fisher_jax.likelihoods import Likelihood
 
-__all__ = ["BlockFactors", "Factors", "kfac_factors", "precondition"]
+__all__ = ["BlockFactors", "Factors", "kfac_factors", "precondition", "promised"]
 
 Tree = Any
 
@@ -108,12 +109,35 @@ def kfac_factors(
     """
     check_arguments(apply_fn, likelihood, batch=batch)
     check_option("curvature", curvature, Curvature)
+    check_numbers(damping=damping)
     problem = problem_of(apply_fn, likelihood, curvature, axis_name)
     program, blocks = block_plan(problem, params, batch)
     seen = observe(problem, program, blocks, batch, key)
     require_usable(seen.bad, seen.weight)
-    found = decompose(blocks, seen, problem, curvature.factor_dtype, mesh_of(params, batch))
-    return Factors(found, jnp.asarray(damping), blocks, curvature.form, curvature.power)
+    return _factors(problem, blocks, seen, damping, mesh_of(params, batch))
+
+
+def _factors(problem: Problem, blocks: tuple[Block, ...], seen: Observation, damping: Any, mesh: Any) -> Factors:
+    rules = problem.rules
+    found = decompose(blocks, seen, problem, rules.factor_dtype, mesh)
+    return Factors(found, jnp.asarray(damping), blocks, rules.form, rules.power)
+
+
+def promised(problem: Problem, params: Tree, batch: Batch) -> tuple[Block, ...]:
+    """The blocks of the factors that `kfac_factors` gives, and `precondition` takes, of arrays of these shapes.
+
+    Both are traced, so that whatever they refuse is refused here.
+    """
+    _, blocks = block_plan(problem, params, batch)
+
+    def traced(params, batch, key):
+        program, blocks = block_plan(problem, params, batch)
+        return precondition(
+            _factors(problem, blocks, observe(problem, program, blocks, batch, key), 1.0, None), params
+        )
+
+    jax.eval_shape(traced, params, batch, jax.eval_shape(lambda: jax.random.key(0)))
+    return blocks
 
 
 def precondition(factors: Factors, tree: Tree) -> Tree:

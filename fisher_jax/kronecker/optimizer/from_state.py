@@ -17,6 +17,7 @@ from fisher_jax.kronecker.blocks.problem import block_plan, problem_of
 from fisher_jax.kronecker.curvature.factors import BlockFactors, Factors
 from fisher_jax.kronecker.factors.forms import LowRank
 from fisher_jax.kronecker.factors.woodbury import SoftmaxHead
+from fisher_jax.kronecker.numbers import check_numbers
 from fisher_jax.kronecker.optimizer.transformation import KFACState
 from fisher_jax.kronecker.options import Curvature, check_option
 from fisher_jax.likelihoods import Likelihood
@@ -65,6 +66,7 @@ def kfac_factors_from_state(
     """
     check_arguments(apply_fn, likelihood, batch=batch)
     check_option("curvature", curvature, Curvature)
+    check_numbers(damping=damping)
     inner = _only(state)
     if not is_traced(inner.age) and int(inner.age) < 0:
         raise ValueError("the K-FAC state has no factors yet: they are there after the first update")

@@ -11,9 +11,10 @@ from jaxtyping import Array
 from fisher_jax._support.dtypes import is_floating, wide_dtype
 from fisher_jax._support.outline import outline
 from fisher_jax.batch import Batch
+from fisher_jax.kronecker.numbers import at, check_numbers, outside
 from fisher_jax.kronecker.optimizer import annealing
 from fisher_jax.kronecker.optimizer.steps import adaptive_step, combine, fixed_step
-from fisher_jax.kronecker.optimizer.transformation import KFACState, at, natural_gradients
+from fisher_jax.kronecker.optimizer.transformation import KFACState, natural_gradients
 from fisher_jax.kronecker.options import Adaptive, Curvature, FixedRate, Refresh, check_option
 from fisher_jax.likelihoods import Likelihood, categorical
 
@@ -84,8 +85,8 @@ def kfac(
 
     An update whose batch or gradients cannot be used is zero and leaves all but the counts of the state as it was.
 
-    ``learning_rate``, ``damping``, ``momentum``: numbers, arrays, or schedules, which are functions of the updates
-    so far.
+    ``learning_rate``, ``damping``, ``momentum``, ``weight_decay``: numbers, arrays, or schedules, which are functions
+    of the updates so far. An update for which one of them is out of range is rejected.
 
     Args:
         apply_fn, likelihood: the model; ``apply_fn(params, inputs) -> outputs [..., K]``.
@@ -116,6 +117,7 @@ def kfac(
         >>> jnp.round(optax.apply_updates(params, updates)["kernel"], 3).tolist()  # least squares, in one step
         [[1.0], [2.0]]
     """
+    check_numbers(learning_rate=learning_rate, damping=damping, momentum=momentum, weight_decay=weight_decay)
     how = _how(step, learning_rate, damping, momentum)
     adaptive = isinstance(how, Adaptive)
     check_option("curvature", curvature, Curvature)
@@ -139,12 +141,14 @@ def kfac(
         if params is None:
             raise ValueError("kfac needs params: call update(grads, state, params, batch=batch, key=key)")
         used = state.damping if adaptive else jnp.asarray(at(damping, state.factors.step), jnp.float32)
-        decay = jnp.asarray(weight_decay, jnp.float32)
+        rate, share, decay = (at(x, state.factors.step) for x in (learning_rate, momentum, weight_decay))
+        outer = outside(learning_rate=rate, damping=used, momentum=share, weight_decay=decay)
+        decay = jnp.asarray(decay, jnp.float32)
         if adaptive:
             updates = combine(lambda g, p: g + decay * p, updates, params)
         total = used + decay if adaptive else used
         natural, factors = natural_of(
-            updates, state.factors, params, total, batch=batch, model_params=model_params, **extra
+            updates, state.factors, params, total, outer, batch=batch, model_params=model_params, **extra
         )
         if isinstance(how, Adaptive):
             if batch is None:
@@ -160,7 +164,6 @@ def kfac(
                 reasons=factors.reasons | bad,
             )
         else:
-            rate, share = (at(x, state.factors.step) for x in (learning_rate, momentum))
             move, new = fixed_step(updates, natural, params, state, jnp.asarray(rate), share, how.kl_clip, decay)
             new = new._replace(damping=used)
         good = (factors.rejected == state.factors.rejected) & (factors.age >= 0)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from fisher_jax._support import rejection
 from fisher_jax._support.dtypes import is_floating, wide
 from fisher_jax.batch.tokens import tokens_of
+from fisher_jax.kronecker.numbers import at
 from fisher_jax.kronecker.optimizer import annealing
 from fisher_jax.kronecker.optimizer.quadratic import best_step, local_model, loss, tree_dot
 from fisher_jax.kronecker.optimizer.rows import first_rows
-from fisher_jax.kronecker.optimizer.transformation import aligned, at
+from fisher_jax.kronecker.optimizer.transformation import aligned, trusted
 
 __all__ = ["adaptive_step", "combine", "fixed_step"]
 
@@ -26,8 +27,7 @@ def fixed_step(grads, natural, params, state, rate, momentum, kl_clip, decay):
     """A trust region on the step itself, then momentum."""
     nu = jnp.ones(())
     if kl_clip is not None:
-        predicted = rate**2 * tree_dot(_floating(natural), _floating(grads)) / 2
-        nu = jnp.where(predicted > kl_clip, jnp.sqrt(kl_clip / jnp.where(predicted > 0, predicted, 1)), 1)
+        nu = trusted(natural, grads, kl_clip / jnp.where(rate > 0, rate, 1) ** 2)
     direction = combine(lambda x, p: nu * x + decay * p, natural, params)
     velocity = combine(lambda v, d: momentum * v + d, state.velocity, direction)
     step = combine(lambda v: -rate * v, velocity)
@@ -97,10 +97,6 @@ def adaptive_step(
         annealing=annealed,
     )  # fmt: skip
     return velocity, new, bad
-
-
-def _floating(tree: Tree) -> Tree:
-    return [x for x in jax.tree.leaves(tree) if is_floating(x)]
 
 
 def combine(function: Callable, first: Tree, *rest: Tree) -> Tree:

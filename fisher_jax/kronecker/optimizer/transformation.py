@@ -18,8 +18,10 @@ from fisher_jax.batch.arguments import check_arguments, check_batch
 from fisher_jax.kronecker.blocks.problem import block_plan, problem_of
 from fisher_jax.kronecker.curvature.damped import solve
 from fisher_jax.kronecker.curvature.decomposition import decompose
+from fisher_jax.kronecker.numbers import at, check_numbers, outside
 from fisher_jax.kronecker.optimizer import partial_trees
 from fisher_jax.kronecker.optimizer.partial_trees import aligned
+from fisher_jax.kronecker.optimizer.quadratic import tree_dot
 from fisher_jax.kronecker.optimizer.refresh import KFACState, check_together, renewed
 from fisher_jax.kronecker.optimizer.rows import check_rows, window
 from fisher_jax.kronecker.options import Curvature, Refresh, check_option
@@ -28,7 +30,7 @@ from fisher_jax.kronecker.statistics.block_sums import on_any_device
 from fisher_jax.kronecker.statistics.observation import observe, observe_taps
 from fisher_jax.likelihoods import Likelihood, categorical
 
-__all__ = ["KFACState", "aligned", "at", "natural_gradients", "scale_by_kfac"]
+__all__ = ["KFACState", "aligned", "floating", "natural_gradients", "scale_by_kfac", "trusted"]
 
 Tree = Any
 
@@ -38,13 +40,14 @@ def scale_by_kfac(
     likelihood: Likelihood = categorical,
     *,
     example: Batch,
-    damping: Any = 1e-3,
+    damping: Any = 1e-2,
+    kl_clip: Any = "auto",
     curvature: Curvature = Curvature(),
     refresh: Refresh = Refresh(),
     model_params: Tree = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Natural gradients: updates become ``(F + damping I)**power`` times the gradient, block by block.
+    """Natural gradients: updates become ``x = (F + damping I)**power g``, block by block, inside a trust region.
 
     ``update(grads, state, params, batch=batch, key=key)``. The first update and every ``refresh.period``-th after
     it computes fresh factors on its own batch (`fj.kfac_factors` says how), so that they are there from the first
@@ -52,6 +55,11 @@ def scale_by_kfac(
     Instead of ``batch`` alone, ``taps=`` from the training step's own ``fj.value_grad_and_taps(loss)`` save the
     model evaluation; ``taps_scale`` times that loss is the summed log-likelihood up to its sign (``W`` for a mean
     loss). With weights other than 0 and 1 they count ``w**2`` where a batch counts ``w``.
+
+    The predicted KL divergence per token of the step ``-x`` is ``x . g / 2``. Where it is above ``kl_clip`` nats,
+    ``x`` is multiplied by ``sqrt(2 kl_clip / (x . g))``: what follows in the chain then takes a bounded step, also
+    where the Fisher of a few rows is of low rank, where factors are out of date, or where the empirical Fisher
+    vanishes with the loss.
 
     Gradients are those of the mean negative log-likelihood per weighted token. A batch with a NaN, a label out of
     range or a negative weight leaves the factors as they are and is counted (``fj.check(state)`` raises), and the
@@ -66,6 +74,8 @@ def scale_by_kfac(
     Args:
         example: a `Batch` of arrays or ``jax.ShapeDtypeStruct``s, with the shapes of every batch to come.
         damping: in the units of ``F``: per weighted token. A number, an array, or a schedule of the updates so far.
+        kl_clip: nats per token, a number, an array or a schedule; ``None``: no trust region. ``"auto"``: 1e-3, but
+            none with a ``power`` other than -1, where ``x . g / 2`` is no KL divergence.
         curvature: what the factors are of, how they are kept and inverted.
         refresh: when factors are renewed, and from what.
         model_params: the whole tree (or its ``ShapeDtypeStruct``s), where ``init`` sees a part.
@@ -93,6 +103,8 @@ def scale_by_kfac(
     """
     check_option("curvature", curvature, Curvature)
     check_option("refresh", refresh, Refresh)
+    limit = _limit(kl_clip, curvature.power)
+    check_numbers(damping=damping, kl_clip=limit)
     init, natural = natural_gradients(
         apply_fn,
         likelihood,
@@ -104,9 +116,26 @@ def scale_by_kfac(
     )
 
     def update(updates: Tree, state: KFACState, params: Tree = None, **given: Any):
-        return natural(updates, state, params, at(damping, state.step), **given)
+        used, clip = at(damping, state.step), at(limit, state.step)
+        bad = outside(damping=used, kl_clip=clip)
+        found, new = natural(updates, state, params, used, bad, **given)
+        if clip is None:
+            return found, new
+        share = jnp.where(bad == 0, trusted(found, updates, clip), 0)
+        return jax.tree.map(lambda x: (share * x).astype(x.dtype) if is_floating(x) else x, found), new
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _limit(kl_clip: Any, power: float) -> Any:
+    """The bound of the predicted KL divergence that a user chose."""
+    if isinstance(kl_clip, str):
+        if kl_clip != "auto":
+            raise ValueError(f"kl_clip is positive, None or 'auto', found {kl_clip!r}")
+        return 1e-3 if power == -1 else None
+    if kl_clip is not None and power != -1:
+        raise ValueError(f"kl_clip bounds a KL divergence that only power=-1 predicts, found power={power}")
+    return kl_clip
 
 
 def natural_gradients(
@@ -118,9 +147,10 @@ def natural_gradients(
     model_params: Tree = None,
     axis_name: Any = None,
 ) -> tuple[Callable[[Tree], KFACState], Callable]:
-    """`scale_by_kfac` whose ``update(updates, state, params, damping, ...)`` is told the damping.
+    """Natural gradients whose ``update(updates, state, params, damping, bad, ...)`` is told the damping.
 
-    The damping may change from update to update, and what is known of the model's program stays.
+    The damping may change from update to update, and what is known of the model's program stays. ``bad`` says why an
+    update cannot be made whatever its batch; it is then zero.
     """
     check_arguments(apply_fn, likelihood, example=example)
     check_together(curvature, refresh)
@@ -145,7 +175,7 @@ def natural_gradients(
         return KFACState(blocks, step, age, rejected, reasons, jax.tree.map(zeros, raw), raw_age)
 
     def update(
-        updates: Tree, state: KFACState, params: Tree, damping: Any, *, batch: Batch | None = None,
+        updates: Tree, state: KFACState, params: Tree, damping: Any, bad: Array, *, batch: Batch | None = None,
         key: Any = None, taps: list | None = None, taps_scale: Any = None, model_params: Tree = None, **extra: Any,
     ):  # fmt: skip
         del extra
@@ -173,13 +203,18 @@ def natural_gradients(
                 return observe(part, program, plan, batch, key)
             return observe_taps(part, program, plan, taps, taps_scale, batch or Batch(None, None), key)
 
+        def usable_seen():
+            found = seen()
+            return found._replace(bad=found.bad | bad)
+
         decompose_all = functools.partial(build, plan, mesh=mesh_of(whole, batch, taps))
-        state, bad = renewed(decompose_all, state, seen, refresh)
+        state, refused = renewed(decompose_all, state, usable_seen, refresh)
         leaves, treedef = aligned(updates, whole)
-        finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates)]))
-        bad = on_any_device(bad | rejection.reason_mask(non_finite=~finite), axis_name)
         found = solve(plan, state.blocks, leaves, damping, curvature.form, curvature.power)
-        ready = state.age >= 0
+        finite, inverted = _all_finite(leaves), _all_finite(found) | (state.age < 0)
+        # An inverse may overflow where nothing is damped; gradients that are not finite come out as they are.
+        ready = (state.age >= 0) & (bad == 0) & (inverted | ~finite)
+        bad = on_any_device(bad | refused | rejection.reason_mask(non_finite=~(finite & inverted)), axis_name)
         found = [jnp.where(ready, x, jnp.zeros_like(x)) if is_floating(x) else x for x in found]
         state = state._replace(rejected=state.rejected + (bad != 0).astype(jnp.int32), reasons=state.reasons | bad)
         return jax.tree.unflatten(treedef, [x for x in found if x is not None]), state
@@ -187,9 +222,19 @@ def natural_gradients(
     return init, update
 
 
-def at(value: Any, step: Array) -> Any:
-    """The value of a schedule at this update; a number or an array as it is."""
-    return value(step) if callable(value) else value
+def trusted(natural: Tree, grads: Tree, kl_clip: Any) -> Array:
+    """The share of a step whose predicted KL divergence is at most ``kl_clip``."""
+    predicted = tree_dot(floating(natural), floating(grads)) / 2
+    return jnp.where(predicted > kl_clip, jnp.sqrt(kl_clip / jnp.where(predicted > 0, predicted, 1)), 1)
+
+
+def floating(tree: Tree) -> list:
+    """Leaves that move."""
+    return [x for x in jax.tree.leaves(tree) if is_floating(x)]
+
+
+def _all_finite(leaves: list) -> Array:
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves if x is not None]))
 
 
 def _check_shapes(batch: Batch, example: Batch) -> None:

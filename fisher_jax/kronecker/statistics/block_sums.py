@@ -33,7 +33,7 @@ def on_any_device(reasons: Array, axis_name: Any) -> Array:
     """Bits that are set on any device."""
     if axis_name is None:
         return reasons
-    return sum(jax.lax.pmax(reasons & bit, axis_name) for bit in (1, 2, 4))
+    return sum(jax.lax.pmax(reasons & bit, axis_name) for bit in (1, 2, 4, 8))
 
 
 def sums_of_blocks(blocks: tuple[Block, ...], found: list, masks: Masks, rules: Rules) -> tuple[dict, ...]:

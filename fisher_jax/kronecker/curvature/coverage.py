@@ -12,7 +12,8 @@ from fisher_jax._support.outline import outline
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_arguments
 from fisher_jax.kronecker.blocks.plan import Block, Rules
-from fisher_jax.kronecker.blocks.problem import block_plan, problem_of
+from fisher_jax.kronecker.blocks.problem import problem_of
+from fisher_jax.kronecker.curvature.factors import promised
 from fisher_jax.kronecker.options import Curvature, check_option
 from fisher_jax.likelihoods import Likelihood
 
@@ -50,6 +51,8 @@ def kfac_coverage(
 ) -> KFACCoverage:
     """Which block `fj.kfac_factors`, with the same ``curvature``, gives every parameter; nothing is computed.
 
+    `fj.kfac_factors` and `fj.precondition` are traced on the shapes, so that what they refuse is refused here.
+
     For a kernel the sizes of its factors, the input of 1 that stands for its bias counted, how ``G`` is kept, and
     whether eigenvalues are corrected; for every other leaf what it gets instead.
 
@@ -57,7 +60,8 @@ def kfac_coverage(
         params, batch: arrays or ``jax.ShapeDtypeStruct``s.
 
     Raises:
-        ValueError: a parameter without a block, named with its line and the way out.
+        ValueError: what `fj.kfac_factors` and `fj.precondition` refuse: a parameter without a block, or positions
+            that a mask cannot be laid on, named with their line and the way out.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
@@ -74,7 +78,7 @@ def kfac_coverage(
     problem = problem_of(apply_fn, likelihood, curvature)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     told = {}
-    for block in block_plan(problem, params, batch)[1]:
+    for block in promised(problem, params, batch):
         told[block.leaf] = _told(block, problem.rules)
         if block.bias is not None:
             told[block.bias] = f"an input of {block.path}"

@@ -13,6 +13,7 @@ from fisher_jax.cli.doctor.settings import DoctorSettings
 from fisher_jax.cli.merge.settings import MergeSettings
 from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.cli.run.options import Settings, add_options, settings_from
+from fisher_jax.cli.run.tools import Tools
 from fisher_jax.cli.spectrum.settings import SpectrumSettings
 from fisher_jax.cli.train.settings import TrainSettings
 from fisher_jax.cli.trim.settings import TrimSettings
@@ -202,7 +203,7 @@ def settings_of(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
     return options.chosen.name, settings_from(options.chosen.settings, options)
 
 
-def run_command(arguments: Sequence[str] | None, started: Callable[[], None]) -> int:
+def run_command(arguments: Sequence[str] | None, started: Callable[[], None], tools: Tools) -> int:
     """The exit code of the command that the arguments name; ``started`` is called when its imports are done."""
     # Errors are told once, by us; orbax would print a traceback of each of its threads as well.
     for name in ("absl", "asyncio", "concurrent.futures"):
@@ -211,7 +212,7 @@ def run_command(arguments: Sequence[str] | None, started: Callable[[], None]) ->
     _say_start()
     module = importlib.import_module(f"fisher_jax.cli.{name}.command")
     started()
-    return module.run(settings)
+    return module.run(settings, tools)
 
 
 def _say_start() -> None:

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import sys
 
 import pytest
 from running import main, shared

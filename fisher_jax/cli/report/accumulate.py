@@ -10,6 +10,7 @@ import numpy as np
 
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError, RejectedBatchError
+from fisher_jax._support.printable import few
 from fisher_jax.cli.report.layers import layer_estimator
 from fisher_jax.cli.report.settings import KINDS, ReportSettings
 from fisher_jax.cli.report.store import ReportStore, TaskProgress
@@ -138,10 +139,9 @@ def _check_batch(state: dict[str, Any], loss_sum: float, rows: Rows, index: int,
             reason = reason or str(error)
     if reason is None:
         return
-    names = rows.names_in_batch(index, batch_size)
-    documents = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     raise RejectedBatchError(
-        f"batch {index} was rejected: {reason}; it holds {documents}. The state is left as it was before it."
+        f"batch {index} was rejected: {reason}; it holds {few(rows.names_in_batch(index, batch_size), 3)}. The state "
+        "is left as it was before it."
     )
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError
+from fisher_jax._support.printable import few
 from fisher_jax.cli.run.checkpoints import checkpoints
 from fisher_jax.cli.run.tools import Tools
 from fisher_jax.cli.spectrum.patterns import matching
@@ -98,8 +99,9 @@ def choose(model: LanguageModel, pattern: str | None) -> dict[str, bool]:
     found = [True] * len(names) if pattern is None else matching(pattern, names)
     chosen = dict(zip(names, found, strict=True))
     if not any(chosen.values()):
-        shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-        raise InputError(f"--parameters {pattern!r} matches no parameter of {model.name}; there are {shown}.")
+        raise InputError(
+            f"--parameters {pattern!r} matches no parameter of {model.name}; there are {few(names, 12)}."
+        )
     return chosen
 
 

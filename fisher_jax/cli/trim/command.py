@@ -82,9 +82,11 @@ def trim(
         f"{len(vocabulary.required):,} single bytes and special tokens, so every text that could be encoded "
         "still can",
     )
-    write(settings, incoming, trimmed, origin.renumbered(kept))
+    params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), trimmed.params)
+    save_model(incoming, trimmed.config, params, trimmed.tokenizer, origin.renumbered(kept))
     written = dataclasses.replace(tools.load(incoming, dtype=settings.dtype), name=settings.out.resolve().name)
-    console.print(f"  {describe(written)}, {folder_size(incoming)}")
+    size = (incoming / "model.safetensors").stat().st_size
+    console.print(f"  {describe(written)}, {size / 2**20:,.0f} MiB of weights")
     largest = largest_difference(model, written, kept, texts)
     console.print(
         f"  on {settings.dtype} weights read back: logits of the kept tokens differ by at most {largest:.1e} from "
@@ -121,10 +123,6 @@ def describe(model: LanguageModel) -> str:
     )
 
 
-def folder_size(folder: Path) -> str:
-    return f"{(folder / 'model.safetensors').stat().st_size / 2**20:,.0f} MiB of weights"
-
-
 def most_important_first(model: LanguageModel, scores: dict[str, Any] | None, by: str) -> np.ndarray:
     head = np.asarray(model.head(model.params), np.float32)
     none = np.zeros(len(head))
@@ -143,11 +141,6 @@ def check_texts(model: LanguageModel, trimmed: LanguageModel, texts: list[str]) 
         before, after = (m.tokenizer.decode(m.tokenizer.encode(text, special=False)) for m in (model, trimmed))
         if before != after:
             raise InputError("the smaller tokenizer does not give back a held-out text; please report this")
-
-
-def write(settings: TrimSettings, folder: Path, trimmed: LanguageModel, origin: Origin) -> None:
-    params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), trimmed.params)
-    save_model(folder, trimmed.config, params, trimmed.tokenizer, origin)
 
 
 def largest_difference(model: LanguageModel, written: LanguageModel, kept: np.ndarray, texts: list[str]) -> float:

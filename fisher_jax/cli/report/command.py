@@ -39,6 +39,7 @@ class Reading(NamedTuple):
     settings: ReportSettings
     model: LanguageModel
     packed: Packed
+    tools: Tools
 
 
 def run(settings: ReportSettings, tools: Tools) -> int:
@@ -82,8 +83,8 @@ def _measure_and_write(
     state = store.restore()[settings.task] if progress.batches_done else None
     if settings.overwrite and settings.task in store.runs:
         ReportFolder(settings, model, store, store.restore(), tools).drop()
-    reading = Reading(settings, model, packed)
-    arrays = _stream(console, reading, store, progress, state, tools)
+    reading = Reading(settings, model, packed, tools)
+    arrays = _stream(console, reading, store, progress, state)
     folder = ReportFolder(settings, model, store, {**store.restore(), settings.task: arrays}, tools)
     found = folder.part() or _findings(console, reading, progress, arrays)
     if not folder.is_current():
@@ -132,9 +133,8 @@ def _warn_about_intervals(console: Terminal, settings: ReportSettings, packed: P
 
 
 def _stream(
-    console: Terminal, reading: Reading, store: ReportStore, progress: TaskProgress, state: dict[str, Any] | None,
-    tools: Tools,
-) -> dict[str, Any]:  # fmt: skip
+    console: Terminal, reading: Reading, store: ReportStore, progress: TaskProgress, state: dict[str, Any] | None
+) -> dict[str, Any]:
     settings, rows = reading.settings, reading.packed.stream
     if progress.finished and state is not None:
         return state
@@ -149,13 +149,13 @@ def _stream(
         console.stage("stream", f"Fisher information of {whose}, {verb} {progress.num_batches} batches"),
         StreamProgress(console, rows.num_targets, progress.tokens) as display,
     ):
-        return accumulate(reading.model, rows, settings, store, progress, state, display, tools)
+        return accumulate(reading.model, rows, settings, store, progress, state, display, reading.tools)
 
 
 def _findings(
     console: Terminal, reading: Reading, progress: TaskProgress, arrays: dict[str, Any]
 ) -> Findings:  # fmt: skip
-    settings, model, packed = reading
+    settings, model, packed, _ = reading
     main = importance(arrays, settings.kind, settings.level)
     other = importance(arrays, OTHER_KIND[settings.kind], settings.level)
     by_entry = np.asarray(fj.welford.mean(arrays["param"])) if "param" in arrays else None
@@ -182,7 +182,7 @@ def _findings(
 
 
 def _prune(reading: Reading, arrays: dict[str, Any], by_entry: np.ndarray | None) -> PruningResult:
-    settings, model, packed = reading
+    settings, model, packed, _ = reading
     held_out = hidden_and_targets(model, packed.held_out, settings.batch_size)
     head, bias = model.head(model.params), model.head_bias(model.params)
     weights = np.asarray(head, np.float32)

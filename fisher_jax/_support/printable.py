@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["one_line", "printable", "quoted", "readable", "shortened"]
+__all__ = ["few", "first_line", "one_line", "printable", "quoted", "readable", "shortened"]
 
 
 def printable(text: str | Path) -> str:
@@ -25,6 +26,16 @@ def readable(token: str) -> str:
 def one_line(said: object, longest: int = 150) -> str:
     """What another library says, for a sentence of ours: on one line, and not too long for it."""
     return shortened(printable(" ".join(str(said).split())), longest)
+
+
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """The beginning of what an error of another library says, or its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:longest]
+
+
+def few(names: Sequence[str], most: int = 4) -> str:
+    """The first few names in a sentence."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def quoted(text: str) -> str:

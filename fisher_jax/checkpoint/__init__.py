@@ -1,12 +1,11 @@
 """Save and restore any state: data in numbered saves, committed by one rename, refused where it does not belong."""
 
-import contextlib
 import errno
 import json
 import os
 import pathlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from fisher_jax.checkpoint import generations, processes, sums
 from fisher_jax.checkpoint.build import build, match
 from fisher_jax.checkpoint.describe import describe as describe_state
 from fisher_jax.checkpoint.describe import measured
-from fisher_jax.checkpoint.facts import DamagedError, check
+from fisher_jax.checkpoint.facts import check, damage
 from fisher_jax.checkpoint.generations import revision
 from fisher_jax.checkpoint.nodes import Array, Node, arrays_of, parse
 
@@ -236,26 +235,18 @@ def _restore(path: pathlib.Path, folder: pathlib.Path, token: str, like: Any, wa
         described.append(node)
 
     def read() -> None:
-        with _damage(path):
+        with damage(f"the checkpoint {path}"):
             arrays.update(arrays_room.read(folder, arrays_of(described[0]), places, token))
 
     processes.together(prepare, f"restore {path}")
     processes.together(read, f"read {path}")
-    with _damage(path):
+    with damage(f"the checkpoint {path}"):
         _check_sums(arrays_of(described[0]), arrays)
         return build(described[0], arrays, like, has_like=like is not None, path=path)
 
 
-@contextlib.contextmanager
-def _damage(path: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except DamagedError as error:
-        raise InputError(f"the checkpoint {path} is damaged: {error}") from error
-
-
 def _read(path: pathlib.Path, folder: pathlib.Path) -> tuple[dict[str, Any], Node]:
-    with _damage(path):
+    with damage(f"the checkpoint {path}"):
         check(not folder.is_symlink() and folder.is_dir(), f"the save {folder.name} is not a folder")
         facts = facts_room.read(folder)
         arrays_room.check_files(folder, facts["files"])

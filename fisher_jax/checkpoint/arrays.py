@@ -17,11 +17,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fisher_jax._support.errors import InputError
+from fisher_jax._support.printable import first_line
 from fisher_jax.checkpoint import processes, sums
 from fisher_jax.checkpoint.facts import DamagedError, check
 from fisher_jax.checkpoint.nodes import Array
-
-__all__ = ["check_files", "files_of", "read", "sums_of", "write"]
 
 _FOLDER = "arrays"
 _FEW = 2**20  # bytes that are hashed before threads would have started
@@ -54,7 +53,7 @@ def read(folder: pathlib.Path, nodes: list[Array], places: dict[str, Any], token
     except DamagedError:
         raise
     except Exception as error:  # orbax raises bare Exceptions for damaged files
-        check(False, (str(error).splitlines() or [type(error).__name__])[0][:200])
+        check(False, first_line(error))
     return found
 
 

@@ -13,8 +13,6 @@ from fisher_jax.checkpoint import uses
 from fisher_jax.checkpoint.describe import Arrays
 from fisher_jax.checkpoint.nodes import Array, Dict, Key, Node, Other, Record, Sequence, Value, static_value
 
-__all__ = ["build", "match"]
-
 
 def match(node: Node, wanted: Node, path: Any) -> list[tuple[Array, Array]]:
     """Arrays of a saved state beside those of a template, described, if both are of one form.

@@ -13,8 +13,6 @@ from fisher_jax.checkpoint.facts import DamagedError
 from fisher_jax.checkpoint.nodes import DTYPES, Array, Dict, Key, Node, Other, Record, Sequence, Value, check_record
 from fisher_jax.checkpoint.types import name_of, state_type
 
-__all__ = ["Arrays", "describe", "measured"]
-
 Arrays = dict[str, Any]  # of a template: jax.ShapeDtypeStruct too
 
 _ROUNDED = {

@@ -1,15 +1,18 @@
 """The facts of a save: JSON with a SHA-256 of its own beside it, bounded, and checked before it is believed."""
 
+import contextlib
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import pathlib
 import stat
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["FORMAT", "DamagedError", "check", "common", "from_json", "read", "sha256", "to_json", "write"]
+from fisher_jax._support.errors import InputError
+from fisher_jax._support.machine import installed
+from fisher_jax._support.printable import first_line
 
 FORMAT = 2
 SIZE, DEPTH = 8 * 2**20, 300  # bytes of the file, and levels of lists and dicts in it
@@ -27,23 +30,25 @@ def check(holds: bool, reason: str) -> None:
         raise DamagedError(reason)
 
 
+@contextlib.contextmanager
+def damage(what: str) -> Iterator[None]:
+    """What goes wrong inside is one sentence about the file or folder."""
+    try:
+        yield
+    except DamagedError as error:
+        raise InputError(f"{what} is damaged: {error}") from error
+
+
 def common(processes: int) -> dict[str, Any]:
     """Facts of every save."""
     names = ("fisher-jax", "jax", "jaxlib", "orbax-checkpoint", "numpy")
     return {
         "format": FORMAT,
-        "versions": {name: _version(name) for name in names},
+        "versions": {name: installed(name, "unknown") for name in names},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv)[:4096],
         "processes": processes,
     }
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def write(folder: pathlib.Path, facts: dict[str, Any]) -> None:
@@ -75,7 +80,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     try:
         facts = json.loads(data, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{_NAME} is not JSON ({_short(error)})") from error
+        raise DamagedError(f"{_NAME} is not JSON ({first_line(error, 100)})") from error
     check(isinstance(facts, dict), f"{_NAME} is not a JSON object")
     found = facts.get("format")
     check(type(found) is int and found == FORMAT, f"it has format {str(found)[:40]}, this version reads {FORMAT}")
@@ -117,10 +122,6 @@ def _digest_line(data: bytes) -> str:
 
 def _same(digest: bytes, data: bytes) -> bool:
     return digest == _digest_line(data).encode()
-
-
-def _short(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:100]
 
 
 def _check_depth(x: Any, depth: int = 0) -> None:

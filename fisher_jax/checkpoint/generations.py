@@ -17,8 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 
 from fisher_jax._support.errors import ConflictError, InputError
-
-__all__ = ["begin", "check_newest", "commit", "discard", "place_of", "remove_left_over", "revision", "sync"]
+from fisher_jax._support.machine import is_alive
 
 _INCOMING, _DROPPED = ".incoming-", ".dropped-"
 _STALE = 3600.0  # seconds without a change, after which a save that nobody can be asked about counts as given up
@@ -182,7 +181,7 @@ def _drop(entry: pathlib.Path) -> None:
 def _is_abandoned(incoming: pathlib.Path) -> bool:
     """Whether its saver is dead, as far as this host can tell, or has done nothing for long."""
     process, host, *_ = (*incoming.name.removeprefix(_INCOMING).split("-"), "", "")
-    if host == _host() and re.fullmatch("[0-9]{1,10}", process) and not _is_alive(int(process)):
+    if host == _host() and re.fullmatch("[0-9]{1,10}", process) and not is_alive(int(process)):
         return True
     return time.time() - max(_times(incoming), default=time.time()) > _STALE
 
@@ -192,18 +191,6 @@ def _times(folder: pathlib.Path) -> Iterator[float]:
         for entry in (directory, *(os.path.join(directory, name) for name in names)):
             with contextlib.suppress(OSError):
                 yield os.lstat(entry).st_mtime
-
-
-def _is_alive(process: int) -> bool:
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _host() -> str:

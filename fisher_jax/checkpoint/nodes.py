@@ -12,11 +12,6 @@ from fisher_jax.checkpoint.facts import check
 from fisher_jax.checkpoint.sums import Lanes
 from fisher_jax.checkpoint.types import StateType, state_type
 
-__all__ = [
-    "DTYPES", "Array", "Dict", "Key", "Node", "Other", "Record", "Sequence", "Value", "arrays_of",
-    "check_record", "parse", "static_value",
-]  # fmt: skip
-
 # What orbax stores to the same bits.
 _WIDTHS = {"int": (4, 8, 16, 32, 64), "uint": (8, 16, 32, 64), "float": (16, 32, 64), "complex": (64, 128)}
 _SMALL_FLOATS = (

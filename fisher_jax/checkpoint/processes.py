@@ -10,8 +10,6 @@ import orbax.checkpoint
 
 from fisher_jax._support.errors import ConflictError, InputError
 
-__all__ = ["TIMEOUT", "is_first", "several", "together"]
-
 TIMEOUT = 300.0  # seconds that a process waits for another one
 _KINDS = {kind.__name__: kind for kind in (ConflictError, InputError, OSError, TypeError, ValueError)}
 _rounds = itertools.count()

@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Lanes", "add", "of_host", "of_shard", "of_shards"]
-
 Lanes = tuple[int, int]
 
 # Odd multipliers of the word and of the parts of its place, and a start, for each lane.

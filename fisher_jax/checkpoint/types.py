@@ -9,8 +9,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["StateType", "name_of", "state_type"]
-
 
 @dataclasses.dataclass(frozen=True)
 class StateType:
@@ -87,10 +85,7 @@ _REJECTED = "rejected reasons"
 
 _TABLE = {
     "batch": StateType(
-        "batch.batch:Batch",
-        trees="inputs targets",
-        arrays="weights real units",
-        optional="weights real units",
+        "batch.batch:Batch", trees="inputs targets", arrays="weights real units", optional="weights real units"
     ),
     "welford": StateType(
         "welford.state:State",
@@ -123,19 +118,12 @@ _TABLE = {
     "protect important": StateType("uses.continual:ProtectState", trees="free"),
     "decisions": StateType("uses.decisions:Decisions", trees="verdict p adjusted"),
     "cautious pruning": StateType(
-        "uses.decisions:CautiousPruning",
-        trees="mask p adjusted",
-        numbers="num_pruned num_unsure",
+        "uses.decisions:CautiousPruning", trees="mask p adjusted", numbers="num_pruned num_unsure"
     ),
-    "shift": StateType(
-        "uses.shift:Shift",
-        trees="difference standard_error z degrees_of_freedom p q testable",
-    ),
+    "shift": StateType("uses.shift:Shift", trees="difference standard_error z degrees_of_freedom p q testable"),
     "drift": StateType("uses.shift:Drift", trees="change difference standard_error z p q testable"),
     "overlap": StateType(
-        "uses.overlap:Overlap",
-        numbers="fisher_overlap cosine jaccard shared expected p",
-        anything="sizes",
+        "uses.overlap:Overlap", numbers="fisher_overlap cosine jaccard shared expected p", anything="sizes"
     ),
     "conflict": StateType("uses.overlap:Conflict", arrays="cosine opposed"),
     "data needed": StateType("uses.evidence:DataNeeded", trees="units tokens"),

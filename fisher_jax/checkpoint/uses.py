@@ -13,8 +13,6 @@ from fisher_jax._support.jax_internals import PLACES, equation
 from fisher_jax._tracing.uses import Segment, Step, Use
 from fisher_jax.checkpoint.facts import DamagedError, check
 
-__all__ = ["fields", "rebuilt"]
-
 _TEXTS = ("kind", "primitive", "where")
 _OPTIONS = ("dimension_numbers", "feature_group_count", "batch_group_count")
 _MOVES = (

@@ -9,6 +9,7 @@ from fisher_jax._support.printable import printable, shortened
 from fisher_jax.cli.run.choice_error import TaskChoiceError
 from fisher_jax.cli.run.compiler import avoid_faulty_fusions
 from fisher_jax.cli.run.stopping import EXIT_CODE, InterruptedRunError, StopSignals
+from fisher_jax.cli.run.tools import Tools
 
 _LONGEST = 800  # characters of a sentence; a name may be of any length
 
@@ -20,13 +21,13 @@ def _told(error: BaseException, sentence: str, arguments: Sequence[str] | None) 
     return shortened(sentence, _LONGEST)
 
 
-def run(arguments: Sequence[str] | None, signals: StopSignals) -> int:
+def run(arguments: Sequence[str] | None, signals: StopSignals, tools: Tools) -> int:
     """0 when done, 2 for input that cannot be used, 130 when interrupted."""
     try:
         from fisher_jax.cli.commands import run_command
 
         avoid_faulty_fusions(os.environ, next(iter(sys.argv[1:] if arguments is None else arguments), None))
-        code = run_command(arguments, signals.started)
+        code = run_command(arguments, signals.started, tools)
         if signals.requested:  # and swallowed somewhere
             raise KeyboardInterrupt
         return code

@@ -13,6 +13,7 @@ import numpy as np
 
 from fisher_jax import welford
 from fisher_jax._support.errors import InputError
+from fisher_jax.checkpoint.facts import damage
 from fisher_jax.exchange import file_header
 from fisher_jax.uses import reading
 from fisher_jax.uses.trees import check_alike, check_not_negative
@@ -224,12 +225,12 @@ def _open(path: str | os.PathLike) -> tuple[Any, dict[str, list[int]], dict[str,
     package = _package()
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}")
-    with file_header.damage(path):
+    with damage(str(path)):
         header, found = file_header.read_header(path)
         shapes = {name: shape for name, (_, shape) in found.items()}
         if not file_header.is_ours(header):
             return package, shapes, {"content": "foreign", "metadata": header}
-        return package, shapes, file_header.check(file_header.read(path, header), found)
+        return package, shapes, file_header.checked(file_header.read(path, header), found)
 
 
 def load(path: str | os.PathLike, like: Any = None) -> Any:
@@ -258,7 +259,7 @@ def load(path: str | os.PathLike, like: Any = None) -> Any:
         ([2.0, 3.0], 2)
     """
     package, _, facts = _open(path)
-    with file_header.damage(path):
+    with damage(str(path)):
         tensors = file_header.values(package, path, facts)
     if facts["content"] == "foreign":
         if like is not None:

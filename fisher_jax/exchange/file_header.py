@@ -1,21 +1,19 @@
 """What a safetensors file of `fj.exchange` says of its tensors, and whether it can be believed."""
 
-import contextlib
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from fisher_jax._support.errors import InputError
+from fisher_jax._support.machine import installed
+from fisher_jax._support.printable import first_line
 from fisher_jax.checkpoint import sums
+from fisher_jax.checkpoint.facts import DamagedError, check
 from fisher_jax.welford.moments import UNITS
-
-__all__ = ["PAIRS", "SCALARS", "check", "damage", "header", "is_ours", "read", "read_header", "values"]
 
 PAIRS = ("mean", "m2", "square_mean", "square_m2")
 SCALARS = ("weight", "weight_sq", "count", "rejected", "reasons")
@@ -28,30 +26,9 @@ _LEAF = {"path", "names", "stacked", "transposed"}
 Shapes = dict[str, tuple[str, list[int]]]  # dtype, as safetensors calls it, and shape of each tensor
 
 
-class _DamagedError(Exception):
-    pass
-
-
-def _demand(holds: bool, reason: str) -> None:
-    if not holds:
-        raise _DamagedError(reason)
-
-
-@contextlib.contextmanager
-def damage(path: str | os.PathLike) -> Iterator[None]:
-    """What goes wrong inside is one sentence about the file."""
-    try:
-        yield
-    except _DamagedError as error:
-        raise InputError(f"{path} is damaged: {error}") from error
-
-
 def header(facts: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, str]:
     """The metadata of a safetensors file, with a checksum of each tensor and a SHA-256 of all of it."""
-    try:
-        version = importlib.metadata.version("fisher-jax")
-    except importlib.metadata.PackageNotFoundError:
-        version = "unknown"
+    version = installed("fisher-jax", "unknown")
     checksums = {name: list(sums.of_host(x)) for name, x in tensors.items()}
     found = {
         "format": "fisher_jax", "format_version": _VERSION, "fisher_jax_version": version,
@@ -75,8 +52,7 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, str], Shapes]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return file.metadata() or {}, {k: (x.get_dtype(), list(x.get_shape())) for k, x in slices.items()}
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{path} is no safetensors file, or a damaged one: {reason}") from error
+        raise InputError(f"{path} is no safetensors file, or a damaged one: {first_line(error)}") from error
 
 
 def is_ours(found: dict[str, str]) -> bool:
@@ -93,34 +69,34 @@ def read(path: str | os.PathLike, found: dict[str, str]) -> dict[str, Any]:
         )
     stated = found.get(_DIGEST)
     rest = {name: text for name, text in found.items() if name != _DIGEST}
-    _demand(stated == _sha256(rest), "its facts do not have the SHA-256 that it states")
+    check(stated == _sha256(rest), "its facts do not have the SHA-256 that it states")
     try:
         facts = json.loads(found.get(_FACTS, ""))
     except (ValueError, RecursionError) as error:
-        raise _DamagedError("its facts are not JSON") from error
-    _demand(type(facts) is dict, "its facts are not a JSON object")
+        raise DamagedError("its facts are not JSON") from error
+    check(type(facts) is dict, "its facts are not a JSON object")
     return facts
 
 
-def check(facts: dict[str, Any], tensors: Shapes) -> dict[str, Any]:
+def checked(facts: dict[str, Any], tensors: Shapes) -> dict[str, Any]:
     """The facts, if they are of the form that `header` writes and say of the tensors what they are."""
     is_state = facts.get("content") == "state"
-    _demand(facts.get("content") in ("state", "values"), "its content is not 'state' or 'values'")
+    check(facts.get("content") in ("state", "values"), "its content is not 'state' or 'values'")
     wanted = {"content", "metadata", "leaves", "checksums"} | (_STATE if is_state else set())
-    _demand(set(facts) == wanted, "it lacks facts, or has others")
-    _demand(type(facts["metadata"]) is dict, "its metadata are not a dict")
+    check(set(facts) == wanted, "it lacks facts, or has others")
+    check(type(facts["metadata"]) is dict, "its metadata are not a dict")
     leaves, checksums = facts["leaves"], facts["checksums"]
-    _demand(type(leaves) is list, "its leaves are not a list")
+    check(type(leaves) is list, "its leaves are not a list")
     for leaf in leaves:
         _check_leaf(leaf)
     names = [name for leaf in leaves for name in leaf["names"]]
-    _demand(len(set(names)) == len(names), "two of its leaves have one name")
+    check(len(set(names)) == len(names), "two of its leaves have one name")
     if is_state:
         _check_state(facts)
     expected = set(names) | {f"{name}:{part}" for part in _parts(facts) for name in names}
     expected |= {f"state:{scalar}" for scalar in _scalars(facts)}
-    _demand(set(tensors) == expected, "its tensors are not those that its facts name")
-    _demand(type(checksums) is dict and set(checksums) == expected, "its checksums are not those of its tensors")
+    check(set(tensors) == expected, "its tensors are not those that its facts name")
+    check(type(checksums) is dict and set(checksums) == expected, "its checksums are not those of its tensors")
     for leaf in leaves:
         _check_shapes(leaf, facts, tensors)
     if is_state:
@@ -129,26 +105,26 @@ def check(facts: dict[str, Any], tensors: Shapes) -> dict[str, Any]:
 
 
 def _check_leaf(leaf: Any) -> None:
-    _demand(type(leaf) is dict and set(leaf) == _LEAF, "a leaf is not described")
+    check(type(leaf) is dict and set(leaf) == _LEAF, "a leaf is not described")
     path, names = leaf["path"], leaf["names"]
-    _demand(
+    check(
         type(path) is list and all(type(key) in (str, int) for key in path),
         "the path of a leaf is not a list of keys",
     )
     good = type(names) is list and names and all(type(name) is str and ":" not in name for name in names)
-    _demand(bool(good), "the names of a leaf are not a list of texts")
-    _demand(type(leaf["stacked"]) is bool and type(leaf["transposed"]) is bool, "a leaf is not described")
-    _demand(leaf["stacked"] or len(names) == 1, "a leaf that is not stacked has several names")
+    check(bool(good), "the names of a leaf are not a list of texts")
+    check(type(leaf["stacked"]) is bool and type(leaf["transposed"]) is bool, "a leaf is not described")
+    check(leaf["stacked"] or len(names) == 1, "a leaf that is not stacked has several names")
 
 
 def _check_state(facts: dict[str, Any]) -> None:
     weight = facts["weight"]
-    _demand(type(facts["unit"]) is str and facts["unit"] in UNITS, f"its unit is {str(facts['unit'])[:40]!r}")
-    _demand(type(facts["scale"]) is int and abs(facts["scale"]) <= 1024, "its scale is not a whole number")
-    _demand(type(facts["observations"]) is int and facts["observations"] >= 0, "its observations are not a count")
+    check(type(facts["unit"]) is str and facts["unit"] in UNITS, f"its unit is {str(facts['unit'])[:40]!r}")
+    check(type(facts["scale"]) is int and abs(facts["scale"]) <= 1024, "its scale is not a whole number")
+    check(type(facts["observations"]) is int and facts["observations"] >= 0, "its observations are not a count")
     good = type(weight) in (int, float) and 0 <= weight < math.inf
-    _demand(good, f"its weight is {str(weight)[:40]}")
-    _demand(type(facts["fractional"]) is bool and type(facts["errors"]) is bool, "its facts are not true or false")
+    check(good, f"its weight is {str(weight)[:40]}")
+    check(type(facts["fractional"]) is bool and type(facts["errors"]) is bool, "its facts are not true or false")
 
 
 def _parts(facts: dict[str, Any]) -> list[str]:
@@ -166,12 +142,12 @@ def _scalars(facts: dict[str, Any]) -> list[str]:
 
 def _check_shapes(leaf: dict[str, Any], facts: dict[str, Any], tensors: Shapes) -> None:
     shapes = [tensors[name] for name in leaf["names"]]
-    _demand(all(shape == shapes[0] for shape in shapes), f"the tensors of {leaf['names'][0]!r} disagree in shape")
+    check(all(shape == shapes[0] for shape in shapes), f"the tensors of {leaf['names'][0]!r} disagree in shape")
     for part in _parts(facts):
         for name in leaf["names"]:
             dtype, (parts, *shape) = tensors[f"{name}:{part}"][0], tensors[f"{name}:{part}"][1] or [0]
             fits = parts in (1, 2) and shape == shapes[0][1] and dtype in ("F32", "F64")
-            _demand(fits, f"the tensor {name}:{part} does not have the shape of {name!r}")
+            check(fits, f"the tensor {name}:{part} does not have the shape of {name!r}")
 
 
 def _check_scalars(facts: dict[str, Any], tensors: Shapes) -> None:
@@ -179,7 +155,7 @@ def _check_scalars(facts: dict[str, Any], tensors: Shapes) -> None:
         dtype, shape = tensors[f"state:{scalar}"]
         counts = scalar in ("rejected", "reasons", "open.unit_id")
         fits = (shape, dtype) == ([], "I32") if counts else shape == [2] and dtype in ("F32", "F64")
-        _demand(fits, f"state:{scalar} is {dtype}{shape}")
+        check(fits, f"state:{scalar} is {dtype}{shape}")
 
 
 def values(package: Any, path: str | os.PathLike, facts: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -187,17 +163,14 @@ def values(package: Any, path: str | os.PathLike, facts: dict[str, Any]) -> dict
     try:
         tensors = package.load_file(path)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{path} cannot be read: {reason}") from error
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
     for name, stated in facts.get("checksums", {}).items():
-        _demand(list(sums.of_host(tensors[name])) == stated, f"the values of {name!r} have changed")
+        check(list(sums.of_host(tensors[name])) == stated, f"the values of {name!r} have changed")
     for leaf in facts.get("leaves", ()):
         for name in leaf["names"]:
             smallest = np.min(tensors[name].astype(np.float64), initial=0)
-            _demand(
-                bool(smallest >= 0), f"{name!r} has the entry {smallest:.3g}; Fisher information is never negative"
-            )
+            check(bool(smallest >= 0), f"{name!r} has the entry {smallest:.3g}; Fisher information is never negative")
     for scalar in ("weight", "weight_sq", "count") if facts["content"] == "state" else ():
         pair = tensors[f"state:{scalar}"]
-        _demand(bool(np.isfinite(pair).all() and pair.sum() >= 0), f"its {scalar} is {pair.tolist()}")
+        check(bool(np.isfinite(pair).all() and pair.sum() >= 0), f"its {scalar} is {pair.tolist()}")
     return tensors

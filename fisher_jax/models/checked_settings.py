@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fisher_jax._support.errors import InputError, shown
@@ -34,12 +34,11 @@ class Settings:
 
     def integer(self, key: str, low: int, high: int, default: Any = REQUIRED) -> Any:
         """A whole number from ``low`` to ``high``."""
-        found = self.get(key, default)
-        if found is default:
-            return found
-        if isinstance(found, bool) or not isinstance(found, int) or not low <= found <= high:
-            self.refuse(key, f"a whole number from {low:,} to {high:,}")
-        return found
+
+        def fits(x: Any) -> bool:
+            return isinstance(x, int) and not isinstance(x, bool) and low <= x <= high
+
+        return self.checked(key, default, fits, f"a whole number from {low:,} to {high:,}")
 
     def size(self, key: str, default: Any = REQUIRED) -> Any:
         """A number of things of which there is at least one."""
@@ -49,41 +48,34 @@ class Settings:
         self, key: str, default: Any = REQUIRED, *, low: float = -math.inf, high: float = math.inf
     ) -> float | Any:
         """A finite number from ``low`` to ``high``, as a float."""
-        found = self.get(key, default)
-        if found is default:
-            return found
-        number = isinstance(found, int | float) and not isinstance(found, bool)
-        if not number or not low <= found <= high or not abs(found) <= MOST_FLOAT:
-            limits = "" if low == -math.inf else f" from {low:g} to {high:g}"
-            self.refuse(key, f"a finite number{limits}")
-        return float(found)
+
+        def fits(x: Any) -> bool:
+            number = isinstance(x, int | float) and not isinstance(x, bool)
+            return number and low <= x <= high and abs(x) <= MOST_FLOAT
+
+        limits = "" if low == -math.inf else f" from {low:g} to {high:g}"
+        found = self.checked(key, default, fits, f"a finite number{limits}")
+        return found if found is default else float(found)
 
     def boolean(self, key: str, default: Any = REQUIRED) -> Any:
         """``true`` or ``false``."""
-        found = self.get(key, default)
-        if found is not default and not isinstance(found, bool):
-            self.refuse(key, "true or false")
-        return found
+        return self.checked(key, default, lambda x: isinstance(x, bool), "true or false")
 
     def text(self, key: str, default: Any = REQUIRED) -> Any:
         """A string."""
-        found = self.get(key, default)
-        if found is not default and not isinstance(found, str):
-            self.refuse(key, "a text")
-        return found
+        return self.checked(key, default, lambda x: isinstance(x, str), "a text")
 
     def texts(self, key: str, default: Any = REQUIRED) -> Any:
         """A list of strings."""
-        found = self.get(key, default)
-        if found is not default and not (isinstance(found, list) and all(isinstance(x, str) for x in found)):
-            self.refuse(key, "a list of texts")
-        return found
+
+        def fits(x: Any) -> bool:
+            return isinstance(x, list) and all(isinstance(part, str) for part in x)
+
+        return self.checked(key, default, fits, "a list of texts")
 
     def inner(self, key: str) -> "Settings | None":
         """Settings inside this one; ``None`` where there are none."""
-        found = self.get(key, None)
-        if found is not None and not isinstance(found, Mapping):
-            self.refuse(key, "an object with named settings")
+        found = self.checked(key, None, lambda x: isinstance(x, Mapping), "an object with named settings")
         return None if not found else Settings(found, f"{key} in {self.label}")
 
     def must(self, key: str, *allowed: Any) -> None:
@@ -91,6 +83,13 @@ class Settings:
         found = self.get(key, allowed[0])
         if not any(type(found) is type(value) and found == value for value in allowed):
             self.refuse(key, " or ".join(repr(value) for value in allowed), "only {} can be read")
+
+    def checked(self, key: str, default: Any, fits: Callable[[Any], bool], wanted: str) -> Any:
+        """The value, which fits, or the default where there is none."""
+        found = self.get(key, default)
+        if found is not default and not fits(found):
+            self.refuse(key, wanted)
+        return found
 
     def get(self, key: str, default: Any = REQUIRED) -> Any:
         if (found := self.values.get(key)) is not None:

@@ -8,15 +8,7 @@ from fisher_jax._support.errors import InputError, shown
 
 __all__ = ["DecoderConfig", "linear_divisors", "llama3_divisors"]
 
-SIZES = (
-    *("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_size", "mlp_size"),
-    "max_positions",
-)
-CHOICES = {
-    "norm": ("rms", "layer"),
-    "positions": ("rotary", "learned"),
-    "activation": ("silu", "gelu_tanh"),
-}
+CHOICES = {"norm": ("rms", "layer"), "positions": ("rotary", "learned"), "activation": ("silu", "gelu_tanh")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +51,7 @@ class DecoderConfig:
     logit_soft_cap: float | None = None
 
     def __post_init__(self) -> None:
-        for name in SIZES:
+        for name in (field.name for field in dataclasses.fields(self) if field.type is int):
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise InputError(f"the model's {name} is {shown(size)}, but must be a whole number, at least 1")

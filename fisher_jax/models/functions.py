@@ -46,7 +46,7 @@ class DecoderFunctions:
     def hidden(self, params: Any, tokens: Int[ArrayLike, "rows positions"]) -> Float[Array, "rows positions width"]:
         """Final-normed hidden states ``[B, S, D]``, what the head multiplies, in the parameters' dtype."""
         tokens = self.checked(tokens)
-        return nnx.merge(self.graphdef, nested_state(params))(tokens)
+        return nnx.merge(self.graphdef, nnx.State(jax.tree.map(nnx.Param, params)))(tokens)
 
     def apply(self, params: Any, tokens: Int[ArrayLike, "rows positions"]) -> Float[Array, "rows positions vocab"]:
         """Logits ``[B, S, V]``, float32: ``hidden head^T``, soft-capped where the configuration says so."""
@@ -87,11 +87,6 @@ class DecoderFunctions:
                 "positions; cut the rows into shorter ones"
             )
         return jnp.asarray(tokens)
-
-
-def nested_state(params) -> nnx.State:
-    """A nested dict of arrays as the nnx state that `nnx.merge` wants, leaf for leaf."""
-    return nnx.State(jax.tree.map(nnx.Param, params))
 
 
 def from_config(config: DecoderConfig) -> DecoderFunctions:

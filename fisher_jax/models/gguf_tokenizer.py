@@ -73,11 +73,7 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
             backend.add_special_tokens([added]) if type == CONTROL else backend.add_tokens([added])
     if frame := frame_of(read, pre, tokens):
         backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single=[
-                *([frame["bos"]] if "bos" in frame else []),
-                "$A",
-                *([frame["eos"]] if "eos" in frame else []),
-            ],
+            single=[*([frame["bos"]] if "bos" in frame else []), "$A", *([frame["eos"]] if "eos" in frame else [])],
             special_tokens=[(token, vocabulary[token]) for token in frame.values()],
         )
     with refusing_panics(f"the tokenizer of {file.label} fails on ordinary text"), silence():

@@ -37,7 +37,7 @@ class Tokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         self.added = frozenset(backend.get_added_tokens_decoder())
         # Byte-level BPE writes bytes in its own alphabet, SentencePiece writes "\u2581" for a space.
-        self.bytes_of = byte_alphabet() if writes_bytes(backend) else None
+        self.bytes_of = byte_alphabet() if "ByteLevel" in repr(backend.decoder) else None
 
     @staticmethod
     def from_json(text: str, label: str = "the tokenizer") -> "Tokenizer":
@@ -78,7 +78,7 @@ class Tokenizer:
         if int(id) in self.added:
             return token
         if self.bytes_of is None:
-            return read_bytes(token) if is_byte(token) else token.replace("\u2581", " ")
+            return show_bytes(bytes([int(token[3:5], 16)])) if is_byte(token) else token.replace("\u2581", " ")
         if any(character not in self.bytes_of for character in token):
             return token
         return show_bytes(bytes(self.bytes_of[character] for character in token))
@@ -93,16 +93,8 @@ class Tokenizer:
         return int(id)
 
 
-def writes_bytes(backend) -> bool:
-    return "ByteLevel" in repr(backend.decoder)
-
-
 def is_byte(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-
-
-def read_bytes(token: str) -> str:
-    return show_bytes(bytes([int(token[3:5], 16)]))
 
 
 def show_bytes(raw: bytes) -> str:

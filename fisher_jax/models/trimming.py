@@ -118,15 +118,12 @@ def cut_tokenizer(tokenizer: Tokenizer, kept: np.ndarray) -> Tokenizer:
     content = json.loads(tokenizer.to_json())
     model = content["model"]
     model["vocab"] = {token: new[id] for token, id in model["vocab"].items() if id in new}
-    model["merges"] = [merge for merge in model["merges"] if all_in(model["vocab"], split_merge(merge))]
+    pairs = [(merge, split_merge(merge)) for merge in model["merges"]]
+    model["merges"] = [merge for merge, pair in pairs if {*pair, "".join(pair)} <= model["vocab"].keys()]
     for entry in content["added_tokens"]:
         entry["id"] = new[entry["id"]]
     renumber(content.get("post_processor"), new)
     return Tokenizer.from_json(json.dumps(content, ensure_ascii=False))
-
-
-def all_in(vocab: dict[str, int], pair: Sequence[str]) -> bool:
-    return all(piece in vocab for piece in (*pair, "".join(pair)))
 
 
 def renumber(processor: Any, new: dict[int, int]) -> None:

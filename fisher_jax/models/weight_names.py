@@ -12,90 +12,75 @@ from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.functions import abstract_params
 
 __all__ = [
-    "GGUF_NAMES",
-    "GPT2_NAMES",
-    "HF_NAMES",
-    "TensorFile",
-    "assemble",
-    "check_entries",
-    "flatten",
-    "undo_interleaving",
+    "GGUF_NAMES", "GPT2_NAMES", "HF_NAMES", "TensorFile", "assemble", "check_entries", "flatten", "undo_interleaving",
     "unflatten",
-]
+]  # fmt: skip
+
+KERNELS, NORMS = {"kernel": "weight", "bias": "bias"}, {"scale": "weight", "bias": "bias"}
+SCALES = {"scale": "weight"}
+
+
+def each(ends: dict[str, str], names: dict[str, str]) -> dict[str, str]:
+    """Names of tensors by path, from ours and theirs without their ends."""
+    return {f"{ours}/{leaf}": f"{theirs}.{end}" for ours, theirs in names.items() for leaf, end in ends.items()}
+
 
 GGUF_NAMES = {
     "embedding": "token_embd.weight",
     "head": "output.weight",
-    "final_norm/scale": "output_norm.weight",
-    "layers/attention_norm/scale": "blk.{}.attn_norm.weight",
-    "layers/attention/q_norm/scale": "blk.{}.attn_q_norm.weight",
-    "layers/attention/k_norm/scale": "blk.{}.attn_k_norm.weight",
-    "layers/attention/q/kernel": "blk.{}.attn_q.weight",
-    "layers/attention/k/kernel": "blk.{}.attn_k.weight",
-    "layers/attention/v/kernel": "blk.{}.attn_v.weight",
-    "layers/attention/o/kernel": "blk.{}.attn_output.weight",
-    "layers/attention/q/bias": "blk.{}.attn_q.bias",
-    "layers/attention/k/bias": "blk.{}.attn_k.bias",
-    "layers/attention/v/bias": "blk.{}.attn_v.bias",
-    "layers/attention/o/bias": "blk.{}.attn_output.bias",
-    "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
-    "layers/mlp/gate/kernel": "blk.{}.ffn_gate.weight",
-    "layers/mlp/up/kernel": "blk.{}.ffn_up.weight",
-    "layers/mlp/down/kernel": "blk.{}.ffn_down.weight",
-    "layers/mlp/gate/bias": "blk.{}.ffn_gate.bias",
-    "layers/mlp/up/bias": "blk.{}.ffn_up.bias",
-    "layers/mlp/down/bias": "blk.{}.ffn_down.bias",
-}
+    **each(SCALES, {
+        "final_norm": "output_norm",
+        "layers/attention_norm": "blk.{}.attn_norm",
+        "layers/attention/q_norm": "blk.{}.attn_q_norm",
+        "layers/attention/k_norm": "blk.{}.attn_k_norm",
+        "layers/mlp_norm": "blk.{}.ffn_norm",
+    }),
+    **each(KERNELS, {
+        "layers/attention/q": "blk.{}.attn_q",
+        "layers/attention/k": "blk.{}.attn_k",
+        "layers/attention/v": "blk.{}.attn_v",
+        "layers/attention/o": "blk.{}.attn_output",
+        "layers/mlp/gate": "blk.{}.ffn_gate",
+        "layers/mlp/up": "blk.{}.ffn_up",
+        "layers/mlp/down": "blk.{}.ffn_down",
+    }),
+}  # fmt: skip
 
 HF_NAMES = {
     "embedding": "model.embed_tokens.weight",
     "head": "lm_head.weight",
-    "final_norm/scale": "model.norm.weight",
-    "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
-    "layers/attention/q_norm/scale": "model.layers.{}.self_attn.q_norm.weight",
-    "layers/attention/k_norm/scale": "model.layers.{}.self_attn.k_norm.weight",
-    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-    **{
-        f"layers/{ours}/{leaf}": f"model.layers.{{}}.{theirs}.{end}"
-        for ours, theirs in {
-            "attention/q": "self_attn.q_proj",
-            "attention/k": "self_attn.k_proj",
-            "attention/v": "self_attn.v_proj",
-            "attention/o": "self_attn.o_proj",
-            "mlp/gate": "mlp.gate_proj",
-            "mlp/up": "mlp.up_proj",
-            "mlp/down": "mlp.down_proj",
-        }.items()
-        for leaf, end in {"kernel": "weight", "bias": "bias"}.items()
-    },
-}
+    **each(SCALES, {
+        "final_norm": "model.norm",
+        "layers/attention_norm": "model.layers.{}.input_layernorm",
+        "layers/attention/q_norm": "model.layers.{}.self_attn.q_norm",
+        "layers/attention/k_norm": "model.layers.{}.self_attn.k_norm",
+        "layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
+    }),
+    **each(KERNELS, {
+        "layers/attention/q": "model.layers.{}.self_attn.q_proj",
+        "layers/attention/k": "model.layers.{}.self_attn.k_proj",
+        "layers/attention/v": "model.layers.{}.self_attn.v_proj",
+        "layers/attention/o": "model.layers.{}.self_attn.o_proj",
+        "layers/mlp/gate": "model.layers.{}.mlp.gate_proj",
+        "layers/mlp/up": "model.layers.{}.mlp.up_proj",
+        "layers/mlp/down": "model.layers.{}.mlp.down_proj",
+    }),
+}  # fmt: skip
 
 GPT2_NAMES = {
     "embedding": "wte.weight",
     "positions": "wpe.weight",
     "head": "lm_head.weight",
-    **{
-        f"{ours}/{leaf}": f"{theirs}.{end}"
-        for ours, theirs in {
-            "final_norm": "ln_f",
-            "layers/attention_norm": "h.{}.ln_1",
-            "layers/mlp_norm": "h.{}.ln_2",
-        }.items()
-        for leaf, end in {"scale": "weight", "bias": "bias"}.items()
-    },
-    **{
-        f"layers/{ours}/{leaf}": f"h.{{}}.{theirs}.{end}"
-        for ours, theirs in {
-            "attention/q": "attn.c_attn",
-            "attention/k": "attn.c_attn",
-            "attention/v": "attn.c_attn",
-            "attention/o": "attn.c_proj",
-            "mlp/up": "mlp.c_fc",
-            "mlp/down": "mlp.c_proj",
-        }.items()
-        for leaf, end in {"kernel": "weight", "bias": "bias"}.items()
-    },
-}
+    **each(NORMS, {"final_norm": "ln_f", "layers/attention_norm": "h.{}.ln_1", "layers/mlp_norm": "h.{}.ln_2"}),
+    **each(KERNELS, {
+        "layers/attention/q": "h.{}.attn.c_attn",
+        "layers/attention/k": "h.{}.attn.c_attn",
+        "layers/attention/v": "h.{}.attn.c_attn",
+        "layers/attention/o": "h.{}.attn.c_proj",
+        "layers/mlp/up": "h.{}.mlp.c_fc",
+        "layers/mlp/down": "h.{}.mlp.c_proj",
+    }),
+}  # fmt: skip
 
 
 class TensorFile(Protocol):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float64, Int
 
 from fisher_jax._support.errors import InputError
 from fisher_jax.models import LanguageModel
@@ -16,9 +17,9 @@ __all__ = ["Loss", "bits_per_byte", "difference", "measure", "measure_in_pieces"
 class Loss(NamedTuple):
     """Of every text: bits that the model needs for it, its bytes in UTF-8, its tokens."""
 
-    bits: np.ndarray  # float64 [texts]
-    bytes: np.ndarray  # [texts]
-    tokens: np.ndarray  # [texts]
+    bits: Float64[np.ndarray, " texts"]
+    bytes: Int[np.ndarray, " texts"]
+    tokens: Int[np.ndarray, " texts"]
 
 
 def measure(model: LanguageModel, texts: Sequence[str], *, rows: int = 2) -> Loss:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int32
 
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.host_memory import check_memory
@@ -22,9 +23,9 @@ _ROW_BYTES = 200  # of a row, beside its tokens, while rows are cut
 class Rows(NamedTuple):
     """Right-padded token rows, rows of one document consecutive; `documents` numbers them from 0."""
 
-    tokens: np.ndarray  # int32 [rows, seq_len]
-    lengths: np.ndarray  # int32 [rows], at least 2
-    documents: np.ndarray  # int32 [rows]
+    tokens: Int32[np.ndarray, "rows seq_len"]
+    lengths: Int32[np.ndarray, " rows"]  # at least 2
+    documents: Int32[np.ndarray, " rows"]
     names: tuple[str, ...]  # by document number
 
     @property
@@ -68,14 +69,28 @@ class Rows(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """What is streamed, what is held out, and how they were chosen, in a sentence."""
+    """What is streamed and what is held out."""
 
     stream: Rows
     held_out: Rows
     num_documents: int  # in the corpus, chosen or not
     corpus_targets: int  # targets of the whole corpus (of its documents' readable beginnings)
     whole_documents_held_out: bool
-    choice: str
+
+    @property
+    def choice(self) -> str:
+        """How the rows were chosen, in a sentence."""
+        stream, held_out, number = self.stream, self.held_out, self.num_documents
+        documents = f"{len(stream.names):,} of {number:,} documents" if number > 1 else "one document"
+        most = int(np.bincount(stream.documents, weights=stream.lengths - 1).max())
+        reach = f"at most {most:,} from each" if number > 1 else f"rows of {stream.tokens.shape[1]}"
+        held = (
+            f"{held_out.num_targets:,} tokens of {len(held_out.names)} other documents are held out"
+            if self.whole_documents_held_out
+            else f"the last {held_out.num_targets:,} tokens are held out (fewer than {HOLD_OUT_EVERY} documents)"
+        )
+        chosen = f"{stream.num_targets:,} tokens of {documents}, {reach} ({self.corpus_targets:,} in all)"
+        return f"{chosen}; {held} for pruning"
 
 
 class _Tokenised(NamedTuple):
@@ -117,15 +132,7 @@ def pack(
     whole = len(tokenised) >= HOLD_OUT_EVERY
     streamed, held = _hold_out(tokenised, whole, seq_len, held_out_targets)
     stream, held_out = _deal(streamed, seq_len, max_targets), _deal(held, seq_len, held_out_targets)
-    corpus_targets = total - len(tokenised)
-    return Packed(
-        stream,
-        held_out,
-        len(tokenised),
-        corpus_targets,
-        whole,
-        _describe(stream, held_out, len(tokenised), corpus_targets, whole, seq_len),
-    )
+    return Packed(stream, held_out, len(tokenised), total - len(tokenised), whole)
 
 
 def longest_document(*tokens: int) -> int:
@@ -203,19 +210,3 @@ def _cut(documents: list[_Tokenised], rows: np.ndarray, seq_len: int) -> Rows:
         np.array([number for number, _ in pieces], np.int32),
         tuple(document.name for document, count in zip(documents, rows, strict=True) if count),
     )
-
-
-def _describe(
-    stream: Rows, held_out: Rows, num_documents: int, corpus_targets: int, whole: bool, seq_len: int
-) -> str:
-    per_document = np.bincount(stream.documents, weights=stream.lengths - 1)
-    documents = f"{len(stream.names):,} of {num_documents:,} documents"
-    if num_documents == 1:
-        documents = "one document"
-    reach = f"at most {int(per_document.max()):,} from each" if num_documents > 1 else f"rows of {seq_len}"
-    held = (
-        f"{held_out.num_targets:,} tokens of {len(held_out.names)} other documents are held out"
-        if whole
-        else f"the last {held_out.num_targets:,} tokens are held out (fewer than {HOLD_OUT_EVERY} documents)"
-    )
-    return f"{stream.num_targets:,} tokens of {documents}, {reach} ({corpus_targets:,} in all); {held} for pruning"

@@ -7,26 +7,11 @@ import re
 __all__ = ["strip_markup"]
 
 # Sections that hold lists of sources and links rather than prose.
-_END_SECTIONS = frozenset(
-    [
-        "see also",
-        "references",
-        "external links",
-        "further reading",
-        "notes",
-        "footnotes",
-        "bibliography",
-        "sources",
-        "citations",
-        "notes and references",
-        "references and notes",
-        "works cited",
-        "gallery",
-        "publications",
-        "discography",
-        "filmography",
-    ]
-)
+_END_SECTIONS = {
+    "see also", "references", "external links", "further reading", "notes", "footnotes", "bibliography", "sources",
+    "citations", "notes and references", "references and notes", "works cited", "gallery", "publications",
+    "discography", "filmography",
+}  # fmt: skip
 
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _EMPTY_REFERENCE = re.compile(r"<ref\b[^<>]*/>", re.IGNORECASE)

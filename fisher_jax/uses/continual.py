@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from fisher_jax._support.dtypes import wide
 from fisher_jax._support.jax_internals import is_traced
@@ -16,14 +16,10 @@ from fisher_jax.uses.group_sums import per_parameter
 from fisher_jax.uses.pruning import prune_mask
 from fisher_jax.uses.trees import check_alike, check_not_negative
 
-__all__ = [
-    "ProtectState", "ScaleByFisherState", "ewc_penalty", "project_away", "protect_important", "scale_by_fisher",
-]  # fmt: skip
-
 Tree = Any
 
 
-def ewc_penalty(params: Tree, anchor: Tree, fisher: Any, *, strength: Any = 1.0) -> Array:
+def ewc_penalty(params: Tree, anchor: Tree, fisher: Any, *, strength: Any = 1.0) -> Float[Array, ""]:
     """``strength / 2 * sum_i F_i (p_i - a_i)**2``: elastic weight consolidation, to be added to the loss.
 
     To second order the growth of the former task's loss, in nats per weighted token, when its parameters ``a`` become

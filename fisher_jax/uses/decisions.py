@@ -9,8 +9,6 @@ from fisher_jax._support.outline import outline
 from fisher_jax.uses.many_tests import holm, q_values
 from fisher_jax.welford.per_group import Observed, effective, observed, on_tree
 
-__all__ = ["CautiousPruning", "Decisions", "decide", "prune_below"]
-
 Tree = Any
 
 

@@ -11,8 +11,6 @@ from fisher_jax._support.outline import outline
 from fisher_jax.uses import reading
 from fisher_jax.welford.per_group import effective, observed, on_tree
 
-__all__ = ["DataNeeded", "data_needed", "effective_count", "signal_to_noise"]
-
 Tree = Any
 
 

@@ -12,8 +12,6 @@ from fisher_jax._support.dtypes import wide
 from fisher_jax.uses import reading
 from fisher_jax.uses.trees import check_alike, named_leaves
 
-__all__ = ["beside", "per_parameter"]
-
 Tree = Any
 
 

@@ -7,8 +7,6 @@ import numpy as np
 
 from fisher_jax.uses.trees import named_leaves
 
-__all__ = ["holm", "q_values"]
-
 Tree = Any
 
 

@@ -14,17 +14,11 @@ from fisher_jax.uses import reading
 from fisher_jax.uses.group_sums import beside
 from fisher_jax.uses.trees import check_alike, check_not_negative, named_leaves
 
-__all__ = ["merge_params", "merge_task_vectors", "shrunk_mean"]
-
 Tree = Any
 
 
 def merge_params(
-    params_list: Sequence[Tree],
-    fishers: Sequence[Any],
-    *,
-    scales: Sequence[float] | None = None,
-    floor: float = 0.0,
+    params_list: Sequence[Tree], fishers: Sequence[Any], *, scales: Sequence[float] | None = None, floor: float = 0.0
 ) -> Tree:
     """``sum_i c_i F_i p_i / sum_i c_i F_i``, parameter by parameter: the mode of the product of the models' Laplace
     posteriors with diagonal precision.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from fisher_jax._support.dtypes import wide
 from fisher_jax._support.outline import outline
@@ -15,8 +15,6 @@ from fisher_jax.kronecker.curvature.product import curvature_product
 from fisher_jax.kronecker.optimizer.quadratic import tree_dot
 from fisher_jax.uses.merging import scales_of, weighted_mean
 from fisher_jax.uses.trees import check_alike
-
-__all__ = ["KFACMerge", "merge_kfac"]
 
 Tree = Any
 
@@ -31,8 +29,8 @@ class KFACMerge(NamedTuple):
     """
 
     params: Tree
-    residual: Array
-    num_steps: Array
+    residual: Float[Array, ""]
+    num_steps: Int[Array, ""]
 
     def __repr__(self) -> str:
         return outline(self)

@@ -5,15 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from fisher_jax._support.dtypes import wide
 from fisher_jax._support.outline import outline
 from fisher_jax.uses import reading
 from fisher_jax.uses.group_sums import per_parameter
 from fisher_jax.uses.trees import check_alike, check_not_negative
-
-__all__ = ["Conflict", "Overlap", "conflict", "overlap"]
 
 Tree = Any
 
@@ -52,8 +50,8 @@ class Conflict(NamedTuple):
         opposed: the share of ``sum w |x y|`` at coordinates where the signs differ, in [0, 1].
     """
 
-    cosine: Array
-    opposed: Array
+    cosine: Float[Array, ""]
+    opposed: Float[Array, ""]
 
     def __repr__(self) -> str:
         return outline(self)

@@ -13,8 +13,6 @@ from fisher_jax.uses import reading
 from fisher_jax.uses.group_sums import beside
 from fisher_jax.uses.trees import check_alike, check_not_negative, named_leaves
 
-__all__ = ["apply_mask", "prune_mask", "saliency"]
-
 Tree = Any
 
 

@@ -8,8 +8,6 @@ from fisher_jax import welford
 from fisher_jax.moving_average import MovingAverage
 from fisher_jax.welford.state import state_in
 
-__all__ = ["interval", "mean", "standard_error"]
-
 
 def mean(fisher: Any) -> PyTree:
     """The mean Fisher of each group per weighted token, ``sum_u w_u f_u / sum_u w_u``, whatever holds it.

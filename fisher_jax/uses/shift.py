@@ -12,8 +12,6 @@ from fisher_jax.uses.many_tests import q_values
 from fisher_jax.uses.trees import check_alike
 from fisher_jax.welford.per_group import Observed, as_state, effective, observed, on_tree
 
-__all__ = ["Drift", "Shift", "importance_drift", "importance_shift"]
-
 Tree = Any
 
 # Below this many effective observations in both texts together no evidence could count after adjustment.

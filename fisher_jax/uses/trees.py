@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisher_jax._support.jax_internals import is_traced
-
-__all__ = ["check_alike", "check_not_negative", "few", "named_leaves"]
+from fisher_jax._support.printable import few
 
 Tree = Any
 
@@ -17,11 +16,6 @@ Tree = Any
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
     """Leaves with their paths; a tree that is one array has the path ``array``."""
     return [(jax.tree_util.keystr(path) or "array", x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def few(names: list[str], most: int = 4) -> str:
-    """The first few names in a sentence."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def check_alike(a: Tree, b: Tree, one: str, other: str, *, shapes: bool = True) -> None:

@@ -12,8 +12,6 @@ from fisher_jax._support import compensated
 from fisher_jax.welford.moments import Arithmetic, Fragment, Moments, join_fragments, select, union
 from fisher_jax.welford.state import State, state_in
 
-__all__ = ["add", "closed", "merge"]
-
 Tree = Any  # a pytree of arrays
 
 

@@ -11,17 +11,6 @@ from jaxtyping import Array
 from fisher_jax._support import compensated
 from fisher_jax.welford.accumulation import closed
 
-__all__ = [
-    "count",
-    "interval",
-    "mean",
-    "spread",
-    "standard_error",
-    "total_weight",
-    "variance",
-    "weight",
-]  # fmt: skip
-
 Tree = Any  # a pytree of arrays
 Readable = Any  # a State, Moments, or a tree that holds one of them, such as an optimizer's state
 

@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 from fisher_jax._support.outline import outline
 
-__all__ = ["FisherEstimator"]
-
 
 class FisherEstimator(NamedTuple):
     """Pure functions, in the manner of an optax transformation.

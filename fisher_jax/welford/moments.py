@@ -16,22 +16,6 @@ from fisher_jax._support.dtypes import wide
 from fisher_jax._support.outline import outline
 from fisher_jax.batch.tokens import unit_ids, weigh
 
-__all__ = [
-    "UNITS",
-    "Fold",
-    "Fragment",
-    "Moments",
-    "finish",
-    "fold",
-    "from_sums",
-    "map_values",
-    "observe",
-    "of_tokens",
-    "one",
-    "start",
-    "union",
-]
-
 UNITS = ("token", "sequence", "document", "batch")
 
 Tree = Any  # a pytree of arrays

@@ -9,8 +9,6 @@ from fisher_jax import welford
 from fisher_jax.welford.moments import Moments
 from fisher_jax.welford.state import state_in
 
-__all__ = ["Observed", "as_state", "effective", "observed", "on_tree"]
-
 Tree = Any
 
 

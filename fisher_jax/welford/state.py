@@ -13,8 +13,6 @@ from fisher_jax._support.dtypes import wide_dtype
 from fisher_jax._support.outline import outline
 from fisher_jax.welford.moments import Fragment, Moments, check_unit
 
-__all__ = ["State", "init", "plain", "state_in"]
-
 Tree = Any  # a pytree of arrays
 
 

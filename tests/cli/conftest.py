@@ -3,35 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from running import main
 from tiny import write_model, write_texts
 
 import fisher_jax as fj
-from fisher_jax.cli.main import main
-from fisher_jax.cli.report import accumulate
 
 OPTIONS = ["--row-length", "32", "--batch-size", "4"]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_program():
-    """Reports with the same step share its program; a run in a process of its own (`test_resume`) compiles anew."""
-    make, made = accumulate._make_step, {}
-
-    def make_once(model, settings):
-        sizes = ("--max-tokens", "--held-out-tokens", "--batch-size", "--row-length")
-        # A test may put something else in the place of what a step observes.
-        key = (
-            accumulate._observe,
-            repr(model.config),
-            *(item for item in settings.fixed().items() if item[0] not in sizes),
-        )
-        if key not in made:
-            made[key] = make(model, settings)
-        return made[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accumulate, "_make_step", make_once)
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -61,13 +38,6 @@ def finished_report(tmp_path_factory, report_arguments):
     assert main(report_arguments(out, "--task", "first")) == 0
     assert main(report_arguments(out, "--task", "second", "--max-tokens", "2000", "--groups", "param")) == 0
     return out
-
-
-@pytest.fixture
-def without_pictures(monkeypatch):
-    """For tests that look at states: reports without their sections."""
-    for name in ("blocks", "pair_blocks"):
-        monkeypatch.setattr(f"fisher_jax.cli.report.writing.{name}", lambda found: [])
 
 
 @pytest.fixture(scope="session")

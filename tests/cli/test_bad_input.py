@@ -3,18 +3,18 @@
 import errno
 import io
 import json
+import sys
 
 import pytest
+from running import main, shared
 from tiny import write_model
 
 import fisher_jax as fj
-from fisher_jax.cli.main import main
-from fisher_jax.cli.run import folder
 
 
-def _refused(arguments, out, capsys):
+def _refused(arguments, out, capsys, **tools):
     """The sentence of a run that must fail and leave nothing behind."""
-    assert main(arguments) == 2
+    assert main(arguments, **tools) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("fisher-jax: ")
     assert captured.err.count("\n") == 1
@@ -60,7 +60,7 @@ def test_empty_standard_input(tmp_path, tiny_model, capsys, monkeypatch):
 
 
 def test_a_corpus_whose_package_is_missing(tmp_path, tiny_model, capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gensim", None)
     out = tmp_path / "out"
     arguments = ["report", "--model", tiny_model, "--out", str(out), "--text", "news", "--row-length", "32"]
     assert "dependency group `shipped`" in _refused(arguments, out, capsys)
@@ -88,30 +88,23 @@ def test_a_loss_that_is_not_a_number_names_the_batch_and_its_documents(tmp_path,
     assert "text00.txt" in sentence
 
 
-def test_a_nan_later_keeps_the_state_before_it(tmp_path, report_arguments, capsys, monkeypatch):
-    from fisher_jax.cli.report import accumulate
+def test_a_nan_later_keeps_the_state_before_it(tmp_path, report_arguments, capsys):
+    def with_nan_from_document_5(make, *about):
+        step = shared(make, *about)
 
-    out, observe = tmp_path / "out", accumulate._observe
-    monkeypatch.setattr(
-        accumulate,
-        "_observe",
-        lambda model, settings, params, tokens, mask, units: _with_nan_from(
-            observe(model, settings, params, tokens, mask, units), units, 5
-        ),
-    )
+        def spoilt(params, state, tokens, mask, units, index):
+            state, loss, count = step(params, state, tokens, mask, units, index)
+            return state, float("nan") if units[0] >= 5 else loss, count
+
+        return spoilt
+
+    out = tmp_path / "out"
     arguments = report_arguments(out, "--task", "first", "--checkpoint-every", "0")
-    assert main(arguments) == 2
+    assert main(arguments, program=with_nan_from_document_5) == 2
     error = capsys.readouterr().err
     progress = fj.checkpoint.metadata(out / "state")["tasks"]["first"]
     assert f"batch {progress['batches_done']} was rejected" in error
     assert progress["batches_done"] > 0
-
-
-def _with_nan_from(observation, units, document):
-    import jax.numpy as jnp
-
-    observed, log_likelihood, batch = observation
-    return observed, jnp.where(units[0] >= document, jnp.nan, log_likelihood), batch
 
 
 def test_folders_that_cannot_be_written(tmp_path, report_arguments, capsys):
@@ -126,10 +119,9 @@ def test_folders_that_cannot_be_written(tmp_path, report_arguments, capsys):
     assert file.read_text() == "x"
 
 
-def test_a_disk_that_is_full_from_the_start(tmp_path, report_arguments, capsys, monkeypatch):
-    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+def test_a_disk_that_is_full_from_the_start(tmp_path, report_arguments, capsys):
     out = tmp_path / "deep" / "out"
-    assert "MiB free" in _refused(report_arguments(out), out, capsys)
+    assert "MiB free" in _refused(report_arguments(out), out, capsys, free_bytes=lambda folder: 1000)
     assert not out.parent.exists()
 
 

@@ -9,8 +9,8 @@ import pytest
 import scipy.stats
 import tiny
 from kept import keep, places
+from running import main, quick
 
-from fisher_jax.cli.main import main
 from fisher_jax.models import load
 
 MORE, LESS, NEVER, ONCE = 260, 261, 5, 6  # rows that gain, lose, are 0 in both texts, or owe all to one document
@@ -61,11 +61,6 @@ def compared(model, report, tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def without_pages(monkeypatch):
-    monkeypatch.setattr("fisher_jax.cli.compare.sections.blocks", lambda found: [])
-
-
 def lines(path):
     with path.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
@@ -111,7 +106,7 @@ def test_the_page_names_what_gained_and_lost(compared, model):
     assert (compared / "compare.html").read_text(encoding="utf-8").count("<img") == 3
 
 
-def test_the_error_of_the_total_is_that_of_rows_that_move_together(model, tmp_path, without_pages):
+def test_the_error_of_the_total_is_that_of_rows_that_move_together(model, tmp_path):
     from fisher_jax.cli.compare.shift import row_shift
     from fisher_jax.cli.report.task_state import find_task, read_task, tasks_of
 
@@ -149,24 +144,24 @@ def test_parts_of_the_model_are_adjusted_within_their_family(compared, values, m
     assert told in (compared / "compare.md").read_text(encoding="utf-8")
 
 
-def test_two_folders_of_one_task_and_both_kinds(model, report, tmp_path, capsys, without_pages):
+def test_two_folders_of_one_task_and_both_kinds(model, report, tmp_path, capsys):
     other, out = tmp_path / "other:one", tmp_path / "out"
     shutil.copytree(report, other)
     options = ["--model", str(model), "--out", str(out), "--q", "0.001"]
-    assert main(["compare", f"{report}:a", f"{other}:b", *options]) == 0
+    assert quick(["compare", f"{report}:a", f"{other}:b", *options]) == 0
     assert {line["kind"] for line in lines(out / "compare.csv")} == {"empirical", "true"}
     assert "testable rows of the head differ at q < 0.001" in capsys.readouterr().out
     assert "is in both" not in (out / "compare.md").read_text()
 
 
-def test_notes_on_what_the_numbers_cannot_say(model, values, tmp_path, capsys, without_pages):
+def test_notes_on_what_the_numbers_cannot_say(model, values, tmp_path, capsys):
     loaded, out = load(model), tmp_path / "report"
     for name, of in values.items():
         layers = of["layers"] if name == "a" else None
         few = slice(3) if name == "b" else slice(None)
         keep(out, name, loaded, {"empirical": of["empirical"][few]}, layers, unit="sequence")
     options = ["--kind", "empirical", "--model", str(model), "--out", str(tmp_path / "out")]
-    assert main(["compare", str(out), *options]) == 0
+    assert quick(["compare", str(out), *options]) == 0
     told = capsys.readouterr().out
     assert "Layers are not compared: b was measured without --parameters all." in told
     assert "b has only 3 sequences" in told

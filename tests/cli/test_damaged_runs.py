@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kept import keep
+from running import main
 
 import fisher_jax as fj
-from fisher_jax.cli.main import main
 from fisher_jax.cli.report.store import tasks_of_facts
 from fisher_jax.cli.run.records import UnreadableError
 from fisher_jax.cli.train.settings import TrainSettings

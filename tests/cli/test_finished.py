@@ -3,21 +3,14 @@
 import json
 
 import pytest
-
-from fisher_jax.cli.main import main
-from fisher_jax.cli.report import accumulate
-from fisher_jax.cli.report import command as report_command
-from fisher_jax.cli.train import run as train_run
+from running import main, never, quick
 
 FEW = ["--max-tokens", "400", "--task", "prose"]
+NOTHING = {"program": never, "picture": never, "after_step": never}
 
 
 def _files(out):
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*") if path.is_file()}
-
-
-def _never(*arguments, **options):
-    raise AssertionError("something was computed")
 
 
 def _same_answer(first, second, words):
@@ -29,33 +22,32 @@ def _same_answer(first, second, words):
     assert all(word in first for word in words)
 
 
-def test_a_report_draws_nothing_again(tmp_path, report_arguments, capsys, monkeypatch):
+def test_a_report_draws_nothing_again(tmp_path, report_arguments, capsys):
     out = tmp_path / "out"
     assert main(report_arguments(out, *FEW)) == 0
     first, before = capsys.readouterr().out, _files(out)
-    with monkeypatch.context() as patch:
-        patch.setattr(report_command, "_prune", _never)
-        patch.setattr("fisher_jax.cli.report.writing.blocks", _never)
-        patch.setattr(accumulate, "_check_batch", _never)
-        assert main(report_arguments(out, *FEW)) == 0
-        _same_answer(first, capsys.readouterr().out, [f"report: {out}/report.html", "rows to zero changes"])
-        assert _files(out) == before
-        assert main(report_arguments(out, *FEW, "--resume")) == 0
-        assert _files(out) == before
-        # A page that went is made again from what is kept.
-        (out / "report.html").unlink()
-        (out / "importance.csv").unlink()
-        assert main(report_arguments(out, *FEW)) == 0
-        assert {path: raw for path, (raw, _) in _files(out).items()} == {p: raw for p, (raw, _) in before.items()}
+    assert "pruning: loss on" in first
+    assert main(report_arguments(out, *FEW), **NOTHING) == 0
+    again = capsys.readouterr().out
+    _same_answer(first, again, [f"report: {out}/report.html", "rows to zero changes"])
+    assert "pruning: loss on" not in again
+    assert _files(out) == before
+    assert main(report_arguments(out, *FEW, "--resume"), **NOTHING) == 0
+    assert _files(out) == before
+    # A page that went is made again from what is kept.
+    (out / "report.html").unlink()
+    (out / "importance.csv").unlink()
+    assert main(report_arguments(out, *FEW), **NOTHING) == 0
+    assert "pruning: loss on" not in capsys.readouterr().out
+    assert {path: raw for path, (raw, _) in _files(out).items()} == {p: raw for p, (raw, _) in before.items()}
 
 
-def test_a_setting_of_the_page_alone_draws_it_again(tmp_path, report_arguments, monkeypatch, without_pictures):
+def test_a_setting_of_the_page_alone_draws_it_again(tmp_path, report_arguments):
     out = tmp_path / "out"
     few = [*FEW, "--held-out-tokens", "0"]
-    assert main(report_arguments(out, *few)) == 0
+    assert quick(report_arguments(out, *few)) == 0
     before = (out / "importance.csv").read_text()
-    monkeypatch.setattr(accumulate, "_check_batch", _never)
-    assert main(report_arguments(out, *few, "--level", "0.5")) == 0
+    assert quick(report_arguments(out, *few, "--level", "0.5"), after_step=never) == 0
     assert (out / "importance.csv").read_text() != before
 
 
@@ -69,23 +61,18 @@ def training(texts):
     return arguments
 
 
-def test_a_training_run_trains_and_draws_nothing_again(tmp_path, training, capsys, monkeypatch):
+def test_a_training_run_trains_and_draws_nothing_again(tmp_path, training, capsys):
     out = tmp_path / "out"
     assert main(training(out)) == 0
     first, before = capsys.readouterr().out, _files(out)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_run, "_compiled", _never)
-        patch.setattr("fisher_jax.cli.train.sections.blocks", _never)
-        patch.setattr("fisher_jax.cli.train.command.write_model", _never)
-        for more in ([], ["--resume"]):
-            assert main(training(out, *more)) == 0
-            _same_answer(first, capsys.readouterr().out, [f"page: {out}/train.html", "nats/token", "SGD"])
-            assert _files(out) == before
+    for more in ([], ["--resume"]):
+        assert main(training(out, *more), **NOTHING) == 0
+        _same_answer(first, capsys.readouterr().out, [f"page: {out}/train.html", "nats/token", "SGD"])
+        assert _files(out) == before  # the times of writing as well
     # What went is made again, without a step.
     (out / "train.html").unlink()
     (out / "model" / "model.safetensors").unlink()
-    monkeypatch.setattr(train_run, "_compiled", _never)
-    assert main(training(out)) == 0
+    assert main(training(out), program=never, after_step=never) == 0
     assert (out / "train.html").exists()
     assert (out / "model" / "model.safetensors").read_bytes() == before[out / "model" / "model.safetensors"][0]
 
@@ -95,24 +82,26 @@ def _spectrum(model, texts, out, *more):
     return ["spectrum", "--model", model, "--text", *texts[:5], "--out", str(out), *small, *more]
 
 
-def test_a_spectrum_multiplies_nothing_again(tmp_path, tiny_model, texts, capsys, monkeypatch):
+def test_a_spectrum_multiplies_nothing_again(tmp_path, tiny_model, texts, capsys):
     out = tmp_path / "out"
     run = _spectrum(tiny_model, texts, out)
     assert main(run) == 0
     first, before = capsys.readouterr().out, _files(out)
     value = (out / "spectrum.csv").read_text().splitlines()[1].split(",")[2]
-    with monkeypatch.context() as patch:
-        patch.setattr("fisher_jax.cli.spectrum.measure.operator_of", _never)
-        patch.setattr("fisher_jax.cli.spectrum.command.time_passes", _never)
-        for more in ([], ["--resume"]):
-            assert main([*run, *more]) == 0
-            _same_answer(first, capsys.readouterr().out, [f"{float(value):.6g}", f"spectrum: {out}/spectrum.html"])
-            assert _files(out) == before
-        # A page that went is made again from what is kept.
-        (out / "spectrum.html").unlink()
-        assert main(run) == 0
-        assert (out / "spectrum.html").read_bytes() == before[out / "spectrum.html"][0]
-    capsys.readouterr()
+    stages = ("passes: the loss", "eigenvalues: the 2 largest")
+    assert all(stage in first for stage in stages)
+    for more in ([], ["--resume"]):
+        assert main([*run, *more], **NOTHING) == 0
+        again = capsys.readouterr().out
+        _same_answer(first, again, [f"{float(value):.6g}", f"spectrum: {out}/spectrum.html"])
+        assert not any(stage in again for stage in stages)
+        assert _files(out) == before
+    # A page that went is made again from what is kept.
+    (out / "spectrum.html").unlink()
+    assert main(run, after_step=never) == 0
+    assert (out / "spectrum.html").read_bytes() == before[out / "spectrum.html"][0]
+    again = capsys.readouterr().out
+    assert not any(stage in again for stage in stages)
     assert main([*run, "--seed", "1"]) == 2
     assert "had --seed 0, and this one has 1" in capsys.readouterr().err
     assert main([*run, "--seed", "1", "--overwrite"]) == 0

@@ -8,10 +8,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from mutations_of_flags import BASES, KINDS, flag_cases
+from running import main
 
 from fisher_jax._support.errors import InputError
 from fisher_jax.cli.commands import parser, settings_of
-from fisher_jax.cli.main import main
 
 CASES = flag_cases(seed=13, count=240)
 

@@ -13,6 +13,7 @@ from fisher_jax.cli.report import plots, pruning_plots
 from fisher_jax.cli.report.importance import Importance, compare, importance_csv, outliers
 from fisher_jax.cli.report.orderings import orderings
 from fisher_jax.cli.report.pruning import prune
+from fisher_jax.cli.run.tools import TOOLS
 
 AWKWARD = [
     "$\\frac$",
@@ -147,7 +148,7 @@ def test_every_picture_can_be_drawn_of_awkward_tokens(intervals, monkeypatch):
         lambda theme: pruning_plots.removed_figure(theme, pruned),
     ]
     for draw in drawings:
-        picture = style.picture("name", "words", draw)
+        (picture,) = style.drawn([style.picture("name", "words", draw)], TOOLS)
         assert picture.light.startswith(b"\x89PNG")
         assert picture.dark.startswith(b"\x89PNG")
         assert picture.light != picture.dark

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import interrupt, main, quick
 
 from fisher_jax._support.errors import InputError
-from fisher_jax.cli.main import main
 from fisher_jax.models import load
 
 OPTIONS = ["--task", "third", "--max-tokens", "600", "--held-out-tokens", "0", "--checkpoint-every", "0"]
@@ -47,15 +47,15 @@ def _whole(folder):
 
 @pytest.mark.parametrize("share", [0.4, 0.9])
 def test_a_report_killed_at_a_write_resumes_to_the_same_bits(
-    share, tmp_path, report_arguments, finished_report, undisturbed, same_bits, without_pictures
+    share, tmp_path, report_arguments, finished_report, undisturbed, same_bits
 ):
     reference, writes = undisturbed
     out = shutil.copytree(finished_report, tmp_path / "out")
     code, _ = _dying(out, int(share * writes), report_arguments(out, *OPTIONS))
     assert code == -signal.SIGKILL
     _whole(out)
-    if main(report_arguments(out, *OPTIONS, "--resume")) == 2:  # killed before its first save was there
-        assert main(report_arguments(out, *OPTIONS)) == 0
+    if quick(report_arguments(out, *OPTIONS, "--resume")) == 2:  # killed before its first save was there
+        assert quick(report_arguments(out, *OPTIONS)) == 0
     for task in ("first", "second"):
         assert same_bits(out, finished_report, task)
     assert same_bits(out, reference, "third")
@@ -100,16 +100,15 @@ def test_a_model_killed_while_it_is_written_is_whole_or_none(left, tmp_path, tri
     assert _contents(out) == _contents(reference)
 
 
-def test_an_interrupted_model_leaves_an_earlier_one_as_it_was(tmp_path, tiny_model, texts, monkeypatch):
+def test_an_interrupted_model_leaves_an_earlier_one_as_it_was(tmp_path, tiny_model, texts):
     out = shutil.copytree(tiny_model, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("fisher_jax.cli.trim.command.measure_in_pieces", interrupt)
     arguments = ["trim", "--model", tiny_model, "--by", "magnitude", "--keep", "270", "--text", *texts]
-    assert main([*arguments, "--out", str(out), "--overwrite"]) == 130
+
+    def load_once(source, **options):  # what was written is not read back
+        return load(source, **options) if source == tiny_model else interrupt()
+
+    assert main([*arguments, "--out", str(out), "--overwrite"], load=load_once) == 130
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 

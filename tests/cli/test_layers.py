@@ -6,19 +6,21 @@ import io
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+from running import after, main, quick
 
-import fisher_jax as fj
-from fisher_jax.cli.main import main
 from fisher_jax.cli.page import style
-from fisher_jax.cli.report import accumulate, layer_plots, layers
+from fisher_jax.cli.report import layer_plots, layers
 from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.models import DecoderConfig, LanguageModel, from_config, init_params, load
+from fisher_jax.text.corpora import Document
+from fisher_jax.text.packing import pack
 
 ALL = ["--parameters", "all", "--task", "first", "--max-tokens", "1000", "--held-out-tokens", "0", "--seed", "3"]
 FAMILIES = {
@@ -45,20 +47,13 @@ def _lines(out):
 
 
 @pytest.fixture(scope="module")
-def squares_of_documents(report_of_all, report_arguments, tiny_model):
+def squares_of_documents(texts, tiny_model):
     """Squared gradients of the signed sums, added over the rows of each document: plain float64 gradients."""
-    model, seen = load(tiny_model), []
-    run = accumulate.accumulate
-
-    def remember(model, rows, *rest):
-        seen.append(rows)
-        return run(model, rows, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fisher_jax.cli.report.command.accumulate", remember)
-        patch.setattr("fisher_jax.cli.report.writing.blocks", lambda found: [])
-        patch.setattr(accumulate, "_make_step", lambda model, settings: _stop)
-        assert main(report_arguments(report_of_all.parent / "rows", *ALL)) == 2
+    model = load(tiny_model)
+    rows = pack(
+        [Document(text, Path(text).read_text(encoding="utf-8")) for text in texts], model.tokenizer.encode,
+        seq_len=32, max_targets=1000, held_out_targets=0, vocab_size=model.config.vocab_size,
+    ).stream  # fmt: skip
     documents: dict = {}
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), model.params)
@@ -69,7 +64,7 @@ def squares_of_documents(report_of_all, report_arguments, tiny_model):
             return jnp.sum(factors * log_probs)
 
         gradient = jax.jit(jax.grad(signed))
-        for index, (tokens, mask, units) in enumerate(seen[0].batches(4)):
+        for index, (tokens, mask, units) in enumerate(rows.batches(4)):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(3), index), len(tokens))
             for row, key in enumerate(keys):
                 with jax.enable_x64(False):  # the bits drawn depend on it
@@ -81,10 +76,6 @@ def squares_of_documents(report_of_all, report_arguments, tiny_model):
                 added = squares if weight == 0 else jax.tree.map(np.add, total, squares)
                 documents[units[row]] = added, weight + mask[row, 1:].sum()
     return documents
-
-
-def _stop(*arguments):
-    raise fj.RejectedBatchError("only the rows are wanted")
 
 
 def _mean_and_error(documents, statistic):
@@ -156,21 +147,12 @@ def test_pictures_are_there_and_not_empty(report_of_all):
     assert "not the square of a mean gradient" in text
 
 
-@pytest.mark.usefixtures("without_pictures")
 def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, report_of_all, report_arguments, same_bits):
-    out, check, seen = tmp_path / "stopped", accumulate._check_batch, []
-
-    def stop_after_two(*arguments):
-        seen.append(1)
-        if len(seen) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        check(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accumulate, "_check_batch", stop_after_two)
-        assert main(report_arguments(out, *ALL, "--checkpoint-every", "0")) == 130
+    out = tmp_path / "stopped"
+    stop = after(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert quick(report_arguments(out, *ALL, "--checkpoint-every", "0"), after_step=stop) == 130
     assert not (out / "layers.csv").exists()
-    assert main(report_arguments(out, *ALL, "--resume")) == 0
+    assert quick(report_arguments(out, *ALL, "--resume")) == 0
     assert same_bits(out, report_of_all, "first")
     assert (out / "layers.csv").read_text() == (report_of_all / "layers.csv").read_text()
 
@@ -193,13 +175,12 @@ def test_what_does_not_fit_is_refused(report_of_all, report_arguments, capsys, m
     assert (report_of_all / "layers.csv").read_bytes() == before
 
 
-@pytest.mark.usefixtures("without_pictures")
 def test_a_task_of_the_head_leaves_the_table_until_its_own_task_is_dropped(report_of_all, report_arguments, tmp_path):
     out = shutil.copytree(report_of_all, tmp_path / "copy")
     few = ["--max-tokens", "100", "--held-out-tokens", "0"]
-    assert main(report_arguments(out, "--task", "second", *few)) == 0
+    assert quick(report_arguments(out, "--task", "second", *few)) == 0
     assert (out / "layers.csv").read_text() == (report_of_all / "layers.csv").read_text()
-    assert main(report_arguments(out, "--task", "first", *few, "--overwrite")) == 0
+    assert quick(report_arguments(out, "--task", "first", *few, "--overwrite")) == 0
     assert not (out / "layers.csv").exists()
 
 

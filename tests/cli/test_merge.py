@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny
 from kept import keep, places
+from running import main
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import fisher_jax as fj
-from fisher_jax.cli.main import main
 from fisher_jax.models import load
 from fisher_jax.models.weight_names import flatten
 from fisher_jax.text.bits_per_byte import bits_per_byte, measure, measure_in_pieces, pieces
@@ -180,9 +180,7 @@ def unfit(folders, sums):
     spoilt = load_file(file)
     spoilt["layers.mlp.up.kernel"][1, 2, 3] = -1
     save_file(spoilt, file, metadata=metadata)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "MLP", 64)
-        tiny.write_model(folders / "wide")
+    tiny.write_model(folders / "wide", mlp=64)
     tokenizer = tiny.write_model(folders / "words") / "tokenizer.json"
     content = json.loads(tokenizer.read_text())
     vocabulary = content["model"]["vocab"]

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-
-from fisher_jax.cli.main import main
+from running import main
 
 TRAIN = ["--width", "16", "--layers", "1", "--heads", "2", "--row-length", "16", "--batch-size", "4", "--steps", "2"]
 SHORT = ["--batch-size", "2", "--max-tokens", "120", "--held-out-tokens", "60"]

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 from rich.text import Text
+from running import main
 from tiny import prose
 
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.printable import printable, quoted, readable, shortened
-from fisher_jax.cli.main import main
 from fisher_jax.cli.page import html, markdown
 from fisher_jax.cli.page.blocks import Heading, Paragraph, Picture
 from fisher_jax.cli.page.blocks import Table as PageTable

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from running import main
 
 from fisher_jax._support.errors import InputError
-from fisher_jax.cli.main import main
 from fisher_jax.cli.run.folder_lock import FILE
 from fisher_jax.cli.run.model_folder import model_folder
 from fisher_jax.cli.run.run_folder import run_folder

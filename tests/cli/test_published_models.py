@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from running import main
 from safetensors.numpy import load_file, save_file
 
 from fisher_jax import models
-from fisher_jax.cli.main import main
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 

@@ -10,11 +10,9 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from running import quick
 
 import fisher_jax as fj
-from fisher_jax.cli.main import main
-from fisher_jax.cli.page import style
-from fisher_jax.cli.train import run as train_run
 
 README = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 CORPORA = ("wikipedia", "pubmed", "news")
@@ -92,29 +90,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Pictures that are laid out and not drawn, and one program for all training runs that share it."""
-    monkeypatch.setattr(style, "png", lambda figure, theme: b"a picture")
-    compiled, made = train_run._compiled, {}
-
-    def once(settings, *arguments):
-        shapes = str(jax.tree.map(jnp.shape, arguments[-1]))
-        key = (settings.optimizer, settings.steps, settings.seed, shapes)
-        if key not in made:
-            made[key] = compiled(settings, *arguments)
-        return made[key]
-
-    monkeypatch.setattr(train_run, "_compiled", once)
-
-
-def test_every_command_works_in_order(folder, quick, capsys):
+def test_every_command_works_in_order(folder, capsys):
     known = {"report", "spectrum", "compare", "train", "merge", "trim"}
     found = commands()
     assert {words[3] for words in found} == known
     for words in found:
         arguments = tiny_command(words)
-        code = main(arguments)
+        code = quick(arguments)
         captured = capsys.readouterr()
         assert code == 0, f"{shlex.join(words[2:])}: {captured.err}"
     page = (folder / "report" / "report.html").read_text(encoding="utf-8")
@@ -157,12 +139,8 @@ def names(folder):
     }  # fmt: skip
 
 
-def test_every_block_of_python_runs_in_order(names, monkeypatch):
-    from fisher_jax import models
-
-    load = models.load
-    monkeypatch.setattr(models, "load", lambda source=MODEL: load(source))
-    first, *rest = blocks("python")
+def test_every_block_of_python_runs_in_order(names):
+    first, *rest = (code.replace("models.load()", f"models.load({MODEL!r})") for code in blocks("python"))
     of_first: dict = {}
     exec(first, of_first)
     assert np.all(np.isfinite(of_first["importance"]))

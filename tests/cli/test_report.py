@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from running import main
 
 import fisher_jax as fj
-from fisher_jax.cli.main import main
 from fisher_jax.models import load
 
 

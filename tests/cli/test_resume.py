@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
+from running import after, interrupt, main, quick
 
 import fisher_jax as fj
-from fisher_jax.cli.main import main
 
 OFTEN = ["--task", "first", "--checkpoint-every", "0"]
 
@@ -41,9 +41,7 @@ def _batches_done(out):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_run_resumes_to_the_same_bits(
-    how, tmp_path, report_arguments, finished_report, same_bits, without_pictures
-):
+def test_an_interrupted_run_resumes_to_the_same_bits(how, tmp_path, report_arguments, finished_report, same_bits):
     out = tmp_path / "killed"
     process = _start(report_arguments(out, *OFTEN))
     _wait_for_state(process, out)
@@ -54,7 +52,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     if how == signal.SIGINT:
         assert process.returncode == 130, errors
         assert "--resume" in output
-    assert main(report_arguments(out, *OFTEN, "--resume")) == 0
+    assert quick(report_arguments(out, *OFTEN, "--resume")) == 0
     assert _batches_done(out) == (total, total)
     assert same_bits(out, finished_report, "first")
     a, b = (fj.checkpoint.metadata(x / "state")["tasks"]["first"]["log_loss"] for x in (out, finished_report))
@@ -64,20 +62,9 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, report_arguments):
     """A folder whose run was stopped after four batches."""
-    from fisher_jax.cli.report import accumulate
-
     out = tmp_path_factory.mktemp("stopped") / "report"
-    check, seen = accumulate._check_batch, []
-
-    def stop_after_three(*arguments):
-        seen.append(1)
-        if len(seen) > 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        check(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accumulate, "_check_batch", stop_after_three)
-        assert main(report_arguments(out, *OFTEN)) == 130
+    stop = after(4, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert main(report_arguments(out, *OFTEN), after_step=stop) == 130
     return out
 
 
@@ -121,18 +108,14 @@ def test_resume_with_another_model_or_text_is_refused(unfinished, report_argumen
     assert "had the text" in capsys.readouterr().err
 
 
-def test_overwrite_starts_again(unfinished, report_arguments, finished_report, same_bits, without_pictures):
-    assert main(report_arguments(unfinished, *OFTEN, "--overwrite")) == 0
+def test_overwrite_starts_again(unfinished, report_arguments, finished_report, same_bits):
+    assert quick(report_arguments(unfinished, *OFTEN, "--overwrite")) == 0
     assert same_bits(unfinished, finished_report, "first")
 
 
-def test_an_interrupt_after_measuring_loses_nothing(tmp_path, report_arguments, capsys, monkeypatch):
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
-
+def test_an_interrupt_after_measuring_loses_nothing(tmp_path, report_arguments, capsys):
     out = tmp_path / "out"
-    monkeypatch.setattr("fisher_jax.cli.report.command.prune", interrupt)
-    assert main(report_arguments(out, "--task", "first", "--max-tokens", "500")) == 130
+    assert main(report_arguments(out, "--task", "first", "--max-tokens", "500"), picture=interrupt) == 130
     assert "give the same command again" in capsys.readouterr().out
     done, total = _batches_done(out)
     assert done == total

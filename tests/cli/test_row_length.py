@@ -5,9 +5,9 @@ import json
 
 import pytest
 import tiny
+from running import main, quick
 
 import fisher_jax as fj
-from fisher_jax.cli.main import main
 
 POSITIONS = 64
 
@@ -25,13 +25,13 @@ def _settings(out):
     return fj.checkpoint.metadata(out / "state")["tasks"]["prose"]["settings"]
 
 
-def test_a_report_takes_the_positions_that_the_model_has(report, tmp_path, without_pictures, capsys):
+def test_a_report_takes_the_positions_that_the_model_has(report, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(report(out)) == 0
+    assert quick(report(out)) == 0
     assert _settings(out)["--row-length"] == POSITIONS
     # The effective length is what a later call is compared by.
-    assert main(report(out, "--row-length", str(POSITIONS))) == 0
-    assert main(report(out, "--row-length", "32")) == 2
+    assert quick(report(out, "--row-length", str(POSITIONS))) == 0
+    assert quick(report(out, "--row-length", "32")) == 2
     assert f"had --row-length {POSITIONS}, and this one has 32" in capsys.readouterr().err
 
 
@@ -45,11 +45,11 @@ def test_a_length_that_was_typed_and_is_too_long_stays_an_error(report, tmp_path
     assert not out.exists()
 
 
-def test_a_model_with_many_positions_is_read_in_rows_of_256(report, tmp_path, without_pictures):
+def test_a_model_with_many_positions_is_read_in_rows_of_256(report, tmp_path):
     folder, out = tiny.write_model(tmp_path / "long"), tmp_path / "out"
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
-    assert main(report(out, "--model", str(folder), "--max-tokens", "600")) == 0
+    assert quick(report(out, "--model", str(folder), "--max-tokens", "600")) == 0
     assert _settings(out)["--row-length"] == 256
 
 

@@ -7,11 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+from running import main
 from tiny import prose
 
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.host_memory import available_memory, check_memory
-from fisher_jax.cli.main import main
 from fisher_jax.text.corpora import Document
 from fisher_jax.text.packing import pack
 

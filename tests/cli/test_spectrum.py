@@ -1,15 +1,15 @@
 """`fisher-jax spectrum` on a tiny random model: its numbers against float64, its files, its refusals."""
 
 import csv
+import functools
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from running import after, interrupt, main
 
-from fisher_jax.cli.main import main
-from fisher_jax.cli.spectrum import command
 from fisher_jax.cli.spectrum.command import saving
 from fisher_jax.cli.spectrum.measure import basis_size
 from fisher_jax.cli.spectrum.settings import SpectrumSettings
@@ -25,9 +25,7 @@ LENGTH, TOKENS = 16, 45
 @pytest.fixture(scope="module")
 def one_layer(tmp_path_factory):
     """A folder with a model of one layer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "LAYERS", 1)
-        return str(tiny.write_model(tmp_path_factory.mktemp("one") / "tiny-llama"))
+    return str(tiny.write_model(tmp_path_factory.mktemp("one") / "tiny-llama", layers=1))
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +34,18 @@ def loaded(one_layer):
 
 
 @pytest.fixture
-def arguments(one_layer, loaded, texts, monkeypatch):
-    """Options of a run; the model is one object in all of them, so that nothing compiles twice."""
-    monkeypatch.setattr(command, "load", lambda source, dtype: loaded if source == one_layer else load(source))
+def run(one_layer, loaded):
+    """The command; the model is one object in all runs, so that nothing compiles twice."""
+
+    def load_once(source, **options):
+        return loaded if source == one_layer else load(source, **options)
+
+    return functools.partial(main, load=load_once)
+
+
+@pytest.fixture
+def arguments(one_layer, texts):
+    """Options of a run."""
 
     def build(out, *more):
         options = ["--model", one_layer, "--text", *texts[:5], "--row-length", str(LENGTH)]
@@ -112,10 +119,10 @@ class _Dense:
         return out
 
 
-def test_the_table_and_the_pages_of_the_ggn(tmp_path, arguments, loaded, texts, capsys):
+def test_the_table_and_the_pages_of_the_ggn(tmp_path, arguments, run, loaded, texts, capsys):
     out = tmp_path / "out"
     more = ["--density", "--density-steps", "5", "--probes", "2", "--blocks", "--block-tokens", "9"]
-    assert main(arguments(out, "--parameters", "mlp_norm", "--k", "4", *more)) == 0
+    assert run(arguments(out, "--parameters", "mlp_norm", "--k", "4", *more)) == 0
     dense = _Dense(loaded, texts[:5], ["layers/mlp_norm/scale"])
     wanted = np.linalg.eigvalsh(dense.ggn())[::-1]
     found, bounds = _numbers(out / "spectrum.csv", "eigenvalue"), _numbers(out / "spectrum.csv", "error_bound")
@@ -150,29 +157,16 @@ def _pages(out, names):
         assert f"figures/{path.name}" in (out / "spectrum.md").read_text(encoding="utf-8")
 
 
-def test_both_ends_of_the_hessian_resumed_after_an_interruption(
-    tmp_path, arguments, loaded, texts, capsys, monkeypatch
-):
+def test_both_ends_of_the_hessian_resumed_after_an_interruption(tmp_path, arguments, run, loaded, texts, capsys):
     out = tmp_path / "out"
-    run = arguments(out, "--parameters", "mlp_norm", "--k", "3", "--operator", "hessian", "--checkpoint-every", "0")
-    from fisher_jax.cli.spectrum.progress import ProductProgress
-
-    add = ProductProgress._add
-
-    def interrupt(self, seconds):
-        add(self, seconds)
-        if len(self.seconds) == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ProductProgress, "_add", interrupt)
-        assert main(run) == 130
+    few = arguments(out, "--parameters", "mlp_norm", "--k", "3", "--operator", "hessian", "--checkpoint-every", "0")
+    assert run(few, after_step=after(6, interrupt)) == 130
     assert "--resume goes on" in capsys.readouterr().out
-    assert main(run) == 2
+    assert run(few) == 2
     assert "holds an unfinished run" in capsys.readouterr().err
-    assert main([*run, "--resume", "--seed", "1"]) == 2
+    assert run([*few, "--resume", "--seed", "1"]) == 2
     assert "had --seed 0, and this one has 1" in capsys.readouterr().err
-    assert main([*run, "--resume"]) == 0
+    assert run([*few, "--resume"]) == 0
     assert not (out / "unfinished").exists()
     wanted = np.linalg.eigvalsh(_Dense(loaded, texts[:5], ["layers/mlp_norm/scale"]).hessian())
     found = _numbers(out / "spectrum.csv", "eigenvalue")
@@ -198,11 +192,11 @@ def test_both_ends_of_the_hessian_resumed_after_an_interruption(
         (["--text", "nowhere.txt"], "there is no text file nowhere.txt"),
     ],
 )
-def test_bad_input(more, sentence, tmp_path, arguments, capsys):
+def test_bad_input(more, sentence, tmp_path, arguments, run, capsys):
     short = tmp_path / "short.txt"
     short.write_text("the river runs")
     out = tmp_path / "out"
-    assert main(arguments(out, *(str(short) if word == "SHORT" else word for word in more))) == 2
+    assert run(arguments(out, *(str(short) if word == "SHORT" else word for word in more))) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("fisher-jax: ")
     assert captured.err.count("\n") == 1
@@ -211,15 +205,15 @@ def test_bad_input(more, sentence, tmp_path, arguments, capsys):
 
 
 @pytest.mark.parametrize("more", [["--k", "0"], ["--tol", "2"], ["--operator", "kfac"], ["--row-length", "1"]])
-def test_options_out_of_range(more, tmp_path, arguments, capsys):
-    assert main(arguments(tmp_path / "out", *more)) == 2
+def test_options_out_of_range(more, tmp_path, arguments, run, capsys):
+    assert run(arguments(tmp_path / "out", *more)) == 2
     assert more[0] in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_a_number(tmp_path, arguments, capsys):
+def test_a_loss_that_is_not_a_number(tmp_path, arguments, run, capsys):
     poisoned = tiny.write_model(tmp_path / "poisoned", poison=True)
     out = tmp_path / "out"
-    assert main(arguments(out, "--model", str(poisoned), "--parameters", "mlp_norm", "--k", "1")) == 2
+    assert run(arguments(out, "--model", str(poisoned), "--parameters", "mlp_norm", "--k", "1")) == 2
     assert "so it has no curvature here" in capsys.readouterr().err
     assert not out.exists()
 
@@ -241,9 +235,9 @@ def test_a_large_basis_is_saved_only_on_request():
     assert saving(SpectrumSettings(checkpoint_every=5), large) == (5, 2 * large)
 
 
-def test_it_stops_as_soon_as_all_have_converged(tmp_path, arguments, loaded, texts, capsys):
+def test_it_stops_as_soon_as_all_have_converged(tmp_path, arguments, run, loaded, texts, capsys):
     out = tmp_path / "out"
-    assert main(arguments(out, "--parameters", "layers/.*_norm|final_norm|/q/", "--k", "2", "--basis", "60")) == 0
+    assert run(arguments(out, "--parameters", "layers/.*_norm|final_norm|/q/", "--k", "2", "--basis", "60")) == 0
     printed = capsys.readouterr().out
     products = int(re.search(r"products: (\d+)", printed).group(1))
     assert 2 < products < 30

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 from kept import keep, places
+from running import main, quick
 
-from fisher_jax.cli.main import main
 from fisher_jax.models import load
 
 
@@ -113,11 +113,10 @@ def test_merge_takes_the_only_task_with_all_parameters_or_asks(report, models, t
     assert main(commands[0]) == 0
 
 
-def test_compare_takes_the_only_two_that_fit_or_asks(report, models, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fisher_jax.cli.compare.sections.blocks", lambda found: [])
+def test_compare_takes_the_only_two_that_fit_or_asks(report, models, tmp_path, capsys):
     state = report("report", wikipedia=False, pubmed=False, news=False, unfinished=("pubmed",))
     start = ["compare", "--model", str(models / "one"), "--out", str(tmp_path / "out")]
-    assert main([*start, state]) == 0
+    assert quick([*start, state]) == 0
     capsys.readouterr()
     report("report", mail=False)
     commands = _asked([*start, state], capsys)

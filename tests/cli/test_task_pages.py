@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
+from running import interrupt, main, quick
 
 import fisher_jax as fj
-from fisher_jax.cli.main import main
 
 FEW = ["--max-tokens", "400", "--held-out-tokens", "0"]
 
@@ -87,17 +87,9 @@ def test_what_was_measured_again_takes_the_place_of_what_was_dropped(steps, repo
     assert {line["task"] for line in _lines(out / "importance.csv")} == {"first", "second"}
 
 
-def test_a_dropped_task_takes_its_files_with_it(steps, report_arguments, tmp_path, monkeypatch):
-    from fisher_jax.cli.report import accumulate
-
+def test_a_dropped_task_takes_its_files_with_it(steps, report_arguments, tmp_path):
     out = shutil.copytree(steps[1], tmp_path / "copy")
-
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(accumulate, "_check_batch", interrupt)
-        assert main(report_arguments(out, *FEW, "--task", "first", "--overwrite")) == 130
+    assert main(report_arguments(out, *FEW, "--task", "first", "--overwrite"), after_step=interrupt) == 130
     assert {line["task"] for line in _lines(out / "importance.csv")} == {"second"}
     assert not any("first" in name for name in _pictures(out))
     assert "task first" not in (out / "report.md").read_text(encoding="utf-8")
@@ -105,22 +97,22 @@ def test_a_dropped_task_takes_its_files_with_it(steps, report_arguments, tmp_pat
 
 
 @pytest.mark.parametrize(("one", "other"), [("a b", "a_b"), ("News", "news"), ("x (1)", "x [1]"), ("a..b", "ü" * 60)])
-def test_odd_names_have_files_of_their_own(one, other, tmp_path, report_arguments, without_pictures):
+def test_odd_names_have_files_of_their_own(one, other, tmp_path, report_arguments):
     out = tmp_path / "out"
     few = ["--max-tokens", "100", "--held-out-tokens", "0"]
     for task in (one, other):
-        assert main(report_arguments(out, *few, "--task", task)) == 0
+        assert quick(report_arguments(out, *few, "--task", task)) == 0
     assert [*dict.fromkeys(line["task"] for line in _lines(out / "importance.csv"))] == [one, other]
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     names = [path.name.lower() for path in out.rglob("*")]
     assert all(re.fullmatch(r"[\w.~+-]+", name, re.ASCII) for name in names)
 
 
-def test_layers_of_all_tasks_are_in_one_table(tmp_path, report_arguments, without_pictures):
+def test_layers_of_all_tasks_are_in_one_table(tmp_path, report_arguments):
     out = tmp_path / "out"
     few = ["--max-tokens", "200", "--held-out-tokens", "0"]
-    assert main(report_arguments(out, *few, "--task", "first", "--parameters", "all")) == 0
+    assert quick(report_arguments(out, *few, "--task", "first", "--parameters", "all")) == 0
     before = _lines(out / "layers.csv")
     assert {line["task"] for line in before} == {"first"}
-    assert main(report_arguments(out, *few, "--task", "second")) == 0
+    assert quick(report_arguments(out, *few, "--task", "second")) == 0
     assert _lines(out / "layers.csv") == before

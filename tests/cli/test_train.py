@@ -8,11 +8,9 @@ import signal
 import jax
 import numpy as np
 import pytest
+from running import after, main, quick
 
 import fisher_jax as fj
-from fisher_jax.cli.main import main
-from fisher_jax.cli.train import command
-from fisher_jax.cli.train import run as train_run
 from fisher_jax.cli.train.data import bytes_of_tokens, read_text, tokenizer_for
 from fisher_jax.cli.train.model import config_for, first_params
 from fisher_jax.cli.train.optimizers import build
@@ -22,25 +20,6 @@ from tests.models import decoder_oracle
 
 SIZES = ["--width", "16", "--layers", "1", "--heads", "2", "--row-length", "16", "--batch-size", "4"]
 TINY = {"width": 16, "layers": 1, "heads": 2, "row_length": 16, "batch_size": 4, "held_out_tokens": 300}
-
-
-@pytest.fixture(scope="module")
-def programs():
-    return {}
-
-
-@pytest.fixture(autouse=True)
-def compiled_once(programs, monkeypatch):
-    """Runs with the same settings share one program."""
-    compiled = train_run._compiled
-
-    def once(settings, *arguments):
-        key = str(settings.fixed())
-        if key not in programs:
-            programs[key] = compiled(settings, *arguments)
-        return programs[key]
-
-    monkeypatch.setattr(train_run, "_compiled", once)
 
 
 @pytest.fixture
@@ -53,39 +32,17 @@ def arguments(texts):
 
 
 @pytest.fixture(scope="module")
-def finished(texts, tmp_path_factory, programs):
+def finished(texts, tmp_path_factory):
     """A whole run of K-FAC, with its page."""
     out = tmp_path_factory.mktemp("finished") / "kfac"
     options = ["--text", *texts[:9], "--held-out-tokens", "300", "--steps", "6", "--eval-every", "2"]
-    compiled = train_run._compiled
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            train_run, "_compiled", lambda s, *rest: programs.setdefault(str(s.fixed()), compiled(s, *rest))
-        )
-        assert main(["train", "--out", str(out), *SIZES, *options, "--checkpoint-every", "0"]) == 0
+    assert main(["train", "--out", str(out), *SIZES, *options, "--checkpoint-every", "0"]) == 0
     return out
-
-
-@pytest.fixture
-def without_pages(monkeypatch):
-    monkeypatch.setattr(command, "_write", lambda found: None)
 
 
 def _rows(path):
     with path.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
-
-
-def _stopping(monkeypatch, after, stop):
-    """Does `stop` in the loop once so many steps are done."""
-    check = train_run._check
-
-    def checked(finite, loss, step, *rest):
-        if step == after and not rest[1:]:
-            stop()
-        check(finite, loss, step, *rest)
-
-    monkeypatch.setattr(train_run, "_check", checked)
 
 
 def _curve(out):
@@ -110,40 +67,35 @@ def _refused(arguments, capsys):
     return captured.err
 
 
-def test_kfac_stopped_by_an_interrupt_goes_on_to_the_same_bits(
-    finished, tmp_path, arguments, capsys, monkeypatch, without_pages
-):
+def test_kfac_stopped_by_an_interrupt_goes_on_to_the_same_bits(finished, tmp_path, arguments, capsys):
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        _stopping(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert main(arguments(out)) == 130
+    stop = after(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert quick(arguments(out), after_step=stop) == 130
     assert "--resume" in capsys.readouterr().out
     assert _curve(out)[1] == 3  # between two evaluations, and between two refreshes of the factors
     assert "holds an unfinished run (3 of 6 steps)" in _refused(arguments(out), capsys)
     assert "had --seed 0, and this one has 1" in _refused(arguments(out, "--resume", "--seed", "1"), capsys)
     other = arguments(out, "--resume", "--split-documents", "blank-line", "--text", __file__)
     assert "had the text" in _refused(other, capsys)
-    assert main(arguments(out, "--resume")) == 0
+    assert quick(arguments(out, "--resume")) == 0
     _same_bits(out, finished)
 
 
-def test_a_crash_loses_nothing_that_was_saved(finished, tmp_path, arguments, monkeypatch, without_pages):
+def test_a_crash_loses_nothing_that_was_saved(finished, tmp_path, arguments):
     def crash():
         raise RuntimeError("power cut")
 
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        _stopping(patch, 4, crash)
-        with pytest.raises(RuntimeError, match="power cut"):
-            main(arguments(out))
+    with pytest.raises(RuntimeError, match="power cut"):
+        quick(arguments(out), after_step=after(5, crash))
     assert _curve(out)[1] == 4
-    assert main(arguments(out, "--resume")) == 0
+    assert quick(arguments(out, "--resume")) == 0
     _same_bits(out, finished)
 
 
-def test_a_finished_run_is_used_as_it_is(finished, arguments, capsys, without_pages):
+def test_a_finished_run_is_used_as_it_is(finished, arguments, capsys):
     before = fj.checkpoint.describe(finished / "state")
-    assert main(arguments(finished)) == 0
+    assert quick(arguments(finished)) == 0
     assert "nothing had to be computed" in capsys.readouterr().out
     assert "had --steps 6, and this one has 7" in _refused(arguments(finished, "--steps", "7"), capsys)
     assert fj.checkpoint.describe(finished / "state") == before
@@ -171,7 +123,7 @@ def test_the_last_loss_is_that_of_the_written_model_in_float64(finished, texts):
     assert int(last["tokens"]) == 6 * 4 * 16
 
 
-def test_a_run_goes_on_from_a_model(finished, texts, arguments, tmp_path, capsys, without_pages):
+def test_a_run_goes_on_from_a_model(finished, texts, arguments, tmp_path, capsys):
     out = tmp_path / "out"
     run = [
         "train",
@@ -185,7 +137,7 @@ def test_a_run_goes_on_from_a_model(finished, texts, arguments, tmp_path, capsys
         "adamw",
     ]
     run += ["--held-out-tokens", "300", "--row-length", "16", "--batch-size", "4", "--steps", "2"]
-    assert main(run) == 0
+    assert quick(run) == 0
     before, after = (fj.checkpoint.metadata(folder / "state")["points"] for folder in (finished, out))
     assert after[0][-1] == pytest.approx(before[-1][-1], rel=1e-6)  # the loss that the first run ended with
     assert after[-1][-1] != after[0][-1]

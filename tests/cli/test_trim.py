@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 import tiny
+from running import main, quick
 
 from fisher_jax import models
-from fisher_jax.cli.main import main
 from fisher_jax.text.bits_per_byte import bits_per_byte, difference, measure
 
 
@@ -18,11 +18,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("trim")
     model, texts = tiny.write_model(root / "model"), tiny.write_texts(root / "texts", words=60)
     report = ["report", "--model", str(model), "--text", *texts, "--row-length", "32", "--max-tokens", "400"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "fisher_jax.cli.report.writing.blocks", lambda found: []
-        )  # pictures take longer than all the rest
-        assert main([*report, "--held-out-tokens", "0", "--task", "prose", "--out", str(root / "report")]) == 0
+    assert quick([*report, "--held-out-tokens", "0", "--task", "prose", "--out", str(root / "report")]) == 0
     return model, texts, root / "report"
 
 

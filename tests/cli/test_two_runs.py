@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 from kept import keep
+from running import main
 
 from fisher_jax._support.errors import ConflictError, InputError
-from fisher_jax.cli.main import main
 from fisher_jax.cli.report.store import ReportStore
 from fisher_jax.cli.run.folder_lock import FILE, FREE_AFTER, flock, hold
 from fisher_jax.models import load

@@ -16,7 +16,7 @@ WORDS = [
 # fmt: on
 
 
-def write_model(folder, *, seed=0, poison=False):
+def write_model(folder, *, seed=0, poison=False, layers=LAYERS, mlp=MLP):
     """config.json, model.safetensors and tokenizer.json; `poison` makes every logit overflow."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
@@ -27,10 +27,10 @@ def write_model(folder, *, seed=0, poison=False):
         "model_type": "llama",
         "vocab_size": vocab_size,
         "hidden_size": WIDTH,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS,
-        "intermediate_size": MLP,
+        "intermediate_size": mlp,
         "max_position_embeddings": 64,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
@@ -44,13 +44,13 @@ def write_model(folder, *, seed=0, poison=False):
         return (generator.normal(size=shape) * 0.3).astype(np.float32)
 
     weights = {"model.embed_tokens.weight": matrix(vocab_size, WIDTH)}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}."
         for name in "qkvo":
             weights[f"{prefix}self_attn.{name}_proj.weight"] = matrix(WIDTH, WIDTH)
-        weights[f"{prefix}mlp.gate_proj.weight"] = matrix(MLP, WIDTH)
-        weights[f"{prefix}mlp.up_proj.weight"] = matrix(MLP, WIDTH)
-        weights[f"{prefix}mlp.down_proj.weight"] = matrix(WIDTH, MLP)
+        weights[f"{prefix}mlp.gate_proj.weight"] = matrix(mlp, WIDTH)
+        weights[f"{prefix}mlp.up_proj.weight"] = matrix(mlp, WIDTH)
+        weights[f"{prefix}mlp.down_proj.weight"] = matrix(WIDTH, mlp)
         weights[f"{prefix}input_layernorm.weight"] = np.ones(WIDTH, np.float32)
         weights[f"{prefix}post_attention_layernorm.weight"] = np.ones(WIDTH, np.float32)
     weights["model.norm.weight"] = np.ones(WIDTH, np.float32)

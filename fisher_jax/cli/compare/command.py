@@ -8,36 +8,37 @@ from fisher_jax.cli.compare.settings import CompareSettings
 from fisher_jax.cli.compare.shift import layer_shift, row_shift
 from fisher_jax.cli.compare.tables import Compared, layers_csv, rows_csv
 from fisher_jax.cli.page.files import write_pages
+from fisher_jax.cli.page.style import drawn
 from fisher_jax.cli.report.layers import columns
 from fisher_jax.cli.report.task_choice import candidates, choose, unfinished
 from fisher_jax.cli.report.task_state import Task, check_model, read_task, split_place, tasks_of
 from fisher_jax.cli.run.choice_error import Way
 from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal, table
-from fisher_jax.models import load
+from fisher_jax.cli.run.tools import Tools
 
 # Importance means another thing where one of these differs.
 _SHARED = ("--unit", "--row-length", "--dtype")
 
 
-def run(settings: CompareSettings) -> int:
+def run(settings: CompareSettings, tools: Tools) -> int:
     """Compares, writes the page and prints a summary; the exit code."""
     console = Terminal()
     with run_folder(settings.out, interrupted=lambda: "interrupted; give the same command again."):
-        found = compared(settings, console)
+        found = compared(settings, console, tools)
         with console.stage("page", "pictures and tables"):
-            write(found)
+            write(found, tools)
     summary(console, found)
     return 0
 
 
-def compared(settings: CompareSettings, console: Terminal) -> Compared:
+def compared(settings: CompareSettings, console: Terminal, tools: Tools) -> Compared:
     with console.stage("states", " and ".join(settings.reports)):
         a, b = read_both(settings)
         check_alike(a, b)
         names = called(a, b)
     with console.stage("model", settings.model):
-        model = load(settings.model)
+        model = tools.load(settings.model)
         check_model(a, model)
     with console.stage("test", f"{names[1]} minus {names[0]}, every row of the head"):
         rows = {kind: row_shift(a, b, kind) for kind in settings.kinds}
@@ -138,10 +139,10 @@ def without_layers(a: Task, b: Task, names: tuple[str, str]) -> str | None:
     )
 
 
-def write(found: Compared) -> None:
+def write(found: Compared, tools: Tools) -> None:
     tables = {"compare.csv": rows_csv(found), "compare_layers.csv": layers_csv(found)}
     heading = sections.title(found), sections.lead(found)
-    write_pages(found.settings.out, "compare", heading, sections.blocks(found), tables, ("compare-",))
+    write_pages(found.settings.out, "compare", heading, drawn(sections.blocks(found), tools), tables, ("compare-",))
 
 
 def summary(console: Terminal, found: Compared) -> None:

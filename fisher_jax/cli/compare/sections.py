@@ -6,7 +6,7 @@ import numpy as np
 from fisher_jax.cli.compare import plots
 from fisher_jax.cli.compare.shift import FEW, NEVER, TINY, RowShift
 from fisher_jax.cli.compare.tables import Compared
-from fisher_jax.cli.page.blocks import Block, Heading, Paragraph, Table
+from fisher_jax.cli.page.blocks import Heading, Paragraph, Sketch, Table
 from fisher_jax.cli.page.style import picture
 from fisher_jax.cli.report.layers import MODEL, part_name
 from fisher_jax.cli.report.sections import KIND_NAMES
@@ -91,18 +91,18 @@ def notes(found: Compared) -> list[str]:
     return [*told, *([found.layers_missing] if found.layers_missing else [])]
 
 
-def blocks(found: Compared) -> list[Block]:
+def blocks(found: Compared) -> list[Sketch]:
     """The page after its headline."""
-    parts: list[Block] = [Paragraph(note) for note in notes(found)]
+    parts: list[Sketch] = [Paragraph(note) for note in notes(found)]
     for kind in found.rows:
         parts += _of_kind(found, kind)
     return [*parts, *_totals(found), *_untestable(found), *_layers(found), *_method(found), *_reading(found)]
 
 
-def _of_kind(found: Compared, kind: str) -> list[Block]:
+def _of_kind(found: Compared, kind: str) -> list[Sketch]:
     shift, names, rate = found.rows[kind], found.names, found.settings.q
     gained, lost = shift.gained(rate), shift.lost(rate)
-    parts: list[Block] = [
+    parts: list[Sketch] = [
         Heading(f"Tokens, by the {KIND_NAMES[kind]}"),
         Paragraph(f"{counted(found, kind)} {_by_frequency(found, shift, gained, lost)}".strip()),
         picture(
@@ -171,7 +171,7 @@ def _row(found: Compared, shift: RowShift, row: int | np.integer) -> list[str]:
     ]
 
 
-def _totals(found: Compared) -> list[Block]:
+def _totals(found: Compared) -> list[Sketch]:
     rows = [
         [
             f"head, {KIND_NAMES[kind]}",
@@ -198,7 +198,7 @@ def _totals(found: Compared) -> list[Block]:
     ]
 
 
-def _untestable(found: Compared) -> list[Block]:
+def _untestable(found: Compared) -> list[Sketch]:
     reasons = [(NEVER, "never probable, or below what float32 holds"), (TINY, ""), (FEW, "in both texts together")]
     rows = [
         [
@@ -223,7 +223,7 @@ def _untestable(found: Compared) -> list[Block]:
     ]  # fmt: skip
 
 
-def _layers(found: Compared) -> list[Block]:
+def _layers(found: Compared) -> list[Sketch]:
     layers = found.layers
     if layers is None:
         return []
@@ -268,7 +268,7 @@ def _part(name: str, change, index: tuple) -> list[str]:
     ]  # fmt: skip
 
 
-def _method(found: Compared) -> list[Block]:
+def _method(found: Compared) -> list[Sketch]:
     rows = [["model", found.model_name]]
     first = next(iter(found.rows.values()))
     for letter, task, name, side in zip("AB", found.tasks, found.names, (first.before, first.after), strict=True):
@@ -279,7 +279,7 @@ def _method(found: Compared) -> list[Block]:
     return [Heading("How it was measured"), Table("", [], rows, left=2)]
 
 
-def _reading(found: Compared) -> list[Block]:
+def _reading(found: Compared) -> list[Sketch]:
     return [
         Heading("How to read it"),
         Paragraph(

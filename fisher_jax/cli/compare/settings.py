@@ -1,4 +1,15 @@
-"""The options of `fisher-jax compare`, with no heavy import so that help is instant."""
+"""Which tokens matter more in one text than in another, and which less: the states of two
+reports on one model, tested row by row with false discoveries under control, in total, and, where both reports have
+--parameters all, for every tensor, layer and attention head. Differences are B minus A. Writes compare.html,
+compare.md, compare.csv and pictures.
+
+examples:
+  fisher-jax report                                     one text
+  fisher-jax report --text pubmed                       another, a second task of the same folder
+  fisher-jax compare report                             its two tasks
+  fisher-jax compare report:wikipedia report:pubmed     the same, by name
+  fisher-jax compare old-report new-report --kind true
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,5 +1,6 @@
 """The first question: in what precision does this device multiply?"""
 
+import functools
 from typing import Any
 
 import jax
@@ -40,22 +41,9 @@ def precision_of_products(record: Record) -> str:
     return next((name for name, eps in REDUCED.items() if eps / 8 < record.error <= eps), WRONG)
 
 
-CHECKS = (
-    Check(
-        PRODUCTS,
-        lambda subject: product(None, subject),
-        product_reference,
-        slack=1.0,
-        growth=lambda subject: 1.0,
-        quick=True,
-    ),
-    Check(
-        "matrix products, precision highest",
-        lambda subject: product("highest", subject),
-        product_reference,
-        slack=1.0,
-        growth=lambda subject: 1.0,
-        quick=True,
-        once=True,
-    ),
-)
+def _check(name: str, precision: str | None, *, once: bool = False) -> Check:
+    measure = functools.partial(product, precision)
+    return Check(name, measure, product_reference, slack=1.0, growth=lambda subject: 1.0, quick=True, once=once)
+
+
+CHECKS = (_check(PRODUCTS, None), _check("matrix products, precision highest", "highest", once=True))

@@ -18,6 +18,7 @@ from fisher_jax.cli.doctor import facts
 from fisher_jax.cli.doctor.settings import DoctorSettings
 from fisher_jax.cli.run.compiler import without_faulty_fusions
 from fisher_jax.cli.run.stopping import EXIT_CODE, stop_if_requested
+from fisher_jax.cli.run.tools import Tools
 
 _WIDTH = 79
 _REST = 3.0  # seconds for what comes after the last check
@@ -25,7 +26,7 @@ _NOT_RUN = "not run"
 _LINE = "  {:34} {:9} {:>8} {:>8}  {:8} {:>4}"
 
 
-def run(settings: DoctorSettings) -> int:
+def run(settings: DoctorSettings, tools: Tools) -> int:
     """Prints the facts, a line for every check, and what to do; 0 where all is right, 1 where something is wrong."""
     began = time.monotonic()
     found = {**facts.packages(), **facts.environment(os.environ), **facts.host()}

@@ -5,9 +5,11 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, distributions, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
+
+from fisher_jax._support.machine import installed
 
 _PACKAGES = ("fisher-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "ml_dtypes")
 _VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_")
@@ -35,14 +37,9 @@ def packages() -> dict[str, str]:
     """Versions of Python and of what the library builds on, with the plugins of JAX for accelerators."""
     python = f"{platform.python_version()} ({platform.python_implementation()}, {sys.platform} {platform.machine()})"
     plugins = {d.name for d in distributions() if (d.name or "").startswith(("jax-", "jax_", "libtpu"))}
-    return {"Python": python} | {name: _version(name) for name in (*_PACKAGES, *sorted(plugins - set(_PACKAGES)))}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+    return {"Python": python} | {
+        name: installed(name, "not installed") for name in (*_PACKAGES, *sorted(plugins - set(_PACKAGES)))
+    }
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 RIGHT, WRONG, FAILED, NOT_RUN = "right", "WRONG", "FAILED", "not run"
-BROKEN = (WRONG, FAILED)
 
 Leaves = dict[str, Any]  # arrays of NumPy, and its numbers
 

@@ -22,7 +22,8 @@ from fisher_jax.cli.run.model_result import read_result, write_result
 from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal, table
 from fisher_jax.cli.run.texts import default_task
-from fisher_jax.models import LanguageModel, load
+from fisher_jax.cli.run.tools import Tools
+from fisher_jax.models import LanguageModel
 from fisher_jax.models.beside_weights import Origin, read_origin
 from fisher_jax.text.bits_per_byte import Loss, bits_per_byte, difference, measure_in_pieces
 from fisher_jax.text.held_out import held_out
@@ -39,12 +40,12 @@ class Sources(NamedTuple):
     texts: dict[str, list[str]]  # documents by the name of a text
 
 
-def run(settings: MergeSettings) -> int:
+def run(settings: MergeSettings, tools: Tools) -> int:
     """Merges, writes, loads what was written and measures it; the exit code."""
     console = Terminal()
     with run_folder(settings.out, interrupted=lambda: "interrupted; no model was written."):
-        models = [read(console, source) for source in settings.models]
-        base = None if settings.base is None else read(console, settings.base, " (base)")
+        models = [read(console, tools, source) for source in settings.models]
+        base = None if settings.base is None else read(console, tools, settings.base, " (base)")
         for other in [*models[1:], *([] if base is None else [base])]:
             check_same(models[0], other)
         origin = read_origin(settings.models[0])
@@ -56,7 +57,7 @@ def run(settings: MergeSettings) -> int:
         earlier = read_result(settings.out, "merge.json", facts, settings.overwrite)
         if earlier is None:
             with model_folder(settings.out) as incoming:
-                merge_and_measure(sources, console, incoming, origin, facts)
+                merge_and_measure(sources, console, incoming, origin, facts, tools)
     if earlier is not None:
         if texts:
             console.print(table_of(earlier["bits_per_byte"]))
@@ -79,7 +80,7 @@ def made_from(sources: Sources) -> dict[str, Any]:
 
 
 def merge_and_measure(
-    sources: Sources, console: Terminal, incoming: Path, origin: Origin, facts: dict[str, Any]
+    sources: Sources, console: Terminal, incoming: Path, origin: Origin, facts: dict[str, Any], tools: Tools
 ) -> None:  # fmt: skip
     settings, models = sources.settings, sources.models
     merged = merge(sources, weights_of(sources, console))
@@ -91,13 +92,13 @@ def merge_and_measure(
         **{name: getattr(settings, name) for name in ("states", "base", "by", "weights", "floor", "scale")},
     }
     if sources.texts:
-        content["bits_per_byte"] = evaluate(sources, console, incoming)
+        content["bits_per_byte"] = evaluate(sources, console, incoming, tools)
     write_result(incoming / "merge.json", content, facts)
 
 
-def read(console: Terminal, source: str, what: str = "") -> LanguageModel:
+def read(console: Terminal, tools: Tools, source: str, what: str = "") -> LanguageModel:
     console.say(f"model{what}", source)
-    model = load(source)
+    model = tools.load(source)
     console.say_unread(model)
     return model
 
@@ -152,12 +153,12 @@ def merge(sources: Sources, fishers: Sequence[Any]) -> Any:
     )
 
 
-def evaluate(sources: Sources, console: Terminal, folder: Path) -> dict[str, dict[str, float]]:
+def evaluate(sources: Sources, console: Terminal, folder: Path, tools: Tools) -> dict[str, dict[str, float]]:
     """{model: {text: bits per byte}}, printed as a table with the differences that matter."""
     settings, loaded, base, texts = sources
     number = sum(map(len, texts.values()))
     console.say("loss", f"{number} held-out documents of {' and '.join(texts)}")
-    written = load(folder, dtype=settings.dtype)
+    written = tools.load(folder, dtype=settings.dtype)
     models = dict(zip(settings.models, loaded, strict=True))
     if base is not None and settings.base is not None:
         models[f"{settings.base} (base)"] = base

@@ -1,4 +1,18 @@
-"""The options of `fisher-jax merge`, with no heavy import so that help is instant."""
+"""One model from several that were fine-tuned from the same one: the mean of their parameters,
+in which each counts by its Fisher information on its own text. A report keeps sums over groups, so that each
+parameter has the mean of its group: rows of the head, attention heads, else whole tensors of a layer; a .safetensors
+file of fj.exchange.save can bring every single one. Writes a Hugging Face folder and, with --text, tells the bits per
+byte.
+
+examples:
+  fisher-jax train --out base                                            a small model, and two that go on from it
+  fisher-jax train --init base/model --text pubmed --out a --optimizer adamw --learning-rate 1e-3 --batch-size 32
+  fisher-jax train --init base/model --text news --out b --optimizer adamw --learning-rate 1e-3 --batch-size 32
+  fisher-jax report --model a/model --text pubmed --parameters all --out a/report
+  fisher-jax report --model b/model --text news --parameters all --out b/report
+  fisher-jax merge --models a/model b/model --states a/report b/report --text pubmed --text news
+  fisher-jax merge --models a/model b/model --by uniform --base base/model --scale 1.5 --out sum
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

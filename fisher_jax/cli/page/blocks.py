@@ -1,6 +1,7 @@
 """The parts a report is made of; `html` and `markdown` each render them."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
 class Heading(NamedTuple):
@@ -35,6 +36,14 @@ class Picture(NamedTuple):
     dark: bytes
 
 
+class Drawing(NamedTuple):
+    """A picture that is not drawn yet: a function of the colours gives its figure."""
+
+    name: str
+    alt: str
+    figure: Callable[[Any], Any]
+
+
 class Contents(NamedTuple):
     """Where the parts of a long page are: their titles by anchor."""
 
@@ -42,3 +51,4 @@ class Contents(NamedTuple):
 
 
 Block = Heading | Paragraph | Table | Picture | Contents
+Sketch = Block | Drawing

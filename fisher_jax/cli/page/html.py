@@ -4,6 +4,7 @@ import base64
 from collections.abc import Mapping
 from html import escape
 from html.parser import HTMLParser
+from pathlib import Path
 
 from fisher_jax._support.printable import printable
 from fisher_jax.cli.page.blocks import Block, Contents, Heading, Paragraph, Picture, Table
@@ -11,36 +12,7 @@ from fisher_jax.cli.page.blocks import Block, Contents, Heading, Paragraph, Pict
 # Characters in which the facts of a page are: they stand before its style.
 HEAD_LENGTH = 2**16
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --muted: #5b6675; --page: #ffffff; --line: #dfe4ea;
-  --band: #f5f7f9; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8ecf1; --muted: #9aa6b5; --page: #14181d;
-  --line: #2b323b; --band: #1a2027; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); -webkit-text-size-adjust: 100%;
-  font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 46rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: clamp(1.5rem, 5vw, 2.1rem); line-height: 1.2; margin: .5rem 0 1rem; letter-spacing: -.01em; }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-h2.part { font-size: clamp(1.35rem, 4.5vw, 1.8rem); margin-top: 4rem; border-top-width: 3px; }
-h3 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
-nav ul { margin: 1rem 0; padding-left: 1.2rem; }
-a { color: inherit; }
-p { margin: .7rem 0; overflow-wrap: break-word; }
-p.lead { font-size: 1.08rem; }
-figure { margin: 1.2rem 0; }
-img { display: block; width: 100%; max-width: 40rem; height: auto; margin: 0 auto; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .38rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { color: var(--muted); font-weight: 600; }
-th.left, td.left { text-align: left; overflow-wrap: break-word; min-width: 6.5rem; }
-caption { text-align: left; color: var(--muted); padding: 0 .6rem .5rem; }
-@media (max-width: 30rem) { table { font-size: .78rem; } th, td { padding: .34rem .28rem; }
-  th.left, td.left { min-width: 4.8rem; } }
-tbody tr:nth-child(even) { background: var(--band); }
-footer { color: var(--muted); font-size: .9rem; margin-top: 3rem; }
-"""
+_STYLE = "\n" + Path(__file__).with_name("page.css").read_text("utf-8")
 
 
 def render(title: str, lead: str, blocks: list[Block], facts: Mapping[str, str] = {}) -> str:

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
 
-from fisher_jax.cli.page.blocks import Picture
+from fisher_jax.cli.page.blocks import Block, Drawing, Picture, Sketch
+from fisher_jax.cli.run.tools import Tools
 
 
 class Theme(NamedTuple):
@@ -82,10 +83,18 @@ def theme_context(theme: Theme) -> Iterator[None]:
         yield
 
 
-def picture(name: str, alt: str, draw: Callable[..., Figure], *drawn: Any) -> Picture:
-    """``draw(theme, *drawn)``, once for a light and once for a dark background."""
-    light, dark = (png(lambda theme: draw(theme, *drawn), theme) for theme in (LIGHT, DARK))
-    return Picture(name, alt, light, dark)
+def picture(name: str, alt: str, draw: Callable[..., Figure], *shown: Any) -> Drawing:
+    """The picture ``draw(theme, *shown)``."""
+    return Drawing(name, alt, lambda theme: draw(theme, *shown))
+
+
+def drawn(blocks: Sequence[Sketch], tools: Tools) -> list[Block]:
+    """The blocks with their pictures, each drawn once for a light and once for a dark background."""
+
+    def made(drawing: Drawing, theme: Theme) -> bytes:
+        return tools.picture(lambda: png(drawing.figure, theme))
+
+    return [Picture(x.name, x.alt, made(x, LIGHT), made(x, DARK)) if isinstance(x, Drawing) else x for x in blocks]
 
 
 def png(draw: Callable[[Theme], Figure], theme: Theme, *, dpi: int = 200) -> bytes:

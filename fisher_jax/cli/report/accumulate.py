@@ -10,11 +10,13 @@ import numpy as np
 
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError, RejectedBatchError
+from fisher_jax._support.printable import few
 from fisher_jax.cli.report.layers import layer_estimator
 from fisher_jax.cli.report.settings import KINDS, ReportSettings
 from fisher_jax.cli.report.store import ReportStore, TaskProgress
 from fisher_jax.cli.run.checkpoints import checkpoints
 from fisher_jax.cli.run.progress import StreamProgress
+from fisher_jax.cli.run.tools import Tools
 from fisher_jax.models import LanguageModel
 from fisher_jax.text.packing import Rows
 
@@ -27,6 +29,7 @@ def accumulate(
     progress: TaskProgress,
     state: dict[str, Any] | None,
     display: StreamProgress,
+    tools: Tools,
 ) -> dict[str, Any]:
     """Streams the rows from batch `progress.batches_done` on and returns the final state of the task.
 
@@ -39,12 +42,12 @@ def accumulate(
         RejectedBatchError: a batch had a non-finite loss; what is saved is the state before it.
         KeyboardInterrupt: Ctrl-C or a termination signal, after saving.
     """
-    step = _make_step(model, settings)
+    step = tools.program(lambda: _make_step(model, settings), model.config, settings)
     if state is None:
         state = _initial_state(model, rows, settings)
     else:
         _check_form(state, jax.eval_shape(lambda: _initial_state(model, rows, settings)), store)
-    with checkpoints(settings.checkpoint_every) as checkpoint:
+    with checkpoints(settings.checkpoint_every, tools) as checkpoint:
         for tokens, mask, units in rows.batches(settings.batch_size, start=progress.batches_done):
             started = time.monotonic()
             state, loss_sum, count = step(model.params, state, tokens, mask, units, progress.batches_done)
@@ -136,10 +139,9 @@ def _check_batch(state: dict[str, Any], loss_sum: float, rows: Rows, index: int,
             reason = reason or str(error)
     if reason is None:
         return
-    names = rows.names_in_batch(index, batch_size)
-    documents = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     raise RejectedBatchError(
-        f"batch {index} was rejected: {reason}; it holds {documents}. The state is left as it was before it."
+        f"batch {index} was rejected: {reason}; it holds {few(rows.names_in_batch(index, batch_size), 3)}. The state "
+        "is left as it was before it."
     )
 
 

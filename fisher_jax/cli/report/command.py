@@ -22,7 +22,8 @@ from fisher_jax.cli.run.progress import StreamProgress
 from fisher_jax.cli.run.row_length import check_attention, row_length
 from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal
-from fisher_jax.models import LanguageModel, load
+from fisher_jax.cli.run.tools import Tools
+from fisher_jax.models import LanguageModel
 from fisher_jax.text.corpora import describe_sources, documents
 from fisher_jax.text.packing import Packed, longest_document, pack
 
@@ -38,16 +39,17 @@ class Reading(NamedTuple):
     settings: ReportSettings
     model: LanguageModel
     packed: Packed
+    tools: Tools
 
 
-def run(settings: ReportSettings) -> int:
+def run(settings: ReportSettings, tools: Tools) -> int:
     """Measures, writes the report and prints a summary; the exit code."""
     console = Terminal()
     store: ReportStore | None = None
     with run_folder(settings.out, interrupted=lambda: _after_interrupt(store, settings)):
         store = ReportStore(settings.out)
         store.check_before_loading(settings.task, resume=settings.resume, overwrite=settings.overwrite)
-        found = _measure_and_write(settings, console, store)
+        found = _measure_and_write(settings, console, store, tools)
     if isinstance(found, Findings):
         summary(console, found)
     else:
@@ -55,13 +57,15 @@ def run(settings: ReportSettings) -> int:
     return 0
 
 
-def _measure_and_write(settings: ReportSettings, console: Terminal, store: ReportStore) -> Findings | Part:
+def _measure_and_write(
+    settings: ReportSettings, console: Terminal, store: ReportStore, tools: Tools
+) -> Findings | Part:
     """What was found, or the part of the page of a task that was finished before."""
     with console.stage("model", settings.model):
-        model = load(settings.model, dtype=settings.dtype)
+        model = tools.load(settings.model, dtype=settings.dtype)
         console.print(f"  {model.name}: vocabulary {model.config.vocab_size:,}, width {model.config.width:,}")
         console.say_unread(model)
-    settings = _fitted(settings, model)
+    settings = _fitted(settings, model, tools)
     with console.stage("text", describe_sources(settings.text)):
         packed = _pack(settings, model)
         console.print(f"  {packed.choice}")
@@ -78,10 +82,10 @@ def _measure_and_write(settings: ReportSettings, console: Terminal, store: Repor
     progress = store.begin(settings.task, fresh, overwrite=settings.overwrite)
     state = store.restore()[settings.task] if progress.batches_done else None
     if settings.overwrite and settings.task in store.runs:
-        ReportFolder(settings, model, store, store.restore()).drop()
-    reading = Reading(settings, model, packed)
+        ReportFolder(settings, model, store, store.restore(), tools).drop()
+    reading = Reading(settings, model, packed, tools)
     arrays = _stream(console, reading, store, progress, state)
-    folder = ReportFolder(settings, model, store, {**store.restore(), settings.task: arrays})
+    folder = ReportFolder(settings, model, store, {**store.restore(), settings.task: arrays}, tools)
     found = folder.part() or _findings(console, reading, progress, arrays)
     if not folder.is_current():
         with console.stage("report", "pictures and tables"):
@@ -101,10 +105,10 @@ def _after_interrupt(store: ReportStore | None, settings: ReportSettings) -> str
     )
 
 
-def _fitted(settings: ReportSettings, model: LanguageModel) -> ReportSettings:
+def _fitted(settings: ReportSettings, model: LanguageModel, tools: Tools) -> ReportSettings:
     """With rows that fit the model, once the disk was found to hold its states."""
     entries = model.config.vocab_size * (2 + (model.config.width if settings.groups == "param" else 0))
-    check_writable(settings.out, bytes_needed=_REPORT_BYTES + _STATE_BYTES * entries)
+    check_writable(settings.out, bytes_needed=_REPORT_BYTES + _STATE_BYTES * entries, tools=tools)
     return replace(settings, row_length=row_length(settings.row_length, model.config.max_positions, model.name))
 
 
@@ -145,13 +149,13 @@ def _stream(
         console.stage("stream", f"Fisher information of {whose}, {verb} {progress.num_batches} batches"),
         StreamProgress(console, rows.num_targets, progress.tokens) as display,
     ):
-        return accumulate(reading.model, rows, settings, store, progress, state, display)
+        return accumulate(reading.model, rows, settings, store, progress, state, display, reading.tools)
 
 
 def _findings(
     console: Terminal, reading: Reading, progress: TaskProgress, arrays: dict[str, Any]
 ) -> Findings:  # fmt: skip
-    settings, model, packed = reading
+    settings, model, packed, _ = reading
     main = importance(arrays, settings.kind, settings.level)
     other = importance(arrays, OTHER_KIND[settings.kind], settings.level)
     by_entry = np.asarray(fj.welford.mean(arrays["param"])) if "param" in arrays else None
@@ -178,7 +182,7 @@ def _findings(
 
 
 def _prune(reading: Reading, arrays: dict[str, Any], by_entry: np.ndarray | None) -> PruningResult:
-    settings, model, packed = reading
+    settings, model, packed, _ = reading
     held_out = hidden_and_targets(model, packed.held_out, settings.batch_size)
     head, bias = model.head(model.params), model.head_bias(model.params)
     weights = np.asarray(head, np.float32)

@@ -1,5 +1,7 @@
 """Pictures of all parameters: heat maps of layers by part and by attention head, and totals of layers."""
 
+from operator import attrgetter
+
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -8,7 +10,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from fisher_jax.cli.page.style import Theme, colour_bar, drawable, log_axis, log_ticks, panels
-from fisher_jax.cli.report.layers import Layers, Measured, part_name
+from fisher_jax.cli.report.layers import Layers, part_name
 
 TOTAL = "Fisher information per token"
 AVERAGE = "Fisher information\nper token and parameter"
@@ -25,7 +27,7 @@ def model_figure(theme: Theme, found: Layers, columns: list[str], above: list[st
     figure, both = panels(_height(num_layers + len(outside)), 1, 2, sharey=True)
     readings = (("Total", "Fisher information\nper token", False), ("Per parameter", AVERAGE, True))
     for axes, (title, unit, by_parameter) in zip(both, readings, strict=True):
-        read = _average if by_parameter else _mean
+        read = attrgetter("average" if by_parameter else "mean")
         grid = np.stack([read(part) for part in parts], axis=1)
         bars = {path: float(read(tensor)) for path, tensor in outside.items()}
         # Norms have so much per parameter that the matrices would look alike; they keep the scale of the totals.
@@ -189,11 +191,3 @@ def _ticks(axes: Axes, num_layers: int, named: dict[int, str]) -> None:
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-
-
-def _mean(part: Measured) -> np.ndarray | np.floating:
-    return part.mean
-
-
-def _average(part: Measured) -> np.ndarray | np.floating:
-    return part.average

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fisher_jax.cli.page.blocks import Block, Heading, Paragraph, Table
+from fisher_jax.cli.page.blocks import Heading, Paragraph, Sketch, Table
 from fisher_jax.cli.page.style import picture
 from fisher_jax.cli.report import layer_plots
 from fisher_jax.cli.report.findings import Findings
@@ -11,7 +11,7 @@ from fisher_jax.cli.report.layers import MODEL, Layers, Measured, part_name
 _FIRST = ("embedding", "positions")
 
 
-def layer_blocks(found: Findings) -> list[Block]:
+def layer_blocks(found: Findings) -> list[Sketch]:
     """The whole model, its layers and its attention heads; nothing where only the head was measured."""
     layers = found.layers
     if layers is None:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from fisher_jax.cli.page.blocks import Block, Heading, Paragraph, Table
+from fisher_jax.cli.page.blocks import Heading, Paragraph, Sketch, Table
 from fisher_jax.cli.page.style import picture
 from fisher_jax.cli.report import layer_plots, plots
 from fisher_jax.cli.report.importance import Comparison, Importance
@@ -29,14 +29,14 @@ def pair_line(pair: Pair) -> str:
     return f"Importance in {c.task} and {c.other}: rank correlation {c.rank_correlation:.2f}."
 
 
-def pair_blocks(pair: Pair) -> list[Block]:
+def pair_blocks(pair: Pair) -> list[Sketch]:
     """The rows that differ most, all rows against each other, and the layers."""
     comparison, task, other = pair.comparison, pair.comparison.task, pair.comparison.other
     more, less = (
         ", ".join(pair.vocabulary[row] for row in chosen[:8]) or "none"
         for chosen in (comparison.gainers, comparison.losers)
     )
-    blocks: list[Block] = [
+    blocks: list[Sketch] = [
         Heading(pair_title(pair)),
         Table(
             "",

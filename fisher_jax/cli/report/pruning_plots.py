@@ -8,26 +8,21 @@ from matplotlib.figure import Figure
 from fisher_jax.cli.page.style import Theme, log_axis, panels, percent_axis, spread
 from fisher_jax.cli.report.pruning import Curve, PruningResult
 
-_SHORT_NAMES = {
-    "Group Fisher, empirical": "Fisher, empirical",
-    "Group Fisher, exact true": "Fisher, exact true",
-    "saliency ½·F·w²": "saliency ½·F·w²",
-    "weight magnitude": "weight size",
-    "corpus frequency": "frequency",
-    "random": "random",
+# Short name, colour, width and dash of every ordering; the dash tells them apart without colour.
+_LOOKS = {
+    "Group Fisher, empirical": ("Fisher, empirical", "blue", 2.4, "-"),
+    "Group Fisher, exact true": ("Fisher, exact true", "orange", 2.0, "-"),
+    "saliency ½·F·w²": ("saliency ½·F·w²", "green", 1.8, (0, (5, 1.5))),
+    "weight magnitude": ("weight size", "pink", 1.6, (0, (4, 1, 1, 1))),
+    "corpus frequency": ("frequency", "vermillion", 1.6, (0, (1, 1))),
+    "random": ("random", "muted", 1.6, "-"),
 }
 
 
 def _strokes(theme: Theme, name: str) -> dict:
-    """Colour and dash of an ordering, the same in every picture; the dash tells them apart without colour."""
-    return {
-        "Group Fisher, empirical": {"color": theme.blue, "linewidth": 2.4},
-        "Group Fisher, exact true": {"color": theme.orange, "linewidth": 2.0},
-        "saliency ½·F·w²": {"color": theme.green, "linewidth": 1.8, "linestyle": (0, (5, 1.5))},
-        "weight magnitude": {"color": theme.pink, "linewidth": 1.6, "linestyle": (0, (4, 1, 1, 1))},
-        "corpus frequency": {"color": theme.vermillion, "linewidth": 1.6, "linestyle": (0, (1, 1))},
-        "random": {"color": theme.muted, "linewidth": 1.6},
-    }[name]
+    """The same in every picture."""
+    _, colour, width, dash = _LOOKS[name]
+    return {"color": getattr(theme, colour), "linewidth": width, "linestyle": dash}
 
 
 def zeroed_figure(theme: Theme, result: PruningResult) -> Figure:
@@ -102,7 +97,7 @@ def _labels(axes: Axes, theme: Theme, shares: np.ndarray, lines: list[tuple[str,
     for (name, share, value), place in zip(ends, places, strict=True):
         colour = _strokes(theme, name)["color"]
         axes.annotate(
-            _SHORT_NAMES[name], (share, value), xytext=(1.04, place), textcoords=("axes fraction", "data"),
+            _LOOKS[name][0], (share, value), xytext=(1.04, place), textcoords=("axes fraction", "data"),
             color=colour, fontsize=9, va="center", annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5),

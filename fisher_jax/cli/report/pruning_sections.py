@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fisher_jax.cli.page.blocks import Block, Heading, Paragraph, Table
+from fisher_jax.cli.page.blocks import Heading, Paragraph, Sketch, Table
 from fisher_jax.cli.page.style import picture
 from fisher_jax.cli.report import pruning_plots
 from fisher_jax.cli.report.findings import Findings
@@ -11,7 +11,7 @@ from fisher_jax.cli.report.pruning import PruningResult
 _TABLE_SHARES = (0.2, 0.5, 0.8, 0.95)
 
 
-def pruning_blocks(found: Findings) -> list[Block]:
+def pruning_blocks(found: Findings) -> list[Sketch]:
     """Both curves in pictures and tables, or a sentence saying that they were not measured."""
     result = found.pruning
     if result is None:

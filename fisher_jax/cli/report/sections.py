@@ -3,7 +3,7 @@
 
 import math
 
-from fisher_jax.cli.page.blocks import Block, Heading, Paragraph, Table
+from fisher_jax.cli.page.blocks import Heading, Paragraph, Sketch, Table
 from fisher_jax.cli.page.style import picture
 from fisher_jax.cli.report import plots
 from fisher_jax.cli.report.findings import Findings
@@ -28,7 +28,7 @@ _UNITS = {
 }
 
 
-def blocks(found: Findings) -> list[Block]:
+def blocks(found: Findings) -> list[Sketch]:
     """The whole report after its headline."""
     return [
         *layer_blocks(found),
@@ -42,7 +42,7 @@ def blocks(found: Findings) -> list[Block]:
     ]
 
 
-def _ranks(found: Findings) -> list[Block]:
+def _ranks(found: Findings) -> list[Sketch]:
     s = found.settings
 
     return [
@@ -61,7 +61,7 @@ def _ranks(found: Findings) -> list[Block]:
     ]  # fmt: skip
 
 
-def _frequency(found: Findings) -> list[Block]:
+def _frequency(found: Findings) -> list[Sketch]:
     unseen = found.main.counts == 0
     total = float(found.main.mean.sum())
     share = float(found.main.mean[unseen].sum()) / total if total > 0 else 0.0
@@ -80,7 +80,7 @@ def _frequency(found: Findings) -> list[Block]:
     ]  # fmt: skip
 
 
-def _single_tokens(found: Findings) -> list[Block]:
+def _single_tokens(found: Findings) -> list[Sketch]:
     main, level = found.main, found.settings.level
     order = main.order
     frequent = order[main.counts[order] >= FREQUENT][::-1]
@@ -105,7 +105,7 @@ def _single_tokens(found: Findings) -> list[Block]:
     ]  # fmt: skip
 
 
-def _columns(found: Findings) -> list[Block]:
+def _columns(found: Findings) -> list[Sketch]:
     by_column = found.by_column
     if by_column is None:
         return []
@@ -119,7 +119,7 @@ def _columns(found: Findings) -> list[Block]:
     ]
 
 
-def _method(found: Findings) -> list[Block]:
+def _method(found: Findings) -> list[Sketch]:
     s = found.settings
     passes = "forward pass" if found.layers is None else "two forward passes, one backward pass"
     rows = [
@@ -138,9 +138,9 @@ def _method(found: Findings) -> list[Block]:
     return [Heading("How it was measured"), Table("", [], rows, left=2)]
 
 
-def _reading(found: Findings) -> list[Block]:
+def _reading(found: Findings) -> list[Sketch]:
     s = found.settings
-    parts: list[Block] = [Heading("How to read it"), Paragraph(_UNITS[s.unit])]
+    parts: list[Sketch] = [Heading("How to read it"), Paragraph(_UNITS[s.unit])]
     if not found.main.has_intervals:
         parts.append(
             Paragraph(

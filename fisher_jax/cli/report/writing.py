@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from fisher_jax._support.printable import readable
+from fisher_jax.cli.page.style import drawn
 from fisher_jax.cli.report.findings import Findings, lead, title
 from fisher_jax.cli.report.importance import compare, importance, importance_csv
 from fisher_jax.cli.report.layers import Layers, columns, layers_csv, read_layers
@@ -13,6 +14,7 @@ from fisher_jax.cli.report.sections import blocks
 from fisher_jax.cli.report.settings import KINDS, ReportSettings
 from fisher_jax.cli.report.store import ReportStore
 from fisher_jax.cli.report.task_state import layer_settings
+from fisher_jax.cli.run.tools import Tools
 from fisher_jax.models import LanguageModel
 
 
@@ -23,6 +25,7 @@ class ReportFolder(NamedTuple):
     model: LanguageModel
     store: ReportStore
     states: dict[str, dict[str, Any]]  # of every task
+    tools: Tools
 
     @property
     def parts(self) -> PartStore:
@@ -57,7 +60,8 @@ class ReportFolder(NamedTuple):
         task, parts = self.settings.task, self.parts
         if found is not None:
             made_from = parts.source(task)
-            parts.put(Part((task,), made_from, self.settings.of_page(), title(found), lead(found), blocks(found)))
+            page = drawn(blocks(found), self.tools)
+            parts.put(Part((task,), made_from, self.settings.of_page(), title(found), lead(found), page))
         lines = [self._write_pair(*pair) for pair in (self._missing_pairs() if found is None else self._pairs())]
         if found is not None:
             found.comparisons += lines
@@ -78,7 +82,8 @@ class ReportFolder(NamedTuple):
         """The part of two tasks side by side; what it says in a sentence."""
         pair = self._pair(other, task)
         line, settings, parts = pair_line(pair), self.settings.of_page(), self.parts
-        parts.put(Part((other, task), parts.source(other, task), settings, pair_title(pair), line, pair_blocks(pair)))
+        page = drawn(pair_blocks(pair), self.tools)
+        parts.put(Part((other, task), parts.source(other, task), settings, pair_title(pair), line, page))
         return line
 
     def _pair(self, other: str, task: str) -> Pair:

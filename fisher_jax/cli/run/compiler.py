@@ -2,7 +2,8 @@
 
 import sys
 from collections.abc import MutableMapping
-from importlib import metadata
+
+from fisher_jax._support.machine import installed
 
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
@@ -18,7 +19,7 @@ def avoid_faulty_fusions(environ: MutableMapping[str, str], command: str | None)
     Not for ``doctor``, which looks at the computer as the library finds it.
     """
     if "jax" not in sys.modules and command != "doctor":
-        environ.update(without_faulty_fusions(environ, _installed()))
+        environ.update(without_faulty_fusions(environ, installed("jaxlib", "none")))
 
 
 def without_faulty_fusions(environ: MutableMapping[str, str], jaxlib: str | None) -> dict[str, str]:
@@ -33,10 +34,3 @@ def without_faulty_fusions(environ: MutableMapping[str, str], jaxlib: str | None
     if jaxlib not in _FAULTY or _FLAG in flags:
         return {}
     return {"XLA_FLAGS": f"{flags} {_FLAG}=-reduce".lstrip()}
-
-
-def _installed() -> str | None:
-    try:
-        return metadata.version("jaxlib")
-    except metadata.PackageNotFoundError:
-        return None

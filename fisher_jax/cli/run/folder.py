@@ -2,19 +2,19 @@
 
 import errno
 import os
-import shutil
 import stat
 from pathlib import Path
 
 from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run.temporary import temporary_beside
+from fisher_jax.cli.run.tools import TOOLS, Tools
 
 _MOST = 2**30  # bytes; pages and their parts hold pictures
 _FILES = (".html", ".md", ".csv", ".json", ".png", ".jinja", ".safetensors", ".lock")
 _FOLDERS = ("figures", "model", "parts", "state")
 
 
-def check_writable(folder: Path, *, bytes_needed: int = 0) -> None:
+def check_writable(folder: Path, *, bytes_needed: int = 0, tools: Tools = TOOLS) -> None:
     """Raises InputError unless files can be written in `folder` and enough space is free; leaves nothing behind."""
     if "[" in str(folder.absolute()):  # orbax takes it for a pattern, saves nothing, and says nothing
         raise InputError(
@@ -37,7 +37,7 @@ def check_writable(folder: Path, *, bytes_needed: int = 0) -> None:
                 os.fsync(stream.fileno())
         finally:
             probe.unlink(missing_ok=True)
-        free = shutil.disk_usage(folder).free
+        free = tools.free_bytes(folder)
     except OSError as error:
         raise disk_error(error, folder) from None
     finally:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fisher_jax._support.errors import InputError
+from fisher_jax._support.machine import is_alive
 from fisher_jax.cli.run.temporary import temporary_beside
 
 FILE = ".fisher-jax.lock"
@@ -186,13 +187,7 @@ def _is_over(found: Found) -> bool:
     pid = found.content.get("pid")
     if os.name != "posix" or found.content.get("host") != platform.node() or type(pid) is not int or pid <= 0:
         return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return found.content.get("flock") is not False
-    except OSError:
-        pass
-    return False
+    return not is_alive(pid) and found.content.get("flock") is not False
 
 
 def _content(has_flock: bool) -> dict[str, Any]:

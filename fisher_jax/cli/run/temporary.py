@@ -9,6 +9,8 @@ import shutil
 import time
 from pathlib import Path
 
+from fisher_jax._support.machine import is_alive
+
 _PREFIX = ".fj-"
 _NAME = re.compile(rf"{re.escape(_PREFIX)}(?P<host>[0-9a-f]+)-(?P<pid>[0-9]{{1,10}})-[0-9a-f]+")
 _LONG_AGO = 24 * 3600.0  # seconds
@@ -42,18 +44,8 @@ def _is_left_over(path: Path) -> bool:
     if name is None:
         return False
     if name["host"] == _host() and os.name == "posix":
-        return not _is_alive(int(name["pid"]))
+        return not is_alive(int(name["pid"]))
     try:
         return time.time() - path.lstat().st_mtime > _LONG_AGO
     except OSError:
         return False
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        pass
-    return True

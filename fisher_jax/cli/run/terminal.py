@@ -12,7 +12,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from fisher_jax._support.printable import printable
+from fisher_jax._support.printable import few, printable
 from fisher_jax.cli.run.progress import duration
 from fisher_jax.cli.run.stopping import stop_if_requested
 from fisher_jax.models import LanguageModel
@@ -66,9 +66,8 @@ class Terminal(Console):
     def say_unread(self, model: LanguageModel) -> None:
         """The first few files beside a model's weights that are not read, if there are any."""
         if model.unread:
-            more = f" and {len(model.unread) - 5} more" if len(model.unread) > 5 else ""
-            names = ", ".join(map(repr, model.unread[:5]))
-            self.print(f"  not read, since they are not this model's weights: {names}{more}")
+            names = few(list(map(repr, model.unread)), 5)
+            self.print(f"  not read, since they are not this model's weights: {names}")
 
     def summary(
         self, title: str, lines: Sequence[str], page: tuple[str, Path], shown: Table | None = None

@@ -9,12 +9,14 @@ import jax
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.host_memory import check_memory
 from fisher_jax.cli.page.files import page_is_current, write_pages
+from fisher_jax.cli.page.style import drawn
 from fisher_jax.cli.run.earlier_run import refuse_difference
 from fisher_jax.cli.run.folder import check_writable
 from fisher_jax.cli.run.options import CHECKPOINT_EVERY
 from fisher_jax.cli.run.row_length import check_attention, row_length
 from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal, table
+from fisher_jax.cli.run.tools import Tools
 from fisher_jax.cli.spectrum import sections
 from fisher_jax.cli.spectrum.measure import (
     Measured,
@@ -29,7 +31,6 @@ from fisher_jax.cli.spectrum.measure import (
 from fisher_jax.cli.spectrum.sections import SpectrumFindings
 from fisher_jax.cli.spectrum.settings import SpectrumSettings
 from fisher_jax.cli.spectrum.store import SpectrumStore
-from fisher_jax.models import load
 from fisher_jax.models.weight_names import flatten
 from fisher_jax.text.corpora import describe_sources, documents
 from fisher_jax.text.packing import longest_document, pack
@@ -37,38 +38,38 @@ from fisher_jax.text.packing import longest_document, pack
 _CHEAP_SAVE = 2 * 2**30  # bytes
 
 
-def run(settings: SpectrumSettings) -> int:
+def run(settings: SpectrumSettings, tools: Tools) -> int:
     """Measures, writes the pages and prints the table; the exit code."""
     console = Terminal()
     store = SpectrumStore(settings.out)
     with run_folder(settings.out, interrupted=store.after_interrupt):
         store.check_before_loading(resume=settings.resume, overwrite=settings.overwrite)
-        found, there_before = _measure_and_write(settings, console, store)
+        found, there_before = _measure_and_write(settings, console, store, tools)
         store.drop()
     _summary(console, found, there_before)
     return 0
 
 
 def _measure_and_write(
-    settings: SpectrumSettings, console: Terminal, store: SpectrumStore
+    settings: SpectrumSettings, console: Terminal, store: SpectrumStore, tools: Tools
 ) -> tuple[SpectrumFindings, bool]:  # fmt: skip
     """What was found, and whether all of it was there before."""
-    setup = _setup(settings, console)
+    setup = _setup(settings, console, tools)
     of = {"the model": setup.model.fingerprint, "the text": setup.rows.digest()[:16]}
     found = _finished(setup, console, store, of)
     if found is not None and page_is_current(settings.out, "spectrum", store.digest):
         return found, True
     if found is None:
-        found = _measure(setup, console, store, of)
+        found = _measure(setup, console, store, of, tools)
         store.write(found, setup.settings.of_finished() | of)
     with console.stage("pages", "pictures and tables"):
-        _write(settings.out, found, store.digest)
+        _write(settings.out, found, store.digest, tools)
     return found, False
 
 
-def _setup(settings: SpectrumSettings, console: Terminal) -> Setup:
+def _setup(settings: SpectrumSettings, console: Terminal, tools: Tools) -> Setup:
     with console.stage("model", settings.model):
-        model = load(settings.model, dtype=settings.dtype)
+        model = tools.load(settings.model, dtype=settings.dtype)
         console.say_unread(model)
         length = row_length(settings.row_length, model.config.max_positions, model.name)
         settings = replace(settings, row_length=length)
@@ -126,17 +127,19 @@ def _check_memory(setup: Setup, basis: int) -> None:
     check_attention(setup.model.config, settings.batch_size, settings.row_length)
 
 
-def _measure(setup: Setup, console: Terminal, store: SpectrumStore, of: dict[str, Any]) -> SpectrumFindings:
+def _measure(
+    setup: Setup, console: Terminal, store: SpectrumStore, of: dict[str, Any], tools: Tools
+) -> SpectrumFindings:
     settings, dimension, rows = setup.settings, setup.dimension, setup.rows
     with console.stage("passes", "the loss, forward and backward, to compare products with"):
         passes = time_passes(setup)
     basis = basis_size(settings, dimension)
     _check_memory(setup, basis)
     every, needed = saving(settings, 4 * basis * dimension)
-    check_writable(settings.out, bytes_needed=needed)
+    check_writable(settings.out, bytes_needed=needed, tools=tools)
     with console.stage("eigenvalues", _plan(settings, basis, dimension, every)):
         store.begin(settings.fixed() | of, resume=settings.resume, saving=every is not None)
-        spectrum = eigenvalues_of(setup, Terminal(stderr=True), store.state, every)
+        spectrum = eigenvalues_of(setup, Terminal(stderr=True), store.state, every, tools)
     asked = {name for name, options in settings.additions().items() if options is not None}
     density, spectra = _additions(setup, console, asked)
     return SpectrumFindings(
@@ -178,14 +181,14 @@ def _plan(settings: SpectrumSettings, basis: int, dimension: int, every: float |
     return f"{ends} of the {sections.NAMES[settings.operator]}; {kept}; {saves}"
 
 
-def _write(out: Path, found: SpectrumFindings, made_from: str) -> None:
+def _write(out: Path, found: SpectrumFindings, made_from: str, tools: Tools) -> None:
     tables = {
         "spectrum.csv": sections.eigenvalues_csv(found),
         "density.csv": sections.density_csv(found) if found.density is not None else None,
         "blocks.csv": sections.blocks_csv(found) if found.blocks else None,
     }
     heading = sections.title(found), sections.lead(found)
-    write_pages(out, "spectrum", heading, sections.blocks(found), tables, ("spectrum-",), made_from)
+    write_pages(out, "spectrum", heading, drawn(sections.blocks(found), tools), tables, ("spectrum-",), made_from)
 
 
 def _summary(console: Terminal, found: SpectrumFindings, there_before: bool) -> None:

@@ -15,7 +15,9 @@ from rich.console import Console
 
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError
+from fisher_jax._support.printable import few
 from fisher_jax.cli.run.checkpoints import checkpoints
+from fisher_jax.cli.run.tools import Tools
 from fisher_jax.cli.spectrum.patterns import matching
 from fisher_jax.cli.spectrum.progress import ProductProgress
 from fisher_jax.cli.spectrum.settings import SpectrumSettings
@@ -97,8 +99,9 @@ def choose(model: LanguageModel, pattern: str | None) -> dict[str, bool]:
     found = [True] * len(names) if pattern is None else matching(pattern, names)
     chosen = dict(zip(names, found, strict=True))
     if not any(chosen.values()):
-        shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-        raise InputError(f"--parameters {pattern!r} matches no parameter of {model.name}; there are {shown}.")
+        raise InputError(
+            f"--parameters {pattern!r} matches no parameter of {model.name}; there are {few(names, 12)}."
+        )
     return chosen
 
 
@@ -118,14 +121,14 @@ def basis_size(settings: SpectrumSettings, dimension: int) -> int:
     return min(max(least, min(most, _BASIS_BYTES // (4 * dimension))), dimension)
 
 
-def eigenvalues_of(setup: Setup, console: Console, folder: Path, every: float | None) -> Measured:
+def eigenvalues_of(setup: Setup, console: Console, folder: Path, every: float | None, tools: Tools) -> Measured:
     """The ends of the spectrum, saved in ``folder`` along the way and when a signal ends the run, if that is wanted.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or a termination signal, after saving.
     """
     settings, like = setup.settings, setup.moving
-    with ProductProgress(console, settings.max_products) as display, checkpoints(every or 0) as checkpoint:
+    with ProductProgress(console, settings.max_products) as display, checkpoints(every or 0, tools) as checkpoint:
         count = display.counting(operator_of(setup))
 
         def apply(v: Tree) -> Tree:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fisher_jax.cli.page.blocks import Block, Heading, Paragraph, Table
+from fisher_jax.cli.page.blocks import Heading, Paragraph, Sketch, Table
 from fisher_jax.cli.page.csv_text import csv_text
 from fisher_jax.cli.page.style import picture
 from fisher_jax.cli.run.progress import duration
@@ -77,7 +77,7 @@ def lead(found: SpectrumFindings) -> str:
     )
 
 
-def blocks(found: SpectrumFindings) -> list[Block]:
+def blocks(found: SpectrumFindings) -> list[Sketch]:
     """The page after its headline."""
     return [*_eigenvalues(found), *_density(found), *_blocks(found), *_method(found)]
 
@@ -152,7 +152,7 @@ def memory(size: int) -> str:
     return f"{size / 2**10:.3g} KiB"
 
 
-def _eigenvalues(found: SpectrumFindings) -> list[Block]:
+def _eigenvalues(found: SpectrumFindings) -> list[Sketch]:
     s, name = found.spectrum.found, NAMES[found.settings.operator]
     return [
         Heading("Eigenvalues"),
@@ -176,7 +176,7 @@ def _floor(found: SpectrumFindings) -> float:
     return max(largest * 1e-6, 1e-30)
 
 
-def _density(found: SpectrumFindings) -> list[Block]:
+def _density(found: SpectrumFindings) -> list[Sketch]:
     if found.density is None:
         return []
     d, s = found.density.found, found.settings
@@ -196,7 +196,7 @@ def _density(found: SpectrumFindings) -> list[Block]:
     ]  # fmt: skip
 
 
-def _blocks(found: SpectrumFindings) -> list[Block]:
+def _blocks(found: SpectrumFindings) -> list[Sketch]:
     if not found.blocks:
         return []
     some = next(iter(next(iter(found.blocks.values())).values()))
@@ -205,7 +205,7 @@ def _blocks(found: SpectrumFindings) -> list[Block]:
         if found.settings.operator == "empirical-fisher"
         else "true Fisher matrix, with one label drawn from the model per token"
     )
-    parts: list[Block] = [
+    parts: list[Sketch] = [
         Heading("Layer by layer"),
         Paragraph(
             f"Spectra of the blocks of the {kind}: one block per tensor and layer, from the scores of "
@@ -251,7 +251,7 @@ def _range(values: list[float]) -> str:
     return low if low == high else f"{low} – {high}"
 
 
-def _method(found: SpectrumFindings) -> list[Block]:
+def _method(found: SpectrumFindings) -> list[Sketch]:
     s = found.settings
     chosen = f"{len(found.parameters)} tensors, {found.dimension:,} entries"
     rows = [

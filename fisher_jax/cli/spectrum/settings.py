@@ -1,4 +1,13 @@
-"""The options of `fisher-jax spectrum`, with no heavy import so that help is instant."""
+"""Eigenvalues of the curvature of a language model's loss on a text, each with a bound of its
+error: sharpness, condition number, gap; with --density how all of them are distributed, with --blocks the
+spectrum and capacity of every layer. Writes spectrum.html, spectrum.md, spectrum.csv and pictures.
+
+examples:
+  fisher-jax spectrum --parameters final_norm                 one small tensor: a minute
+  fisher-jax spectrum                                         the 10 largest over all parameters; long
+  fisher-jax spectrum --operator hessian --k 3 --max-tokens 256   both ends
+  fisher-jax spectrum --parameters "layers/attention" --density --blocks --out attention
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

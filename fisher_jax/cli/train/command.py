@@ -8,11 +8,13 @@ import jax
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.host_memory import check_memory
 from fisher_jax.cli.page.files import page_is_current, write_pages
+from fisher_jax.cli.page.style import drawn
 from fisher_jax.cli.run.folder import check_writable
 from fisher_jax.cli.run.json_files import digest
 from fisher_jax.cli.run.row_length import check_attention, row_length
 from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal, table
+from fisher_jax.cli.run.tools import Tools
 from fisher_jax.cli.train import sections
 from fisher_jax.cli.train.data import Text, read_text
 from fisher_jax.cli.train.model import Start, start_of, write_model
@@ -30,23 +32,23 @@ _BYTES_PER_PARAMETER = 2 * 40
 _TRAINING_BYTES = 16  # in memory at least: the parameters, their gradient, and two moments
 
 
-def run(settings: TrainSettings) -> int:
+def run(settings: TrainSettings, tools: Tools) -> int:
     """Trains, writes the pages and prints the table; the exit code."""
     console = Terminal()
     stores: list[TrainStore] = []
     with run_folder(settings.out, interrupted=lambda: _after_interrupt(stores)):
         stores += _stores(settings)
-        found, there_before = _train_and_write(settings, console, stores)
+        found, there_before = _train_and_write(settings, console, stores, tools)
     _summary(console, found, there_before)
     return 0
 
 
 def _train_and_write(
-    settings: TrainSettings, console: Terminal, stores: list[TrainStore]
+    settings: TrainSettings, console: Terminal, stores: list[TrainStore], tools: Tools
 ) -> tuple[TrainFindings, bool]:  # fmt: skip
     """What was found, and whether all of it was there before."""
     earlier = [found for folder in settings.against for found in read_earlier(folder)]
-    start = _start(settings, console)
+    start = _start(settings, console, tools)
     positions, name = start.config.max_positions, str(start.model)
     settings = replace(settings, row_length=row_length(settings.row_length, positions, name))
     with console.stage("text", describe_sources(settings.text)):
@@ -54,7 +56,7 @@ def _train_and_write(
         console.print(f"  {sections.text_words(text)}")
     # No step has more rows than there are.
     settings = replace(settings, batch_size=text.packed.stream.rows_in_batch(settings.batch_size))
-    parameters = _describe_model(settings, console, start.config)
+    parameters = _describe_model(settings, console, start.config, tools)
     _check_comparable(earlier, text)
     ours = [
         (each, store, _progress(each, store, text, parameters, start))
@@ -62,11 +64,11 @@ def _train_and_write(
     ]
     there_before = _is_there(settings, ours, earlier)
     for each, store, progress in [] if there_before else ours:
-        _train_one(each, console, start, text, store, progress)
+        _train_one(each, console, start, text, store, progress, tools)
     found = TrainFindings(settings, start, text, _curves(ours, earlier), console.seconds)
     if not there_before:
         with console.stage("pages", "pictures and tables"):
-            _write(found)
+            _write(found, tools)
     return found, there_before
 
 
@@ -77,9 +79,9 @@ def _after_interrupt(stores: list[TrainStore]) -> str:
     return f"stopped; the state is saved in {saved[-1]}. Give the same command with --resume to go on."
 
 
-def _start(settings: TrainSettings, console: Terminal) -> Start:
+def _start(settings: TrainSettings, console: Terminal, tools: Tools) -> Start:
     if settings.init is None:
-        start = start_of(settings)
+        start = start_of(settings, tools)
         parameters = _number_of_parameters(start.config)
         check_memory(
             _TRAINING_BYTES * parameters,
@@ -89,7 +91,7 @@ def _start(settings: TrainSettings, console: Terminal) -> Start:
         check_attention(start.config, 1, settings.row_length)  # before the text is read
         return start
     with console.stage("start", settings.init):
-        start = start_of(settings)
+        start = start_of(settings, tools)
         console.print(f"  from the weights of {start.model}")
     return start
 
@@ -109,10 +111,11 @@ def _number_of_parameters(config: DecoderConfig) -> int:
     return sum(x.size for x in jax.tree.leaves(abstract_params(config)))
 
 
-def _describe_model(settings: TrainSettings, console: Terminal, config: DecoderConfig) -> int:
+def _describe_model(settings: TrainSettings, console: Terminal, config: DecoderConfig, tools: Tools) -> int:
     parameters = _number_of_parameters(config)
     check_attention(config, settings.batch_size, settings.row_length)
-    check_writable(settings.out, bytes_needed=_BYTES_PER_PARAMETER * parameters * max(len(settings.compare), 1))
+    needed = _BYTES_PER_PARAMETER * parameters * max(len(settings.compare), 1)
+    check_writable(settings.out, bytes_needed=needed, tools=tools)
     console.say(
         "model",
         f"{parameters:,} parameters: {config.num_layers} layers of width {config.width}, {config.num_heads} "
@@ -149,13 +152,13 @@ def _progress(
 
 def _train_one(
     settings: TrainSettings, console: Terminal, start: Start, text: Text, store: TrainStore,
-    progress: TrainProgress,
+    progress: TrainProgress, tools: Tools,
 ) -> None:  # fmt: skip
     where = f", going on after step {progress.step:,}" if progress.step else ""
     if progress.finished:
         where = "; this run was finished before, its state is used as it is (--overwrite trains again)"
     with console.stage(TITLES[settings.optimizer], f"{settings.steps:,} steps{where}"):
-        params = train(settings, console, start, text, store, progress)
+        params = train(settings, console, start, text, store, progress, tools)
         write_model(settings.out / "model", start, params)
 
 
@@ -179,12 +182,11 @@ def _curves(ours: list[Any], earlier: list[tuple[str, TrainProgress]]) -> list[C
     return curves
 
 
-def _write(found: TrainFindings) -> None:
+def _write(found: TrainFindings, tools: Tools) -> None:
     heading = sections.title(found), sections.lead(found)
     tables = {"curve.csv": sections.curve_csv(found)}
-    write_pages(
-        found.settings.out, "train", heading, sections.blocks(found), tables, ("train-",), _source(found.curves)
-    )
+    page = drawn(sections.blocks(found), tools)
+    write_pages(found.settings.out, "train", heading, page, tables, ("train-",), _source(found.curves))
 
 
 def _summary(console: Terminal, found: TrainFindings, there_before: bool) -> None:

@@ -8,6 +8,7 @@ import jax
 
 from fisher_jax import models
 from fisher_jax.cli.run.model_folder import model_folder, save_model
+from fisher_jax.cli.run.tools import Tools
 from fisher_jax.cli.train.data import tokenizer_for
 from fisher_jax.cli.train.settings import TrainSettings
 from fisher_jax.models import DecoderConfig, Tokenizer
@@ -32,7 +33,7 @@ class Start(NamedTuple):
         return jax.tree.map(lambda x: x.copy(), self.params)
 
 
-def start_of(settings: TrainSettings) -> Start:
+def start_of(settings: TrainSettings, tools: Tools) -> Start:
     """The model that was asked for.
 
     Raises:
@@ -41,7 +42,7 @@ def start_of(settings: TrainSettings) -> Start:
     if settings.init is None:
         tokenizer = tokenizer_for(settings.tokenizer)
         return Start(config_for(settings, tokenizer), tokenizer, Origin({}, {}, {}))
-    model = models.load(settings.init)
+    model = tools.load(settings.init)
     named = f"{model.name} ({model.fingerprint})"
     return Start(model.config, model.tokenizer, read_origin(settings.init), model.params, named)
 

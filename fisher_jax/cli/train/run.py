@@ -15,6 +15,7 @@ import fisher_jax as fj
 from fisher_jax._support.errors import RejectedBatchError
 from fisher_jax.cli.run.checkpoints import checkpoints
 from fisher_jax.cli.run.progress import duration
+from fisher_jax.cli.run.tools import Tools
 from fisher_jax.cli.train.data import Text
 from fisher_jax.cli.train.model import Start
 from fisher_jax.cli.train.optimizers import build
@@ -25,8 +26,9 @@ from fisher_jax.models import from_config
 
 
 def train(
-    settings: TrainSettings, console: Console, start: Start, text: Text, store: TrainStore, progress: TrainProgress
-) -> Any:
+    settings: TrainSettings, console: Console, start: Start, text: Text, store: TrainStore, progress: TrainProgress,
+    tools: Tools,
+) -> Any:  # fmt: skip
     """Trains from step `progress.step` on and returns the parameters.
 
     Batch, labels that K-FAC draws, and learning rate follow from the step, so a resumed run goes on through the
@@ -46,19 +48,20 @@ def train(
     if progress.finished:
         return state["params"]
     started = time.monotonic()
-    step = _compiled(settings, apply_fn, tx, (state, tokens, mask, np.int32(0)))
+    example = state, tokens, mask, np.int32(0)
+    step = tools.program(lambda: _compiled(settings, apply_fn, tx, example), start.config, settings)
     progress.compile_seconds = time.monotonic() - started
     console.print(f"  compiled in {duration(progress.compile_seconds)}")
     held_out_loss = _evaluation(apply_fn, text, settings.batch_size)
     if not progress.points:
         progress.points.append(Point(0, 0, 0.0, None, held_out_loss(state["params"])))
-    return _loop(settings, console, text, store, progress, state, step, held_out_loss)
+    return _loop(settings, console, text, store, progress, state, step, held_out_loss, tools)
 
 
-def _loop(settings, console, text, store, progress, state, step, held_out_loss) -> Any:
+def _loop(settings, console, text, store, progress, state, step, held_out_loss, tools) -> Any:
     bits_per_nat = 1 / (math.log(2) * text.bytes_per_token)
     with (
-        checkpoints(settings.checkpoint_every) as checkpoint,
+        checkpoints(settings.checkpoint_every, tools) as checkpoint,
         TrainDisplay(console, progress.steps, progress.step, bits_per_nat) as display,
     ):
         display.evaluated(progress.points[-1].held_out_loss)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fisher_jax.cli.page.blocks import Block, Heading, Paragraph, Table
+from fisher_jax.cli.page.blocks import Heading, Paragraph, Sketch, Table
 from fisher_jax.cli.page.csv_text import csv_text
 from fisher_jax.cli.page.style import picture
 from fisher_jax.cli.run.progress import duration
@@ -118,7 +118,7 @@ def rows(found: TrainFindings) -> list[list[str]]:
     ]
 
 
-def blocks(found: TrainFindings) -> list[Block]:
+def blocks(found: TrainFindings) -> list[Sketch]:
     """The page after its headline."""
     curves = [(curve.name, curve.progress) for curve in found.curves]
     return [
@@ -139,7 +139,7 @@ def blocks(found: TrainFindings) -> list[Block]:
     ]  # fmt: skip
 
 
-def _method(found: TrainFindings) -> list[Block]:
+def _method(found: TrainFindings) -> list[Sketch]:
     s, config = found.settings, found.start.config
     epochs = s.steps * s.batch_size / len(found.text.packed.stream.lengths)
     table = [

@@ -20,8 +20,9 @@ from fisher_jax.cli.run.model_folder import check_can_be_written, model_folder, 
 from fisher_jax.cli.run.model_result import read_result, write_result
 from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.terminal import Terminal
+from fisher_jax.cli.run.tools import Tools
 from fisher_jax.cli.trim.settings import TrimSettings
-from fisher_jax.models import LanguageModel, load
+from fisher_jax.models import LanguageModel
 from fisher_jax.models.beside_weights import Origin, read_origin
 from fisher_jax.models.trimming import cut_model, kept_tokens, read_vocabulary
 from fisher_jax.text.bits_per_byte import Loss, bits_per_byte, difference, measure_in_pieces
@@ -29,7 +30,7 @@ from fisher_jax.text.corpora import describe_sources
 from fisher_jax.text.held_out import held_out
 
 
-def run(settings: TrimSettings) -> int:
+def run(settings: TrimSettings, tools: Tools) -> int:
     """Cuts, writes, loads what was written and measures it; the exit code."""
     console = Terminal()
     with run_folder(settings.out, interrupted=lambda: "interrupted; no model was written."):
@@ -37,7 +38,7 @@ def run(settings: TrimSettings) -> int:
         if task is not None:
             console.say("state", task.place)
         console.say("model", settings.model)
-        model = load(settings.model)
+        model = tools.load(settings.model)
         console.print(f"  {describe(model)}")
         console.say_unread(model)
         origin = read_origin(settings.model)
@@ -49,7 +50,7 @@ def run(settings: TrimSettings) -> int:
         earlier = read_result(settings.out, "trim.json", facts, settings.overwrite)
         if earlier is None:
             with model_folder(settings.out) as incoming:
-                trim(settings, console, incoming, model, origin, task, texts, facts)
+                trim(settings, console, incoming, model, origin, task, texts, facts, tools)
     if earlier is not None:
         for line in told(earlier):
             console.print(f"  {line}")
@@ -68,7 +69,7 @@ def made_from(
 
 def trim(
     settings: TrimSettings, console: Terminal, incoming: Path, model: LanguageModel, origin: Origin,
-    task: Task | None, texts: list[str], facts: dict[str, Any],
+    task: Task | None, texts: list[str], facts: dict[str, Any], tools: Tools,
 ) -> None:  # fmt: skip
     vocabulary = read_vocabulary(model.tokenizer)
     order = most_important_first(model, None if task is None else task.arrays, settings.by)
@@ -81,9 +82,11 @@ def trim(
         f"{len(vocabulary.required):,} single bytes and special tokens, so every text that could be encoded "
         "still can",
     )
-    write(settings, incoming, trimmed, origin.renumbered(kept))
-    written = dataclasses.replace(load(incoming, dtype=settings.dtype), name=settings.out.resolve().name)
-    console.print(f"  {describe(written)}, {folder_size(incoming)}")
+    params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), trimmed.params)
+    save_model(incoming, trimmed.config, params, trimmed.tokenizer, origin.renumbered(kept))
+    written = dataclasses.replace(tools.load(incoming, dtype=settings.dtype), name=settings.out.resolve().name)
+    size = (incoming / "model.safetensors").stat().st_size
+    console.print(f"  {describe(written)}, {size / 2**20:,.0f} MiB of weights")
     largest = largest_difference(model, written, kept, texts)
     console.print(
         f"  on {settings.dtype} weights read back: logits of the kept tokens differ by at most {largest:.1e} from "
@@ -120,10 +123,6 @@ def describe(model: LanguageModel) -> str:
     )
 
 
-def folder_size(folder: Path) -> str:
-    return f"{(folder / 'model.safetensors').stat().st_size / 2**20:,.0f} MiB of weights"
-
-
 def most_important_first(model: LanguageModel, scores: dict[str, Any] | None, by: str) -> np.ndarray:
     head = np.asarray(model.head(model.params), np.float32)
     none = np.zeros(len(head))
@@ -142,11 +141,6 @@ def check_texts(model: LanguageModel, trimmed: LanguageModel, texts: list[str]) 
         before, after = (m.tokenizer.decode(m.tokenizer.encode(text, special=False)) for m in (model, trimmed))
         if before != after:
             raise InputError("the smaller tokenizer does not give back a held-out text; please report this")
-
-
-def write(settings: TrimSettings, folder: Path, trimmed: LanguageModel, origin: Origin) -> None:
-    params = jax.tree.map(lambda x: np.asarray(x.astype(settings.dtype)), trimmed.params)
-    save_model(folder, trimmed.config, params, trimmed.tokenizer, origin)
 
 
 def largest_difference(model: LanguageModel, written: LanguageModel, kept: np.ndarray, texts: list[str]) -> float:

@@ -1,1 +1,1 @@
-"""Krylov methods over pytrees: ends of a spectrum with bounds, spectral density, trace and Frobenius norm."""
+"""Krylov methods over pytrees: ends of a spectrum with bounds, spectral density, traces."""

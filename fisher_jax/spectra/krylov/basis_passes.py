@@ -16,20 +16,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fisher_jax.spectra.krylov import device_passes, host_passes
 from fisher_jax.spectra.krylov.layout import Layout, Vector
 
-__all__ = [
-    "Basis",
-    "allocate",
-    "combine",
-    "dot",
-    "empty_like",
-    "on_host",
-    "project",
-    "rotate",
-    "stacked",
-    "subtract",
-    "write",
-]
-
 
 class Basis(NamedTuple):
     """``rows`` vectors of storage. Passes consume the basis that they are given and return the new one."""

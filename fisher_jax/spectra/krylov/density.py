@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import scipy.special
+from jaxtyping import Array, Float64, Key
 
 from fisher_jax._support.outline import outline
 from fisher_jax.spectra.krylov import basis_passes, process
 from fisher_jax.spectra.krylov.layout import layout_of, product, random_vector
 
-__all__ = ["Density", "LogDensity", "spectral_density"]
-
 Tree = Any
+Cells = Float64[np.ndarray, " cells"]
+Edges = Float64[np.ndarray, " cells+1"]
 
 
 class Density(NamedTuple):
@@ -25,15 +26,15 @@ class Density(NamedTuple):
     entries beyond a probe's last node have weight 0) and are not broadened: a spike stays a spike.
     """
 
-    grid: np.ndarray
-    density: np.ndarray
-    standard_error: np.ndarray  # over the probes; NaN with one probe
-    cumulative: np.ndarray  # share of the eigenvalues up to edges[i + 1]
-    cumulative_error: np.ndarray
-    edges: np.ndarray
+    grid: Cells
+    density: Cells
+    standard_error: Cells  # over the probes; NaN with one probe
+    cumulative: Cells  # share of the eigenvalues up to edges[i + 1]
+    cumulative_error: Cells
+    edges: Edges
     width: float  # standard deviation of the Gaussian that replaces each node
-    nodes: np.ndarray  # [probes, steps]
-    weights: np.ndarray  # [probes, steps]
+    nodes: Float64[np.ndarray, "probes steps"]
+    weights: Float64[np.ndarray, "probes steps"]
     mean: float  # trace / dimension, by the same quadrature
     mean_error: float
     num_products: int
@@ -77,11 +78,11 @@ class LogDensity(NamedTuple):
     ``sum((positive + negative) * diff(edges)) + zero = 1``.
     """
 
-    grid: np.ndarray
-    positive: np.ndarray
-    negative: np.ndarray
+    grid: Cells
+    positive: Cells
+    negative: Cells
     zero: float
-    edges: np.ndarray
+    edges: Edges
 
     def __repr__(self) -> str:
         return outline(self)
@@ -93,7 +94,7 @@ def spectral_density(
     *,
     num_steps: int,
     num_probes: int,
-    key: jax.Array,
+    key: Key[Array, ""],
     width: float | None = None,
     num_points: int = 500,
     matvec_dtype: Any = None,

@@ -14,8 +14,6 @@ from jaxtyping import Array
 
 from fisher_jax._support import compensated
 
-__all__ = ["project", "rotate", "subtract", "write"]
-
 _EXACT = jax.lax.Precision.HIGHEST  # accelerators round products to bfloat16 or TF32 otherwise
 
 

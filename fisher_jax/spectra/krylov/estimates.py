@@ -1,4 +1,4 @@
-"""Trace and Frobenius norm from products: the large part exactly, the rest by random probes with a standard error."""
+"""Traces of an operator and of its square: the large part exactly, the rest by random probes with their error."""
 
 import math
 from collections.abc import Callable
@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Key
 
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.outline import outline
 from fisher_jax.spectra.krylov import basis_passes, process
 from fisher_jax.spectra.krylov.density import standard_error
 from fisher_jax.spectra.krylov.layout import Layout, layout_of, product, random_vector
-
-__all__ = ["Estimate", "frobenius_norm", "trace"]
 
 Tree = Any
 
@@ -24,7 +23,7 @@ class Estimate(NamedTuple):
     value: float
     standard_error: float
     num_products: int
-    exact_part: float  # what the deflated directions hold exactly (of the square, for the norm)
+    exact_part: float  # what the deflated directions hold exactly
 
     def __repr__(self) -> str:
         return outline(self)
@@ -35,11 +34,12 @@ def trace(
     like: Tree,
     *,
     num_products: int,
-    key: jax.Array,
+    key: Key[Array, ""],
+    power: int = 1,
     storage: str = "auto",
     jit: bool = True,
 ) -> Estimate:
-    """``tr A`` of a symmetric operator, the sum of its eigenvalues (not divided by the dimension).
+    """``tr A`` of a symmetric operator, the sum of its eigenvalues (not divided by the dimension); or ``tr A**2``.
 
     Hutch++ (Meyer, Musco, Musco and Woodruff 2021): a third of the products finds an orthonormal ``Q`` that spans
     ``A Omega``, a third gives ``tr(Q^T A Q)`` exactly, and the rest are probes in random directions ``u`` orthogonal
@@ -47,61 +47,36 @@ def trace(
     the standard error is that of the mean over the probes, given ``Q``. Exact where ``Q`` fills the space or the
     range, and for a multiple of the identity.
 
+    ``tr A**2`` is the sum of the squares of the eigenvalues, so its root is the Frobenius norm. With
+    ``P = I - Q Q^T`` it is ``|A Q|_F**2 + |A P|_F**2``: the first part exactly, the second as the mean of
+    ``(n - k) |A u|**2 / u^T u``.
+
     Args:
         matvec, like, storage, jit: see `fj.lanczos`.
         num_products: at least 4, so that two probes remain; a third of so many vectors is kept in memory.
         key: of the random vectors.
+        power: 1, or 2 for ``tr A**2``, from the same products.
 
     Raises:
-        ValueError: as `fj.lanczos`; fewer than 4 products.
+        ValueError: as `fj.lanczos`; fewer than 4 products, another power.
 
     Example:
         >>> import fisher_jax as fj, jax, jax.numpy as jnp
         >>> found = fj.spectra.trace(lambda v: 2 * v, jnp.zeros(100), num_products=6, key=jax.random.key(0))
         >>> round(found.value, 2), round(found.standard_error, 3)
         (200.0, 0.0)
-    """
-    return _estimate(matvec, like, num_products, key, storage, jit, squared=False)
-
-
-def frobenius_norm(
-    matvec: Callable[[Tree], Tree],
-    like: Tree,
-    *,
-    num_products: int,
-    key: jax.Array,
-    storage: str = "auto",
-    jit: bool = True,
-) -> Estimate:
-    """``|A|_F``, the root of the sum of squares of the eigenvalues of a symmetric operator.
-
-    ``|A|_F**2 = |A Q|_F**2 + |A P|_F**2`` with ``Q`` and ``u`` as for `fj.spectra.trace` and ``P = I - Q Q^T``: the
-    first part exactly, the second as the mean of ``(n - k) |A u|**2 / u^T u``. The square is unbiased; the standard
-    error of its root is that of the square divided by twice the root.
-
-    Args:
-        matvec, like, num_products, key, storage, jit: see `fj.spectra.trace`.
-
-    Raises:
-        ValueError: as `fj.spectra.trace`.
-
-    Example:
-        >>> import fisher_jax as fj, jax, jax.numpy as jnp
         >>> matvec = lambda v: jnp.zeros(50).at[0].set(3.0).at[1].set(4.0) * v
-        >>> found = fj.spectra.frobenius_norm(matvec, jnp.zeros(50), num_products=8, key=jax.random.key(0))
-        >>> round(found.value, 4)
+        >>> square = fj.spectra.trace(matvec, jnp.zeros(50), num_products=8, key=jax.random.key(0), power=2)
+        >>> round(square.value**0.5, 4)
         5.0
     """
-    square = _estimate(matvec, like, num_products, key, storage, jit, squared=True)
-    root = math.sqrt(square.value)
-    return square._replace(value=root, standard_error=square.standard_error / (2 * root) if root else 0.0)
-
-
-def _estimate(matvec, like, num_products: int, key, storage: str, jit: bool, squared: bool) -> Estimate:
     layout = layout_of(like)
     host = basis_passes.on_host(storage, layout)
     if num_products < 4:
         raise ValueError(f"num_products is at least 4, found {num_products}")
+    if power not in (1, 2):
+        raise ValueError(f"power is 1 or 2, found {power}")
+    squared = power == 2
     kept = min(num_products // 3, layout.size)
     apply = product(matvec, layout, jit)
     basis = basis_passes.allocate(layout, kept, None, host)
@@ -110,12 +85,14 @@ def _estimate(matvec, like, num_products: int, key, storage: str, jit: bool, squ
     for row in range(size):
         w = _finite(basis, apply(basis_passes.combine(basis, np.eye(size)[row])))
         exact += basis_passes.dot(basis, w, w) if squared else float(basis_passes.project(basis, w, size)[row])
-    found: list[float] = []
-    for probe in range(num_products - kept - size if size < layout.size else 0):
-        found.append(_probe(basis, apply, size, jax.random.fold_in(key, kept + probe), layout, squared))
-    if not found:
+    rest = np.array(
+        [
+            _probe(basis, apply, size, jax.random.fold_in(key, kept + probe), layout, squared)
+            for probe in range(num_products - kept - size if size < layout.size else 0)
+        ]
+    )
+    if not rest.size:
         return Estimate(exact, 0.0, kept + size, exact)
-    rest = np.array(found)
     return Estimate(exact + float(rest.mean()), float(standard_error(rest)), kept + size + len(rest), exact)
 
 

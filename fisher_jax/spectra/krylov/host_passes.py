@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-__all__ = ["project", "rotate", "subtract", "write"]
-
 _BLOCK = 1 << 17  # numbers of the basis that are looked at together: they stay in the cache
 _LARGE = (
     1 << 20

@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
 from jax.tree_util import Partial
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
 from fisher_jax._support.dtypes import common_dtype, is_floating, wide_dtype
 from fisher_jax._support.jax_internals import is_traced
-
-__all__ = ["Layout", "layout_of", "product", "random_vector"]
 
 Tree = Any
 Vector = list  # of arrays, one per moving leaf: of jax, or of numpy where the basis is on the host
@@ -130,7 +128,7 @@ def _checked(out: Tree, layout: Layout) -> Vector:
     return [jnp.asarray(x).astype(dtype) for x, dtype in zip(leaves, layout.work, strict=True)]
 
 
-def random_vector(key: Array, layout: Layout, kind: str) -> Vector:
+def random_vector(key: Key[Array, ""], layout: Layout, kind: str) -> Vector:
     """Independent entries, ``normal`` or ``signs``, placed like the leaves; the same on any number of devices."""
     return _sampler(layout, kind)(key)
 

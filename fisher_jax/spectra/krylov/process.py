@@ -19,21 +19,6 @@ from fisher_jax.spectra.krylov import basis_passes
 from fisher_jax.spectra.krylov.basis_passes import Basis
 from fisher_jax.spectra.krylov.layout import Layout, Vector, random_vector
 
-__all__ = [
-    "Process",
-    "Rules",
-    "at_least",
-    "deviation",
-    "on",
-    "orthogonalise",
-    "restart",
-    "ritz",
-    "rules_for",
-    "start",
-    "step",
-]
-
-
 _LITTLE = 0.05  # of a vector: after this is subtracted, no second pass finds more than rounding
 _SUSPICIOUS = 0.02  # a residual this small may be the noise of products in bfloat16
 

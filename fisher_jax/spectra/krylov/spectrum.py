@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key
 
 from fisher_jax import checkpoint
 from fisher_jax._support.errors import InputError
@@ -13,8 +14,6 @@ from fisher_jax.spectra.krylov import basis_passes, process
 from fisher_jax.spectra.krylov.layout import Layout, layout_of, product, random_vector
 from fisher_jax.spectra.krylov.process import Process
 from fisher_jax.spectra.krylov.summary import ENDS, Plan, Spectrum, ends, summarise
-
-__all__ = ["lanczos"]
 
 Tree = Any
 
@@ -26,7 +25,7 @@ def lanczos(
     num_steps: int,
     num_eigenvalues: int,
     which: str = "largest",
-    key: jax.Array,
+    key: Key[Array, ""],
     max_basis: int | None = None,
     tol: float = 1e-3,
     max_restarts: int | None = None,
@@ -193,10 +192,8 @@ def _kept(state: Process, plan: Plan) -> np.ndarray:
     return np.unique(np.concatenate(ends(values, plan.which, each)))
 
 
-_NUMBERS = (
-    "beta", "size", "matrix", "coupling", "left", "scale", "products", "restarts", "draws", "fresh", "quiet", "null",
-    "noise",
-)  # fmt: skip
+# What a process knows beside its vectors, each with its type.
+_NUMBERS = {name: kind for name, kind in Process.__annotations__.items() if name not in ("basis", "pending", "key")}
 
 
 def _saved(state: Process) -> dict:
@@ -221,11 +218,6 @@ def _restore(folder: Any, layout: Layout, rows: int, dtype: Any, on_host: bool, 
     saved = checkpoint.restore(folder, like, metadata=facts)
     if not np.array_equal(jax.random.key_data(saved["key"]), jax.random.key_data(key)):
         raise InputError(f"the run saved in {folder} has another key: pass the one that it was started with")
-    whole = {"size", "products", "restarts", "draws", "quiet"}
-    logical = {"fresh", "null"}
-    numbers: dict[str, Any] = {
-        n: int(x) if n in whole else bool(x) if n in logical else float(x) if x.ndim == 0 else x
-        for n, x in saved["numbers"].items()
-    }
+    numbers = {n: x if _NUMBERS[n] is np.ndarray else _NUMBERS[n](x) for n, x in saved["numbers"].items()}
     basis = basis_passes.Basis(saved["basis"], layout, rows, on_host)
     return Process(basis=basis, pending=saved["pending"], key=saved["key"], **numbers)

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float64
 
 from fisher_jax._support.outline import outline
 from fisher_jax.spectra.krylov import basis_passes, process
 from fisher_jax.spectra.krylov.process import Process, Rules
-
-__all__ = ["ENDS", "Plan", "Spectrum", "ends", "summarise"]
 
 Tree = Any
 
@@ -28,17 +27,15 @@ class Spectrum(NamedTuple):
     ``tol * |eigenvalue|``, or is rounding (``rounding``) alone.
     """
 
-    eigenvalues: np.ndarray
-    residuals: np.ndarray
-    converged: np.ndarray
+    eigenvalues: Float64[np.ndarray, " entries"]
+    residuals: Float64[np.ndarray, " entries"]
+    converged: Bool[np.ndarray, " entries"]
     num_missing: int
     condition_number: float  # |largest| / |smallest|; see condition_over
     condition_is_lower_bound: bool
     condition_over: str  # over what it is taken, a sentence
     spectral_gap: float  # distance of the first two entries, NaN if there are not two
-    effective_rank: (
-        int  # Ritz values that are not zero by their bounds: at least so many eigenvalues, if not complete
-    )
+    effective_rank: int  # Ritz values not zero by their bounds: at least so many eigenvalues, if not complete
     negative_count: int  # Ritz values that are negative by their bounds: at least so many negative eigenvalues
     negative_sum: float  # their sum: the sum of all negative eigenvalues is at most this
     complete: bool  # every eigenvalue is known: the space was exhausted, or is null where it was not searched
@@ -48,8 +45,8 @@ class Spectrum(NamedTuple):
     num_restarts: int
     dimension: int  # entries of a vector
     rounding: float  # part of every residual that is rounding, of products and of storage
-    ritz_values: np.ndarray  # of the final basis, ascending, all of them
-    ritz_residuals: np.ndarray
+    ritz_values: Float64[np.ndarray, " basis"]  # of the final basis, ascending, all of them
+    ritz_residuals: Float64[np.ndarray, " basis"]
     eigenvectors: Tree | None  # leading axis: the entries of eigenvalues; zeros for missing ones
     statement: str
 

@@ -136,7 +136,7 @@ def without_padding(inputs: Any, real: Any = None, weights: Any = None) -> Any:
 
 
 def readable(outputs: Array, weights: Array) -> Array:
-    """Outputs ``[..., K]``, 0 at the tokens of weight 0, whatever they are there; their derivatives are 0 there too."""
+    """Outputs ``[..., K]``, 0 at the tokens of weight 0, and so are their derivatives there."""
     return jnp.where(_counted(outputs, weights)[..., None], outputs, jnp.zeros_like(outputs))
 
 

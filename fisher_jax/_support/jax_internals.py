@@ -278,7 +278,8 @@ class Lookup(NamedTuple):
         collapsed: axes of the operand along which one entry is taken, and that go.
         batching, index_batching: axes of the operand, and of the indices, that are gone through together.
         sizes: of a slice, by axis of the operand.
-        whole: whether whole slices along one axis are picked, and that axis goes, as in an embedding.
+        row: the axis along which whole slices are picked one by one, as in an embedding; ``None``: it is none.
+        column: which of an index's numbers says the place along ``row``; no other says anything.
         offset: axes of the output that are those of a slice; the others are those of the indices.
         clips: whether an index out of range means the nearest row.
     """
@@ -288,7 +289,8 @@ class Lookup(NamedTuple):
     batching: tuple[int, ...]
     index_batching: tuple[int, ...]
     sizes: tuple[int, ...]
-    whole: bool
+    row: int | None
+    column: int
     offset: tuple[int, ...]
     clips: bool
 
@@ -298,10 +300,14 @@ def lookup(options: Mapping[str, Any], operand: tuple[int, ...]) -> Lookup:
     numbers, sizes = _numbers(options), tuple(options["slice_sizes"])
     axes, collapsed = tuple(numbers.start_index_map), tuple(numbers.collapsed_slice_dims)
     batching = tuple(numbers.operand_batching_dims), tuple(numbers.start_indices_batching_dims)
-    whole = len(axes) == 1 and axes == collapsed and not batching[0]
-    whole = whole and all(sizes[i] == n for i, n in enumerate(operand) if i != axes[0])
-    clips = options["mode"] == jax.lax.GatherScatterMode.CLIP
-    return Lookup(axes, collapsed, *batching, sizes, whole, tuple(numbers.offset_dims), clips)
+    offset, mode = tuple(numbers.offset_dims), options["mode"]
+    cut = [i for i, n in enumerate(operand) if sizes[i] != n] or list(axes if axes == collapsed else ())
+    # Along an axis that is taken whole there is only one place to start, unless a wrong one gives something else.
+    told = len(axes) == 1 or mode != jax.lax.GatherScatterMode.FILL_OR_DROP
+    row = cut[0] if len(cut) == 1 and cut[0] in axes and sizes[cut[0]] == 1 and not batching[0] and told else None
+    column = 0 if row is None else axes.index(row)
+    clips = mode == jax.lax.GatherScatterMode.CLIP
+    return Lookup(axes, collapsed, *batching, sizes, row, column, offset, clips)
 
 
 class Convolution(NamedTuple):

@@ -76,6 +76,8 @@ def _step(step: Step, axes: Axes, taken: dict[int, int | None]) -> Axes:
     if name == "broadcast_in_dim":
         places = {to: i for i, to in enumerate(broadcast_axes(step.eqn))}
         return [axes[places[i]] if i in places else () for i in range(len(after))]
+    if name == "tile" and all(m in (1, n) for m, n in zip(before, after, strict=True)):
+        return [a if m == n else () for a, m, n in zip(axes, before, after, strict=True)]
     if name == "squeeze":
         return _without(set(named_axes(step.eqn)), axes, taken)
     if name == "unstack":

@@ -1,6 +1,7 @@
 """A softmax head in closed form: its hidden states, kernel and bias, without the outputs."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +12,13 @@ from jaxtyping import Array
 from fisher_jax._support.jax_internals import Loop, Remat, bind, contraction
 from fisher_jax._tracing.dense import operand_axes
 from fisher_jax._tracing.program import Program
+from fisher_jax._tracing.replay import Replay, zero
 from fisher_jax._tracing.structure import Head, Structure
 from fisher_jax._tracing.survey import Survey
 from fisher_jax._tracing.tracing import evaluate
 from fisher_jax._tracing.uses import Spec, View, plain
 
-__all__ = ["head_of", "parts"]
+__all__ = ["Parts", "head_of", "parts"]
 
 _WAY_OUT = "use fj.lm_head.estimator(hidden_fn, head_fn), which is told hidden states and head"
 
@@ -34,32 +36,62 @@ def head_of(structure: Structure) -> Head:
             "estimator='head' follows the outputs back to hidden @ head (+ bias, capped by c * tanh(z / c)) and "
             f"found {found}; {_WAY_OUT}"
         )
-    if head.use.kind != "dense" or operand_axes(head.use)[0] or head.use.index == 0:
+    if head.use.kind != "dense" or any(head.use.operand.shape[i] != 1 for i in operand_axes(head.use)[0]):
         raise ValueError(f"the product at the outputs is not a plain hidden @ head; {_WAY_OUT}")
     return head
 
 
-def parts(program: Program) -> tuple[Array, Array, Array | None]:
-    """``hidden [..., H]``, ``head [V, H]`` and ``bias [V]`` of a program; its outputs are not computed."""
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """``outputs = hidden [..., H] @ head [V, H].T + bias [V]``, with ``head = factor * leaf + constant``."""
+
+    hidden: Array
+    head: Array
+    bias: Array | None
+    factor: float
+
+
+def parts(program: Program) -> Parts:
+    """The head's own arrays of a program; its outputs are not computed."""
     head = head_of(program.structure)
-    way = _Until(head.use.order, iter(program.structure.survey.own), iter(program.structure.survey.parts))
-    try:
-        program.replayed(program.leaves, program.arguments, way)
-    except _ReachedError as reached:
-        hidden, kernel = reached.hidden, reached.kernel
-    _, rows, outputs = operand_axes(head.use)
+    hidden, kernel = (_met_in_loops if head.use.loops else _met)(program, head)
+    apart, rows, outputs = operand_axes(head.use)
     width = math.prod(head.use.operand.shape[i] for i in rows)
-    contracted = contraction(head.use.options).contracted[0]
+    met = contraction(head.use.options)
+    contracted = [len(head.use.loops) + i for i in met.contracted[1 - head.use.index]]
     kept = [i for i in range(hidden.ndim) if i not in contracted]
     tokens = jnp.transpose(hidden, (*kept, *contracted))
     (out,) = program.structure.outputs
     if head.tokens is not None:
         tokens = tokens.reshape(-1, width)[head.tokens]
-    matrix = jnp.transpose(kernel, (*outputs, *rows)).reshape(-1, width)
+    matrix = jnp.transpose(kernel, (*apart, *outputs, *rows)).reshape(-1, width)
     bias = None if head.bias is None else program.leaves[head.bias]
     if bias is not None and bias.size != out.shape[-1]:
         raise ValueError(f"the bias of the outputs has shape {list(bias.shape)}, not [{out.shape[-1]}]; {_WAY_OUT}")
-    return tokens.reshape(*out.shape[:-1], width), matrix, None if bias is None else bias.reshape(-1)
+    flat = None if bias is None else bias.reshape(-1)
+    return Parts(tokens.reshape(*out.shape[:-1], width), matrix, flat, head.use.factor)
+
+
+def _met(program: Program, head: Head) -> tuple[Array, Array]:
+    """What the head meets, and its kernel."""
+    way = _Until(head.use.order, iter(program.structure.survey.own), iter(program.structure.survey.parts))
+    try:
+        program.replayed(program.leaves, program.arguments, way)
+    except _ReachedError as reached:
+        return reached.hidden, reached.kernel
+    raise AssertionError("a use that a survey found is in the program")
+
+
+def _met_in_loops(program: Program, head: Head) -> tuple[Array, Array]:
+    """The same, what it meets in every iteration of the loops around it."""
+    if not head.use.moved:
+        raise ValueError(f"the head is changed before the loop in which it is used at {head.use.where}; {_WAY_OUT}")
+    own = program.structure.uses(head.leaf)
+    way = Replay(program.structure.survey, iter([zero(spec, None) for spec in own]), head.leaf.__eq__, None)
+    program.replayed(program.leaves, program.arguments, way)
+    (index,) = [i for i, spec in enumerate(own) if spec.use.order == head.use.order]
+    kernel = functools.reduce(lambda x, segment: segment(x), head.use.segments, program.leaves[head.leaf])
+    return way.inputs[index][0], kernel
 
 
 class _ReachedError(Exception):
@@ -88,6 +120,9 @@ class _Until:
         if next(self.own).use.order == self.order:
             raise _ReachedError(inputs[0], view.value)
         return output()
+
+    def beside(self, view: View, eqn: Any, values: list) -> Any:
+        return view.value
 
     def generic(self, x: Any, eqn: Any) -> Any:
         if isinstance(x, View):

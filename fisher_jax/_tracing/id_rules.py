@@ -42,7 +42,7 @@ _REDUCTIONS = {
 }  # fmt: skip
 _LAYOUT = {
     "transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "split", "unstack", "rev",
-    "gather", "dynamic_slice",
+    "gather", "dynamic_slice", "tile",
 }  # fmt: skip
 _CUMULATIVE = {"cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"}
 
@@ -173,6 +173,11 @@ def _broadcast(eqn, operand, values, output, loops, constant):
     for i, to in enumerate(broadcast_axes(eqn)):
         shape[to] = values.shape[loops + i]
     return values.reshape(*values.shape[:loops], *shape)
+
+
+def _tile(eqn, operand, values, output, loops, constant):
+    reps = zip(values.shape[loops:], eqn.params["reps"], strict=True)
+    return np.tile(values, (*(1,) * loops, *(n if size > 1 else 1 for size, n in reps)))
 
 
 def _squeeze(eqn, operand, values, output, loops, constant):
@@ -497,6 +502,7 @@ _RULES: dict[str, Callable] = {
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,
     "squeeze": _squeeze,
+    "tile": _tile,
     "expand_dims": _expand,
     "reshape": _reshape,
     "slice": _slice,

@@ -61,6 +61,9 @@ class Replay:
     def bind(self, eqn: Any, values: list) -> list:
         return bind(eqn, list(map(plain, values)))
 
+    def beside(self, view: View, eqn: Any, values: list) -> Array:
+        return view.value
+
     def _inside(self, part: Survey, perturbations: list, *iteration: Array) -> "Replay":
         return Replay(part, iter(perturbations), self.follow, self.reduce, (*self.iteration, *iteration))
 

@@ -30,7 +30,8 @@ class Head:
 
     Attributes:
         leaf, use: of the product.
-        tokens: for every token of the outputs, ravelled, its token of the product, int32; ``None``: the same order.
+        tokens: for every token of the outputs, ravelled, its token of the product (iterations of loops first), int32;
+            ``None``: the same order.
         bias: leaf of the bias of the outputs.
         soft_cap: ``c`` of ``c * tanh(z / c)``.
         is_last: whether nothing but a bias follows the product.
@@ -145,7 +146,7 @@ def _surveyed(traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | Non
         maker = outs[0].maker
         head, other = _head(outs[0]), "an input" if maker is None else maker.primitive.name
     learned = survey.findings.learned
-    if head is not None:
+    if head is not None and not head.use.loops:
         learned[head.use.order] = (*learned.get(head.use.order, ()), _token_ids(head, survey))
     survey = _with_attention(_with_ids(survey, learned))
     ids = tuple(x.ids if isinstance(x, Data) else () for x in outs)
@@ -213,9 +214,9 @@ def _with_attention(survey: Survey) -> Survey:
 def _head(outputs: Data) -> Head | None:
     made: Made | None = outputs.made
     shape = outputs.type.shape
-    if made is None or made.use.kind not in ("dense", "conv") or made.use.loops or not shape:
+    if made is None or made.use.kind not in ("dense", "conv") or len(made.use.loops) != made.loops or not shape:
         return None
-    tokens = token_axes(made.use, len(made.axes))
+    tokens = (*range(made.loops), *(made.loops + i for i in token_axes(made.use, len(made.axes) - made.loops)))
     units = [i for i in range(len(made.axes)) if i not in tokens]
     places = {i: _place(made.axes[i], shape) for i in range(len(made.axes))}
     sizes = made.sizes

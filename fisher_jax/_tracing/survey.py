@@ -45,6 +45,7 @@ class Made:
         axes: for each axis of its output the place along it, as ids of kind 0, 1, ....
         sizes: lengths of these axes.
         met: number of axes of what the parameter meets (of the output, for a convolution).
+        loops: number of axes before those of its output, for the iterations of loops that it is in.
         bias: leaf of the bias that was added to it.
         after: whether anything but a bias followed.
         cap: how far ``c * tanh(z / c)`` has come, and ``c``.
@@ -60,6 +61,7 @@ class Made:
     after: bool = False
     cap: tuple[str, float] | None = None
     other: str | None = None
+    loops: int = 0
 
     def same(self, other: "Made") -> bool:
         """Whether both are parts of one array."""
@@ -172,7 +174,7 @@ class Survey:
                 else self.findings.attention.made(use, _units_of(inputs[0]), sizes, self.loops)
             )
             return dataclasses.replace(found, made=Made(view.leaf, use, places, sizes, met), units=units)
-        if kind == "bias":
+        if kind == "bias" and inputs:
             self.findings.attention.added(use, _units_of(inputs[0]))
         made = next((x.made for x in inputs if isinstance(x, Data) and x.made is not None), None)
         if made is None or kind == "generic":
@@ -183,6 +185,13 @@ class Survey:
             return dataclasses.replace(found, made=dataclasses.replace(made, bias=view.leaf))
         other = made.other or eqn.primitive.name
         return dataclasses.replace(found, made=dataclasses.replace(made, after=True, other=other))
+
+    def beside(self, view: View, eqn: Any, values: list) -> Data:
+        """A learned token is of the rows of what it is laid beside, and of no position."""
+        (ids,) = carried_through(eqn, [_ids_of(plain(x)) for x in values], self.loops, lambda i: None, self.line)
+        axis = self.loops + int(eqn.params["dimension"])
+        rows = tuple(x for x in ids if x.kind == "row" and (isinstance(x, Lost) or x.values.shape[axis] == 1))
+        return Data(view.value.type, rows)
 
     def generic(self, x: Any, eqn: Any) -> Any:
         return self.use(x, "generic", eqn, 0, lambda: x.value, None, ()) if isinstance(x, View) else plain(x)
@@ -221,8 +230,12 @@ class Survey:
 
         carried = self._settled(eqn, [_beside_loop(_ids_of(x), self.loops) for x in start], once)
         vars(self.findings).update(vars(part.findings))
-        found = [*(_after_loop(ids, self.loops) for ids in carried), *(_ids_of(x) for x in outs[scan.num_carry :])]
-        return [Data(var.aval, ids, maker=eqn) for var, ids in zip(eqn.outvars, found, strict=True)], part
+        stacked = outs[scan.num_carry :]
+        found = [*(_after_loop(ids, self.loops) for ids in carried), *map(_ids_of, stacked)]
+        made = [*[None] * scan.num_carry, *(_made_in_each(x.made, scan.length, self.loops) for x in stacked)]
+        return [
+            Data(var.aval, ids, one, maker=eqn) for var, ids, one in zip(eqn.outvars, found, made, strict=True)
+        ], part
 
     def _either(self, eqn: Any, parts: Sequence[Any], values: list) -> list[Data]:
         outs = [list(map(plain, evaluate(part, values, self.inside(eqn)))) for part in parts]
@@ -282,6 +295,8 @@ class Survey:
 
     def _learn(self, made: Made, around: Carried) -> None:
         """Ids for the tokens of a use without ids, from an array whose entries its output is joined to."""
+        if made.loops:
+            return
         own = {one.kind for one in (*made.use.ids, *self.findings.learned.get(made.use.order, ()))}
         for one in around:
             if one.kind in own or isinstance(one, Lost) or len([x for x in around if x.kind == one.kind]) > 1:
@@ -357,6 +372,15 @@ def _beside_loop(carried: Carried, loops: int) -> Carried:
     return tuple(x if isinstance(x, Lost) else Ids(x.kind, np.expand_dims(x.values, loops)) for x in carried)
 
 
+def _made_in_each(made: Made | None, length: int, loops: int) -> Made | None:
+    """A product in the iterations of a loop, whose results lie side by side."""
+    if made is None or made.use.loops[loops:][: 1 + made.loops].count("shared") != 1 + made.loops:
+        return None
+    (ndim,) = {x.values.ndim - loops for x in made.axes} or {1}
+    steps = along(f"iteration {made.loops}", np.arange(length), [0], ndim, loops)
+    return dataclasses.replace(made, axes=(steps, *made.axes), sizes=(length, *made.sizes), loops=made.loops + 1)
+
+
 def _after_loop(carried: Carried, loops: int) -> Carried:
     return tuple(x if isinstance(x, Lost) else Ids(x.kind, x.values.squeeze(loops)) for x in carried)
 
@@ -417,7 +441,8 @@ def _facts(view: View, kind: str, eqn: Any, index: int, apply: Any, order: int, 
     if apply is None:
         return Use(kind, name, where, *chain, operand, None, order=order)
     roles, key = _roles(eqn, kind, index), (index, *signature(eqn))
-    return Use(kind, name, where, *chain, operand, apply, roles, index, eqn.params, key, order, ids)
+    numbers = view.factor, view.moved
+    return Use(kind, name, where, *chain, operand, apply, roles, index, eqn.params, key, order, *numbers, ids)
 
 
 def _roles(eqn: Any, kind: str, index: int) -> tuple[str, ...]:
@@ -427,8 +452,8 @@ def _roles(eqn: Any, kind: str, index: int) -> tuple[str, ...]:
         contracted, batch = (sides[index] for sides in contraction(params))
         return tuple("column" if i in contracted else "both" if i in batch else "row" for i in axes)
     if kind == "embedding":
-        rows = lookup(params, eqn.invars[index].aval.shape).axes
-        return tuple("row" if i in rows else "column" for i in axes)
+        row = lookup(params, eqn.invars[index].aval.shape).row
+        return tuple("row" if i == row else "column" for i in axes)
     if kind == "conv":
         conv = convolution(params)
         out, inner, *_ = conv.kernel

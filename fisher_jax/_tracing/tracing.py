@@ -33,7 +33,7 @@ __all__ = ["Way", "evaluate"]
 _LAYOUT = {
     "transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "convert_element_type", "copy", "copy_p",
     "sharding_constraint", "slice", "split", "unstack", "rev", "reduce_precision", "layout_constraint", "reshard",
-    "mesh_cast", "pvary", "pcast",
+    "mesh_cast", "pvary", "pcast", "tile",
 }  # fmt: skip
 
 # Where a parameter meets data: the kind of tap, by primitive.
@@ -54,6 +54,9 @@ class Way(Protocol):
 
     def use(self, view: View, kind: str, eqn: Any, index: int, output: Callable, apply: Any, inputs: tuple) -> Any:
         """The result of a use, which ``output()`` gives; the parameter is operand ``index`` of the equation."""
+
+    def beside(self, view: View, eqn: Any, values: list) -> Any:
+        """What stands for a parameter that is laid beside data, as a learned token is."""
 
     def generic(self, x: Any, eqn: Any) -> Any:
         """A parameter where no tap fits is plain data from here on."""
@@ -104,6 +107,8 @@ def _meet(eqn: Any, values: list, way: Way) -> list:
     factor = _factor(name, values)
     if factor is not None:
         return [first.scaled(way.bind(eqn, list(map(plain, values)))[0], factor)]
+    if name == "concatenate" and any(isinstance(v, Data | jax.Array) for v in values):
+        return way.bind(eqn, [_beside(eqn, i, values, way) if i in views else plain(v) for i, v in enumerate(values)])
     if name in _USES and len(views) == 1 and _fits(eqn, views[0], values):
         return [_use(eqn, views[0], values, way)]
     return way.bind(eqn, [way.generic(v, eqn) for v in values])
@@ -145,7 +150,7 @@ def _fits(eqn: Any, index: int, values: list) -> bool:
     if any(isinstance(v, Known) and v.params for v in others):
         return False
     if name == "gather":
-        return index == 0 and lookup(eqn.params, eqn.invars[0].aval.shape).whole
+        return index == 0 and lookup(eqn.params, eqn.invars[0].aval.shape).row is not None
     if name == "conv_general_dilated":
         return index == 1
     return name == "dot_general" or not any(isinstance(v, Known) or _is_number(v) for v in others)
@@ -162,6 +167,16 @@ def _use(eqn: Any, index: int, values: list, way: Way) -> Any:
         # x - w is x + (-w): the cotangent of a bias is that of a sum.
         return way.use(view.scaled(view.value, -1.0), "bias", eqn, index, output, jnp.add, inputs)
     return way.use(view, _USES[name], eqn, index, output, functools.partial(_applied, eqn, index), inputs)
+
+
+def _beside(eqn: Any, index: int, values: list, way: Way) -> Any:
+    """A parameter that is a part of an array is added to nothing."""
+    output = functools.partial(way.beside, values[index], eqn, values)
+    return way.use(values[index], "bias", eqn, index, output, _itself, ())
+
+
+def _itself(operand: Any) -> Any:
+    return operand
 
 
 def _as_data(x: Any) -> Any:

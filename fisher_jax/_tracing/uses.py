@@ -112,6 +112,8 @@ class Use:
             ``dot_general``'s ``dimension_numbers``).
         signature: of the operation, for comparison.
         order: its place among all uses of the program.
+        factor, moved: what the numbers of the leaf are multiplied with on the way, and whether nothing else happened
+            to them; see `View`. Not compared.
         ids: whose row and position every token of the use is: of what the parameter meets (of the output, for a
             convolution), see `fisher_jax._tracing.ids`. Not compared.
         parts: what it is in attentions. Not compared.
@@ -130,6 +132,8 @@ class Use:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     signature: tuple = ()
     order: int = 0
+    factor: float = 1.0
+    moved: bool = True
     ids: Carried = ()
     parts: tuple[Part, ...] = ()
     follows: frozenset[int] = frozenset()
@@ -172,13 +176,17 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A parameter leaf on its way through the program: ``value = factor * segments(leaf) + constant``."""
+    """A parameter leaf on its way through the program: ``value = factor * segments(leaf) + constant``.
+
+    ``moved`` where that is ``segments(leaf)``: nothing but its layout and dtype was changed.
+    """
 
     value: Any
     leaf: int
     segments: tuple[Segment, ...]
     loops: tuple[str, ...] = ()
     factor: float = 1.0
+    moved: bool = True
 
     @classmethod
     def of(cls, value: Any, leaf: int) -> "View":
@@ -188,8 +196,11 @@ class View:
         last = dataclasses.replace(self.segments[-1], steps=(*self.segments[-1].steps, step))
         return dataclasses.replace(self, value=value, segments=(*self.segments[:-1], last))
 
-    def scaled(self, value: Any, factor: float = 1.0) -> "View":
-        return dataclasses.replace(self, value=value, factor=self.factor * factor)
+    def scaled(self, value: Any, factor: float | None = None) -> "View":
+        """After arithmetic with numbers; without a factor nothing happened to it."""
+        if factor is None:
+            return dataclasses.replace(self, value=value)
+        return dataclasses.replace(self, value=value, factor=self.factor * factor, moved=False)
 
     def inside(self, value: Any, loop: str) -> "View":
         """The view that the body of a loop has of this one."""

@@ -26,6 +26,7 @@ _MOVES = (
     "unstack",
     "rev",
     "reduce_precision",
+    "tile",
 )
 # What these do to numbers is nothing.
 _PLACES = ("copy", "copy_p", "sharding_constraint", "layout_constraint", "reshard", "mesh_cast", "pvary", "pcast")

@@ -97,7 +97,7 @@ def _embedding(use: Use, indices: Array, cotangents: Array) -> Array:
     lead = [i for i in range(cotangents.ndim) if i not in picked.offset]
     cotangents, indices = replicated(cotangents), replicated(indices)
     vectors = jnp.transpose(cotangents, (*lead, *picked.offset)).reshape(indices[..., 0].size, -1)
-    index = indices.reshape(-1)
+    index = indices[..., picked.column].reshape(-1)
     if picked.clips:
         index = jnp.clip(index, 0, rows - 1)
     same = index[:, None] == index[None, :]

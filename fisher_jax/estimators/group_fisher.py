@@ -19,7 +19,7 @@ from fisher_jax.estimators.by_batch import by_batch
 from fisher_jax.estimators.by_row import by_row
 from fisher_jax.estimators.by_taps import by_taps
 from fisher_jax.estimators.by_token import by_token
-from fisher_jax.estimators.head import HeadProblem, head_estimator, head_group
+from fisher_jax.estimators.head import HeadProblem, head_estimator, head_groups
 from fisher_jax.estimators.problem import Problem
 from fisher_jax.likelihoods import Likelihood, categorical
 from fisher_jax.welford.estimator import FisherEstimator
@@ -77,7 +77,7 @@ def group_fisher(
         apply_fn: ``apply_fn(params, inputs) -> outputs [..., K]``.
         likelihood: ``fj.categorical``, ``fj.bernoulli`` or ``fj.gaussian``.
         example: a `Batch` of arrays or ``jax.ShapeDtypeStruct``s. Fixes the orientation of every kernel, which all
-            groups but ``param`` need.
+            groups but ``param`` need, and finds the head for ``head``.
         groups: ``fj.groups.param``, ``.row``, ``.column``, ``.tensor``, ``.head(...)``, or a function
             ``(path, shape) -> group or reduction``; a reduction is a function of the squares of this leaf, which it
             sums, to an array or a tree. A dict of such gives every leaf a dict of statistics.
@@ -135,7 +135,7 @@ def group_fisher(
             raise ValueError("estimator='head' has neither combine= nor num_samples=: it is exact, and one leaf")
         if likelihood is not categorical:
             raise ValueError(f"estimator='head' is for fj.categorical outputs, found {likelihood.name}")
-        chosen = HeadProblem(apply_fn, Structures(), head_group(groups), kind, unit, temperature, chunk_size)
+        chosen = HeadProblem(apply_fn, Structures(), head_groups(groups), kind, unit, temperature, chunk_size)
         return head_estimator(chosen, example)
     observe_with: Callable = by_token if estimator == "exact" else by_batch if _whole(estimator, unit) else by_row
 

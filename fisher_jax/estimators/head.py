@@ -1,8 +1,9 @@
 """The softmax head alone, in closed form: a forward pass, or taps that a training step has."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.estimator import FisherEstimator
 from fisher_jax.welford.moments import Moments, map_values, reject_if
 
-__all__ = ["HeadProblem", "head_estimator"]
+__all__ = ["HeadProblem", "head_estimator", "head_groups"]
 
 Tree = Any
 
@@ -38,7 +39,7 @@ class HeadProblem:
 
     apply_fn: Callable
     structures: Structures
-    group: str
+    groups: dict[str | None, str]  # by their names; one alone has none
     kind: str
     unit: str
     temperature: float
@@ -46,25 +47,30 @@ class HeadProblem:
 
     @property
     def scale(self) -> int:
-        return VALUE_BITS if self.group in ("row", "param") else 0
+        return max(VALUE_BITS if group in ("row", "param") else 0 for group in self.groups.values())
 
 
-def head_group(groups: Any) -> str:
-    """The name of the group, one of those that a closed form has."""
-    if isinstance(groups, Heads) or not isinstance(groups, Group | str):
-        raise ValueError("estimator='head' has the groups param, row, column and tensor")
-    return resolve(groups).name
+def head_groups(groups: Any) -> dict[str | None, str]:
+    """The names of the groups, each one of those that a closed form has."""
+    several = groups if isinstance(groups, Mapping) else {None: groups}
+    if not several or any(isinstance(g, Heads) or not isinstance(g, Group | str) for g in several.values()):
+        raise ValueError("estimator='head' has the groups param, row, column and tensor, or a dict of these")
+    return {name: resolve(group).name for name, group in several.items()}
 
 
 def head_estimator(problem: HeadProblem, example: Batch | None) -> FisherEstimator:
     """A tree like ``params`` with ``None`` at every leaf but the head."""
-    if example is None:
-        raise ValueError(
-            "estimator='head' needs example=, a batch of arrays or jax.ShapeDtypeStructs, to find the head"
-        )
+
+    def known() -> Batch:
+        if example is None:
+            raise ValueError(
+                "estimator='head' finds the head in a batch: give example=, a batch of arrays or "
+                "jax.ShapeDtypeStructs, or start with fj.welford.init(estimator.observe(params, batch))"
+            )
+        return example
 
     def init(params):
-        like = jax.eval_shape(lambda p, b: _closed(problem, p, b).mean, params, example)
+        like = jax.eval_shape(lambda p, b: _closed(problem, p, b).mean, params, known())
         return welford.init(like, unit=problem.unit, scale=problem.scale)
 
     def observe(params, batch: Batch, key=None, *, taps=None, taps_scale=1.0) -> Moments:
@@ -78,9 +84,10 @@ def head_estimator(problem: HeadProblem, example: Batch | None) -> FisherEstimat
         return welford.add(state, observe(params, batch, key, **given))
 
     def group_sizes(params):
-        found = head_of(_program(problem, params, example.inputs).structure)
-        shapes = jax.eval_shape(lambda p, b: _closed(problem, p, b).mean, params, example)
-        return jax.tree.map(lambda x: jnp.full(x.shape, _group_size(problem, found), jnp.float32), shapes)
+        found = head_of(_program(problem, params, known().inputs).structure)
+        shapes = jax.eval_shape(lambda p, b: _sums(problem, p, b).mean, params, known())
+        sizes = {k: jnp.full(x.shape, _group_size(problem.groups[k], found), jnp.float32) for k, x in shapes.items()}
+        return _placed(problem, params, found, sizes)
 
     return FisherEstimator(init, observe, update, welford.add, group_sizes)
 
@@ -89,31 +96,60 @@ def _program(problem: HeadProblem, params: Tree, inputs: Any) -> Program:
     return trace(problem.apply_fn, params, (inputs,), None, problem.structures, None)
 
 
-def _group_size(problem: HeadProblem, found: Head) -> int:
+def _group_size(group: str, found: Head) -> int:
     _, contracted, outputs = operand_axes(found.use)
     width, vocabulary = (math.prod(found.use.operand.shape[i] for i in axes) for axes in (contracted, outputs))
-    return {"param": 1, "row": width, "column": vocabulary, "tensor": width * vocabulary}[problem.group]
+    return {"param": 1, "row": width, "column": vocabulary, "tensor": width * vocabulary}[group]
 
 
 def _closed(problem: HeadProblem, params: Tree, batch: Batch) -> Moments:
+    found = head_of(_program(problem, params, batch.inputs).structure)
+    return map_values(_sums(problem, params, batch), lambda x: _placed(problem, params, found, x))
+
+
+def _sums(problem: HeadProblem, params: Tree, batch: Batch) -> Moments:
+    """Moments of the head ``[V, H]``, a dict by group."""
     program = _program(problem, params, without_padding(batch.inputs, batch.real, batch.weights))
-    found = head_of(program.structure)
-    hidden, head, bias = parts(program)
-    moments = lm_head.moments(
-        hidden, head, batch.targets if problem.kind == "empirical" else None, batch.weights, groups=problem.group,
-        kind=problem.kind, unit=problem.unit, units=batch.units if problem.unit == "document" else None, bias=bias,
-        soft_cap=found.soft_cap, temperature=problem.temperature, chunk_size=problem.chunk_size,
+    head, soft_cap = parts(program), head_of(program.structure).soft_cap
+    return _beside({
+        name: lm_head.moments(
+            head.hidden, head.head, batch.targets if problem.kind == "empirical" else None, batch.weights,
+            groups=group, kind=problem.kind, unit=problem.unit,
+            units=batch.units if problem.unit == "document" else None, bias=head.bias, soft_cap=soft_cap,
+            temperature=problem.temperature, chunk_size=problem.chunk_size,
+        )
+        for name, group in problem.groups.items()
+    }, problem.scale, head.factor**2)  # fmt: skip
+
+
+def _beside(several: dict[str | None, Moments], scale: int, factor: float) -> Moments:
+    """Moments of several values of the same observations, times a factor, at one scale."""
+
+    def of(read: Callable[[Any], Tree], power: int) -> Tree:
+        found = {name: (read(m), (factor * 2.0 ** (scale - m.scale)) ** power) for name, m in several.items()}
+        return None if None in [x for x, _ in found.values()] else {k: x * by for k, (x, by) in found.items()}
+
+    def fragment(read: Callable[[Moments], Any]) -> Any:
+        one = read(first)
+        return None if one is None else dataclasses.replace(one, mean=of(lambda m: read(m).mean, 1))
+
+    first, *others = several.values()
+    return dataclasses.replace(
+        first, mean=of(lambda m: m.mean, 1), m2=of(lambda m: m.m2, 2), square_mean=of(lambda m: m.square_mean, 1),
+        square_m2=of(lambda m: m.square_m2, 2), first=fragment(lambda m: m.first), last=fragment(lambda m: m.last),
+        rejected=functools.reduce(jnp.maximum, [m.rejected for m in others], first.rejected),
+        reasons=functools.reduce(jnp.bitwise_or, [m.reasons for m in others], first.reasons), scale=scale,
     )  # fmt: skip
-    return map_values(moments, lambda x: _placed(problem, params, found, x))
 
 
-def _placed(problem: HeadProblem, params: Tree, found: Head, values: Array) -> Tree:
-    """Values of the head ``[V, H]``, ``[V]``, ``[H]`` or one, where and as the leaf has them."""
+def _placed(problem: HeadProblem, params: Tree, found: Head, values: dict[str | None, Array]) -> Tree:
+    """Values of the head ``[V, H]``, ``[V]``, ``[H]`` or one, by group, where and as the leaf has them."""
     _, contracted, outputs = operand_axes(found.use)
-    axes = {"param": (*outputs, *contracted), "row": outputs, "column": contracted, "tensor": ()}[problem.group]
-    shaped = in_leaf_order(found.use, values, axes)
+    axes = {"param": (*outputs, *contracted), "row": outputs, "column": contracted, "tensor": ()}
+    shaped = {name: in_leaf_order(found.use, x, axes[problem.groups[name]]) for name, x in values.items()}
     leaves, treedef = jax.tree.flatten(params)
-    return jax.tree.unflatten(treedef, [shaped if i == found.leaf else None for i in range(len(leaves))])
+    own = shaped.get(None, shaped)
+    return jax.tree.unflatten(treedef, [own if i == found.leaf else None for i in range(len(leaves))])
 
 
 def _from_taps(problem: HeadProblem, params: Tree, batch: Batch, taps: list[Tap], scale: Any) -> Moments:
@@ -140,15 +176,16 @@ def _from_taps(problem: HeadProblem, params: Tree, batch: Batch, taps: list[Tap]
         rows = (
             x.astype(dtype).reshape(num_rows, -1, *x.shape[1:]) for x in (hidden, cotangents, weights.reshape(-1))
         )
-        like = jax.ShapeDtypeStruct(_shape(problem.group, hidden, cotangents), dtype)
+        zeros = {k: jnp.zeros(_shape(group, hidden, cotangents), dtype) for k, group in problem.groups.items()}
 
         def step(carry, row):
             h, c, w, unit_id = row
             g2 = jnp.square(c * jnp.asarray(scale, dtype)) / jnp.where(w > 0, w, 1)[:, None] * 2.0**problem.scale
-            total = _total(problem.group, jnp.where((w > 0)[:, None], g2, 0), jnp.square(h))
+            counted, h2 = jnp.where((w > 0)[:, None], g2, 0), jnp.square(h)
+            total = {name: _total(group, counted, h2) for name, group in problem.groups.items()}
             return moments_room.fold(carry, total, w.sum(), unit_id), None
 
-        first = moments_room.start(jnp.zeros(like.shape, like.dtype), problem.unit, problem.scale)
+        first = moments_room.start(zeros, problem.unit, problem.scale)
         return moments_room.finish(jax.lax.scan(step, first, (*rows, ids))[0])
 
     moments = meshes.replicating(run, hidden, cotangents, weights, ids)

@@ -70,7 +70,7 @@ def contraction(eqn):
     return list(ask.contraction(eqn.params))
 
 
-PLAIN = {"batching": (), "index_batching": (), "clips": False}
+PLAIN = {"batching": (), "index_batching": (), "row": None, "column": 0, "clips": False}
 
 
 def lookup(eqn):
@@ -106,12 +106,15 @@ ROWS = [
     ("axes of a product", lambda w, x: jnp.einsum("bxi,bjx->bij", w, x), (W[None].repeat(2, 0), X.reshape(2, 2, 2)),
      lambda e: sorted(map(sorted, ask.contraction(e.params))), [[(0,), (0,)], [(1,), (2,)]]),
     ("whole rows of a lookup", lambda w: w[INDICES], (W,), lookup,
-     {**PLAIN, "axes": (0,), "collapsed": (0,), "sizes": (1, 3), "whole": True, "offset": (1,)}),
+     {**PLAIN, "axes": (0,), "collapsed": (0,), "sizes": (1, 3), "row": 0, "offset": (1,)}),
     ("single entries of a lookup", lambda w: w[INDICES, INDICES], (W,), lookup,
-     {**PLAIN, "axes": (0, 1), "collapsed": (0, 1), "sizes": (1, 1), "whole": False, "offset": ()}),
+     {**PLAIN, "axes": (0, 1), "collapsed": (0, 1), "sizes": (1, 1), "offset": ()}),
     ("clipping of a lookup", lambda w: jnp.take(w, INDICES, axis=1, mode="clip"), (W,),
      lambda e: lookup(ask.opened(ask.called(e))[0].equations[-1]),
-     {**PLAIN, "axes": (1,), "collapsed": (1,), "sizes": (2, 1), "whole": True, "offset": (0,), "clips": True}),
+     {**PLAIN, "axes": (1,), "collapsed": (1,), "sizes": (2, 1), "row": 1, "offset": (0,), "clips": True}),
+    ("a lookup that is mapped over", lambda w: jax.vmap(lambda i: jax.lax.dynamic_slice(w, (0, i), (2, 1)))(INDICES),
+     (W,), lookup, {**PLAIN, "axes": (0, 1), "collapsed": (), "sizes": (2, 1), "row": 1, "column": 1,
+                    "offset": (1, 2), "clips": True}),
     ("axes and groups of a convolution", convolve, (IMAGE, KERNEL), convolution,
      [(0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3), 2, 1, (1, 2), ((0, 0), (0, 0))]),
     ("order of a transpose", lambda w: jnp.transpose(w[None], (1, 2, 0)), (W,), ask.permutation, (1, 2, 0)),

@@ -176,7 +176,8 @@ def _dense(block: Block, x: Any, uses: list[Spec], found: Structure, rules: Rule
             raise ValueError(f"{block.path} is used both as it is and transposed; {_way_out(block.path)}")
     apart, units, width = _sizes(first)
     tokens = sum(_tokens(spec, apart, units) for spec in uses)
-    head = found.head is not None and found.head.leaf == block.leaf and len(uses) == 1
+    # In a loop every iteration has its own tokens, and no one product is the outputs.
+    head = found.head is not None and found.head.leaf == block.leaf and len(uses) == 1 and not found.head.use.loops
     number = math.prod(x.shape) // (width * units)
     block = dataclasses.replace(block, number=number, units=units, width=width, head=head)
     return _with_policy(block, tokens, rules)

@@ -148,11 +148,14 @@ def lookups(tap: Tap, block: Block, masks: Masks) -> tuple[Array, Array, Array]:
     """Of an embedding: the rows looked up ``[T]``, output gradients ``[1, T, width]``, and weights in ``A``."""
     assert tap.cotangents is not None
     (indices,) = tap.inputs or ()
-    offset = lookup(tap.use.options, tap.use.operand.shape).offset
-    g = wide(jnp.moveaxis(tap.cotangents, offset, range(-len(offset), 0)))
-    g = g.reshape(1, indices.size, -1)
+    picked = lookup(tap.use.options, tap.use.operand.shape)
+    g = wide(jnp.moveaxis(tap.cotangents, picked.offset, range(-len(picked.offset), 0)))
+    rows = indices[..., picked.column].ravel()
+    if picked.clips:
+        rows = jnp.clip(rows, 0, block.width - 1 if block.kind == "embedding" else block.units - 1)
+    g = g.reshape(1, rows.size, -1)
     mask = _mask(tap, dataclasses.replace(block, head=False), masks).astype(g.dtype)
-    return indices.ravel(), g, mask
+    return rows, g, mask
 
 
 def _shape(tap: Tap) -> tuple[int, ...]:

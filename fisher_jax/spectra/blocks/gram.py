@@ -128,7 +128,7 @@ def _embedding(use: Any, indices: Array, cotangents: Array) -> Array:
     width = math.prod(cotangents.shape[i] for i in offset)
     g = jnp.transpose(cotangents, (0, *lead, *offset)).reshape(cotangents.shape[0], -1, width)
     g = wide(g)
-    index = indices.reshape(g.shape[:2])
+    index = indices[..., picked.column].reshape(g.shape[:2])
     if picked.clips:
         index = jnp.clip(index, 0, size - 1)
     g = jnp.where(((index >= 0) & (index < size))[..., None], g, jnp.zeros_like(g))

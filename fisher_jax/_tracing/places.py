@@ -9,10 +9,10 @@ from jaxtyping import Array
 
 from fisher_jax._support.jax_internals import contraction
 from fisher_jax._tracing.dense import token_axes
-from fisher_jax._tracing.ids import NOBODY, Ids, Lost
+from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, along
 from fisher_jax._tracing.uses import Use
 
-__all__ = ["UnfollowedError", "input_token_axes", "of_real_positions", "of_rows", "of_tokens", "row_ids"]
+__all__ = ["UnfollowedError", "input_token_axes", "of_real_positions", "of_rows", "of_tokens", "row_ids", "told"]
 
 
 class UnfollowedError(Exception):
@@ -27,6 +27,42 @@ def input_token_axes(use: Use, ndim: int) -> tuple[int, ...]:
     if use.kind == "embedding":
         return tuple(range(ndim - 1))
     return token_axes(use, ndim)
+
+
+def told(use: Use, shape: tuple[int, ...], axes: tuple[int, ...] | None, lead: tuple[int, ...]) -> Carried:
+    """Ids of a use whose axes of rows and positions a user names; ``None``: it has none.
+
+    Args:
+        shape: of what the use meets, see `input_token_axes`, without loops.
+        axes: of rows, then of positions, one for each axis of ``lead`` after the first, or none.
+        lead: rows, and positions of a row.
+
+    Raises:
+        UnfollowedError: axes that there are not, that are no axes of tokens, or of other sizes.
+    """
+    if axes is None:
+        return tuple(one for one in use.ids if one.kind not in ("row", "position", "token"))
+    tokens = input_token_axes(use, len(shape))
+    if not set(axes) <= set(tokens):
+        raise UnfollowedError(f"tokens lie along {_axes(tokens)} of its shape {list(shape)}, not along {_axes(axes)}")
+    wanted = lead[: len(axes)]
+    if len(axes) not in (1, len(lead)) or tuple(shape[i] for i in axes) != wanted:
+        raise UnfollowedError(
+            f"{_axes(axes)} of its shape {list(shape)} have sizes {[shape[i] for i in axes]}, and rows and positions "
+            f"of the batch {list(lead)}"
+        )
+    loops, ndim = len(use.loops), len(shape)
+    found = [along("row", np.arange(lead[0]), axes[:1], ndim, loops)]
+    places = np.arange(math.prod(wanted)).reshape(wanted)
+    if len(axes) > 1:
+        found.append(along("position", places[0], axes[1:], ndim, loops))
+    if len(axes) == len(lead) and any(one.kind == "token" for one in use.ids):
+        found.append(along("token", places, axes, ndim, loops))
+    return tuple(found)
+
+
+def _axes(axes: tuple[int, ...]) -> str:
+    return f"axes {', '.join(map(str, axes))}"
 
 
 def of_real_positions(use: Use, shape: tuple[int, ...], real: Array, iteration: tuple[Array, ...] = ()) -> Array:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,6 +75,11 @@ class Structure:
     def uses(self, leaf: int) -> list[Spec]:
         """All uses of one leaf."""
         return [spec for spec in self.specs if spec.leaf == leaf]
+
+    def changed(self, change: Callable[[Spec], Use]) -> "Structure":
+        """With other facts about uses."""
+        survey = _everywhere(self.survey, lambda spec: dataclasses.replace(spec, use=change(spec)))
+        return dataclasses.replace(self, survey=survey)
 
 
 class Structures:
@@ -185,10 +191,14 @@ def _with_ids(survey: Survey, learned: dict) -> Survey:
         more = learned.get(one.use.order, ())
         return dataclasses.replace(one, use=dataclasses.replace(one.use, ids=(*one.use.ids, *more)))
 
-    parts = [_with_ids(part, learned) for part in survey.parts]
-    return dataclasses.replace(
-        survey, own=list(map(spec, survey.own)), parts=parts, specs=list(map(spec, survey.specs))
-    )
+    return _everywhere(survey, spec)
+
+
+def _everywhere(survey: Survey, change: Callable[[Spec], Spec]) -> Survey:
+    """The same survey with other facts about every use."""
+    parts = [_everywhere(part, change) for part in survey.parts]
+    own, specs = (list(map(change, specs)) for specs in (survey.own, survey.specs))
+    return dataclasses.replace(survey, own=own, parts=parts, specs=specs)
 
 
 def _with_attention(survey: Survey) -> Survey:
@@ -202,13 +212,7 @@ def _with_attention(survey: Survey) -> Survey:
         use = dataclasses.replace(one.use, parts=parts.get(order, ()), follows=follows.get(order, frozenset()))
         return dataclasses.replace(one, use=use)
 
-    def everywhere(part: Survey) -> Survey:
-        inner = list(map(everywhere, part.parts))
-        return dataclasses.replace(
-            part, own=list(map(spec, part.own)), parts=inner, specs=list(map(spec, part.specs))
-        )
-
-    return everywhere(survey)
+    return _everywhere(survey, spec)
 
 
 def _head(outputs: Data) -> Head | None:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -38,6 +38,11 @@ class Curvature:
             head.
         shared: ``"expand"`` counts every position on its own; ``"reduce"`` sums output gradients and averages inputs
             over the positions of a row, except at the head.
+        positions: ``{path: axes}``, for parameters whose program does not say, or says wrongly, to which rows and
+            positions their tokens belong; paths are written as errors print them. Axes of what the parameter meets (of
+            the indices for an embedding, of the output for a convolution, of one iteration inside of a loop):
+            ``(row, position)``, one for each axis of ``Batch.real``, or ``(row,)`` where a row has one token; ``None``
+            for a use without tokens, which all count. With ``(row, position)`` masks and weights lie in that order.
         temperature: labels are drawn from outputs divided by it.
         diagonal: ``diagonal(path)`` says which leaves get, in place of a block, the diagonal
             ``(sum_t s_t)**2 / W`` of the batch (scales and biases: squares summed over positions).
@@ -65,6 +70,7 @@ class Curvature:
     form: str = "auto"
     power: float = -1.0
     shared: str = "expand"
+    positions: Mapping[str, tuple[int, ...] | None] | tuple = ()
     temperature: float = 1.0
     diagonal: Callable[[str], bool] | None = None
     eigenvalue_correction: bool | Callable[[str], bool] = False
@@ -77,6 +83,7 @@ class Curvature:
         _whole(self, "token_cap", optional=True)
         _number(self, "power", math.isfinite, "a finite number", fixed=True)
         _number(self, "temperature", lambda x: x > 0, "a positive number", fixed=True)
+        object.__setattr__(self, "positions", _positions(self.positions))
         if self.factor_dtype is not None and not jnp.issubdtype(self.factor_dtype, jnp.floating):
             raise ValueError(f"factor_dtype is a floating dtype or None, found {self.factor_dtype!r}")
         if self.diagonal is not None and not callable(self.diagonal):
@@ -245,6 +252,23 @@ def check_option(name: str, found: Any, *kinds: type) -> None:
     if not isinstance(found, kinds):
         wanted = " or ".join(f"fj.{kind.__name__}(...)" for kind in kinds)
         raise TypeError(f"{name} is {wanted}, found {type(found).__name__}")
+
+
+def _positions(told: Any) -> tuple:
+    """Pairs of a path and axes, which hash."""
+    try:
+        pairs = tuple(told.items()) if isinstance(told, Mapping) else tuple((path, axes) for path, axes in told)
+        for path, axes in pairs:
+            whole = [isinstance(i, numbers.Integral) and not isinstance(i, bool) and i >= 0 for i in axes or ()]
+            repeated = axes is not None and len(set(axes)) != len(axes)
+            if not isinstance(path, str) or not all(whole) or repeated or (axes is not None and not whole):
+                raise ValueError
+        return tuple((path, None if axes is None else tuple(map(int, axes))) for path, axes in pairs)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "positions is a mapping from the path of a parameter to different axes from 0 on, (row, position) or "
+            f"(row,), or to None, found {told!r}"
+        ) from None
 
 
 def _one_of(options: Any, name: str, *known: str, more: str = "") -> None:

@@ -178,6 +178,11 @@ def _dense(block: Block, x: Any, uses: list[Spec], found: Structure, rules: Rule
     tokens = sum(_tokens(spec, apart, units) for spec in uses)
     # In a loop every iteration has its own tokens, and no one product is the outputs.
     head = found.head is not None and found.head.leaf == block.leaf and len(uses) == 1 and not found.head.use.loops
+    if rules.shared == "reduce" and len(uses) > 1 and not head:
+        raise ValueError(
+            f'shared="reduce" sums over the positions of a row, and {block.path} meets them in {len(uses)} uses '
+            f'({", ".join(spec.use.where for spec in uses)}): use shared="expand", or {_way_out(block.path)}'
+        )
     number = math.prod(x.shape) // (width * units)
     block = dataclasses.replace(block, number=number, units=units, width=width, head=head)
     return _with_policy(block, tokens, rules)

@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fisher_jax._tracing import places
+from fisher_jax._tracing.places import UnfollowedError
 from fisher_jax._tracing.program import Program, trace
 from fisher_jax._tracing.structure import Structures
+from fisher_jax._tracing.uses import Spec, Use
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import check_outputs
 from fisher_jax.kronecker.blocks.plan import Block, Rules, plan
@@ -54,6 +57,30 @@ def _devices(axis_name: Any) -> int:
     return size
 
 
+def _with_positions(program: Program, told: dict[str, tuple[int, ...] | None], lead: tuple[int, ...]) -> Program:
+    """The program whose uses have the rows and positions that a user says they have."""
+    unknown = sorted(set(told) - set(program.paths))
+    if unknown:
+        raise ValueError(
+            f"positions= names {', '.join(unknown)}, and the parameters are {', '.join(program.paths)}"
+        )
+
+    def change(spec: Spec) -> Use:
+        use, path = spec.use, program.paths[spec.leaf]
+        if path not in told or use.kind not in ("dense", "embedding", "conv"):
+            return use
+        met = spec.output if use.kind == "conv" else spec.inputs[0]
+        try:
+            ids = places.told(use, met.shape[len(use.loops) :], told[path], lead)
+        except UnfollowedError as error:
+            raise ValueError(
+                f"positions={{{path!r}: {told[path]}}} does not fit its use at {use.where}: {error}"
+            ) from None
+        return dataclasses.replace(use, ids=ids)
+
+    return dataclasses.replace(program, structure=program.structure.changed(change))
+
+
 def block_plan(problem: Problem, params: Tree, batch: Batch) -> tuple[Program, tuple[Block, ...]]:
     """The model's program, and the block of every parameter; arrays or ``ShapeDtypeStruct``s."""
     rules = dataclasses.replace(problem.rules, devices=_devices(problem.axis_name))
@@ -66,6 +93,9 @@ def block_plan(problem: Problem, params: Tree, batch: Batch) -> tuple[Program, t
         )
     program = trace(problem.apply_fn, params, (batch.inputs,), None, problem.structures, lead, follow=rules.follow)
     check_outputs(program.shape)
+    if rules.positions:
+        (out,) = program.structure.outputs
+        program = _with_positions(program, dict(rules.positions), out.shape[:-1] if lead is None else lead)
     found = program.structure
     blocks = plan(found, program.leaves, program.paths, rules)
     (out,) = found.outputs

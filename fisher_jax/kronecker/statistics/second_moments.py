@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -174,12 +175,26 @@ def _mask(tap: Tap, block: Block, masks: Masks) -> Array:
             return of_real_positions(tap.use, shape, masks.real, tap.iteration)
     except UnfollowedError as error:
         what = "the weights of the loss" if block.head else "the padding mask Batch.real"
-        place = f" at {tap.use.where}" if tap.use.where else ""
         raise ValueError(
-            f"{what} cannot be laid on the tokens of {tap.path}{place}: {error}; treat the parameter with diagonal= "
-            "of fj.Curvature" + ("" if block.head else ", or leave out Batch.real where nothing is padding")
+            f"{what} cannot be laid on the tokens of {tap.path}{_place(tap)}: {error}; "
+            + _say_positions(tap, masks.weights.shape if block.head or masks.real is None else jnp.shape(masks.real))
+            + ("" if block.head else ", or leave out Batch.real where nothing is padding")
         ) from None
     return jnp.ones(math.prod(shape[i] for i in input_token_axes(tap.use, len(shape))))
+
+
+def _place(tap: Tap) -> str:
+    return f" at {tap.use.where}" if tap.use.where else ""
+
+
+def _say_positions(tap: Tap, lead: tuple[int, ...]) -> str:
+    """The ways out where it is not known whose tokens a use has."""
+    shape = _shape(tap)
+    tokens = input_token_axes(tap.use, len(shape))
+    fitting = [axes for axes in itertools.permutations(tokens, len(lead)) if tuple(shape[i] for i in axes) == lead]
+    say = f"say with fj.Curvature(positions={{{tap.path!r}: axes}}) which axes of what it meets, {list(shape)}, are "
+    say += f"(row, position), such as {fitting[0]}" if fitting else "rows, (row,)"
+    return f"{say}, or None if it has no tokens; or give it a diagonal with diagonal=lambda path: path == {tap.path!r}"
 
 
 def _reduce(tap: Tap, a: Array, g: Array, mask: Array, rows: int) -> tuple[Array, Array, Array]:
@@ -193,7 +208,8 @@ def _reduce(tap: Tap, a: Array, g: Array, mask: Array, rows: int) -> tuple[Array
         row = of_rows(tap.use, _shape(tap)) if rows > 1 else np.zeros(a.shape[1], np.int32)
     except UnfollowedError as error:
         raise ValueError(
-            f'shared="reduce" needs the row of every token of {tap.path} at {tap.use.where}: {error}'
+            f'shared="reduce" needs the row of every token of {tap.path}{_place(tap)}: {error}; '
+            + _say_positions(tap, (rows,))
         ) from None
     count = _by_row(mask, row, rows)
     mean = _by_row(a * mask[None, :, None], row, rows) / jnp.where(count > 0, count, 1)[None, :, None]

@@ -1,5 +1,10 @@
 """Text to token ids and back."""
 
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
 from fisher_jax._support.errors import InputError
 from fisher_jax.models.json_files import parse_json
 from fisher_jax.models.optional_packages import optional
@@ -25,7 +30,7 @@ class Tokenizer:
     Raises ``InputError`` where two tokens have one id, or where it fails on ordinary text.
     """
 
-    def __init__(self, backend):
+    def __init__(self, backend: Any):
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
@@ -61,12 +66,12 @@ class Tokenizer:
         with refusing_panics("the tokenizer fails on this text"):
             return self.backend.encode(text, add_special_tokens=special).ids
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
         """The text of token ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
         with refusing_panics("the tokenizer fails on these tokens"):
             return self.backend.decode([self.known(id) for id in ids], skip_special_tokens=False)
 
-    def token_text(self, id: int) -> str:
+    def token_text(self, id: int | np.integer) -> str:
         """One token for people to read: its real characters, ``" Paris"`` or ``"\\n"``, and bytes that form
         no character on their own as ``<0xE2>``. Ids without a token, such as the rows that pad a head, are
         ``<no text 151700>``."""
@@ -87,7 +92,7 @@ class Tokenizer:
         """Whether a token has this id; rows that pad a head have none."""
         return 0 <= int(id) < 2**31 and self.backend.id_to_token(int(id)) is not None
 
-    def known(self, id) -> int:
+    def known(self, id: int | np.integer) -> int:
         if not 0 <= int(id) < self.vocab_size:
             raise InputError(f"token id {id} has no text; the tokenizer has ids 0 to {self.vocab_size - 1}")
         return int(id)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from fisher_jax._support.errors import InputError
 from fisher_jax.models.functions import from_config
@@ -86,7 +87,7 @@ def derivation(token: str, ranks: dict[tuple[str, ...], int]) -> set[str]:
     return passed - {token}
 
 
-def kept_tokens(vocabulary: Vocabulary, order: Iterable[int | np.integer], keep: int) -> np.ndarray:
+def kept_tokens(vocabulary: Vocabulary, order: Iterable[int | np.integer], keep: int) -> Int[np.ndarray, " kept"]:
     """Exactly ``keep`` ids, ascending: the required ones, then by ``order`` (most important first).
 
     Ids without a token are passed over.
@@ -112,7 +113,7 @@ def kept_tokens(vocabulary: Vocabulary, order: Iterable[int | np.integer], keep:
     return np.array(sorted(kept))
 
 
-def cut_tokenizer(tokenizer: Tokenizer, kept: np.ndarray) -> Tokenizer:
+def cut_tokenizer(tokenizer: Tokenizer, kept: Int[np.ndarray, " kept"]) -> Tokenizer:
     """The tokenizer of these ids, renumbered from 0 in their order."""
     new = {int(old): i for i, old in enumerate(kept)}
     content = json.loads(tokenizer.to_json())
@@ -139,7 +140,7 @@ def renumber(processor: Any, new: dict[int, int]) -> None:
             processor[name] = [processor[name][0], new[processor[name][1]]]
 
 
-def cut_model(model: LanguageModel, kept: np.ndarray) -> LanguageModel:
+def cut_model(model: LanguageModel, kept: Int[np.ndarray, " kept"]) -> LanguageModel:
     """The model of these token ids: rows of embedding and head, and the tokenizer; the rest is shared."""
     rows = jnp.asarray(kept)
     params = {name: leaf[rows] if name in BY_VOCABULARY else leaf for name, leaf in model.params.items()}

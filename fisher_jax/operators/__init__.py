@@ -10,7 +10,7 @@ from typing import Any, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from fisher_jax._support.meshes import places
 from fisher_jax._support.selection import Chosen, select
@@ -252,7 +252,7 @@ def restrict(params: Tree, parameters: Chosen = None) -> Tree:
     return select(params, parameters).restrict(params)
 
 
-def total_weight(matvec: Partial) -> Array:
+def total_weight(matvec: Partial) -> Float[Array, ""]:
     """``sum_t w_t`` that an operator of this module divides by, at least float32.
 
     Example:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from fisher_jax._support.dtypes import is_floating, wide
 from fisher_jax._support.jax_internals import is_traced
@@ -112,7 +112,9 @@ def merge_task_vectors(
     return jax.tree.unflatten(treedef, merged)
 
 
-def weighted_mean(values: list[Array], weights: list[Array], scales: list) -> Array:
+def weighted_mean(
+    values: list[Float[Array, "*shape"]], weights: list[Float[Array, "..."]], scales: list
+) -> Float[Array, "*shape"]:
     """``sum w v / sum w``, or ``sum c v / sum c`` where all weights are zero.
 
     As a running mean, which moves by nothing where values are equal or a weight is zero, and where only one weight is

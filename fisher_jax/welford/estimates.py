@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from fisher_jax._support import compensated
 from fisher_jax.welford.accumulation import closed
@@ -158,7 +158,7 @@ def count(x: Readable) -> int:
     return round(float(np.asarray(closed(x).count, np.float64).sum()))
 
 
-def total_weight(x: Readable) -> Array:
+def total_weight(x: Readable) -> Float[Array, ""]:
     """``sum w`` as a scalar array, also inside ``jit``.
 
     Example:

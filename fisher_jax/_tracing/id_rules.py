@@ -21,7 +21,7 @@ from fisher_jax._support.jax_internals import (
 )
 from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, compressed, joined
 
-__all__ = ["carried_through", "extended", "is_elementwise", "is_layout", "moved_through"]
+__all__ = ["carried_through", "extended", "is_elementwise", "is_layout", "keeps_entries", "moved_through"]
 
 _SAME = {
     "convert_element_type", "copy", "copy_p", "sharding_constraint", "reduce_precision", "layout_constraint",
@@ -44,6 +44,7 @@ _LAYOUT = {
     "transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "split", "unstack", "rev",
     "gather", "dynamic_slice", "tile",
 }  # fmt: skip
+_MOVES = {"concatenate", "stack", "pad", "sort", "top_k", "dynamic_update_slice", "scatter"}
 _CUMULATIVE = {"cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"}
 
 
@@ -128,6 +129,11 @@ def _mixed(eqn: Any, given: Sequence[Carried], found: Carried, loops: int, line:
 def is_elementwise(name: str) -> bool:
     """Whether an operation makes each entry of its result from the entries at the same place."""
     return name in _ELEMENTWISE
+
+
+def keeps_entries(name: str) -> bool:
+    """Whether each entry of the result comes from single entries, wherever these were."""
+    return is_elementwise(name) or is_layout(name) or name in _MOVES
 
 
 def is_layout(name: str) -> bool:

@@ -12,7 +12,16 @@ from fisher_jax._tracing.dense import token_axes
 from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, along
 from fisher_jax._tracing.uses import Use
 
-__all__ = ["UnfollowedError", "input_token_axes", "of_real_positions", "of_rows", "of_tokens", "row_ids", "told"]
+__all__ = [
+    "UnfollowedError",
+    "input_token_axes",
+    "is_at_outputs",
+    "of_real_positions",
+    "of_rows",
+    "of_tokens",
+    "row_ids",
+    "told",
+]
 
 
 class UnfollowedError(Exception):
@@ -92,11 +101,15 @@ def of_real_positions(use: Use, shape: tuple[int, ...], real: Array, iteration: 
     if not found:
         return jnp.ones(count, bool)
     every = functools.reduce(jnp.logical_and, found)
-    places = zip(iteration, every.shape[:-1], strict=True)
-    return jnp.broadcast_to(every[tuple(i if n > 1 else 0 for i, n in places)], (count,))
+    return jnp.broadcast_to(_at_iteration(every, iteration), (count,))
 
 
-def of_tokens(use: Use, shape: tuple[int, ...], values: Array) -> Array:
+def _at_iteration(x: Array, iteration: tuple[Array, ...]) -> Array:
+    """The part of ``[*loops, T]`` of one iteration, where loops are of length 1 where nothing varies."""
+    return x[tuple(i if n > 1 else 0 for i, n in zip(iteration, x.shape[:-1], strict=True))]
+
+
+def of_tokens(use: Use, shape: tuple[int, ...], values: Array, iteration: tuple[Array, ...] = ()) -> Array:
     """Numbers of the tokens of the outputs, at the tokens of the head that they come from, ``[T]``; 0 at others.
 
     Raises:
@@ -105,10 +118,17 @@ def of_tokens(use: Use, shape: tuple[int, ...], values: Array) -> Array:
     found = _over_tokens(use, shape, "token")
     if len(found) != 1:
         raise UnfollowedError("the outputs come from no single product")
-    tokens, flat = found[0].ravel(), jnp.ravel(values)
-    if np.array_equal(tokens, np.arange(flat.size)):
+    tokens, flat = found[0], jnp.ravel(values)
+    if np.array_equal(tokens.ravel(), np.arange(flat.size)) and not use.loops:
         return flat
-    return jnp.where(tokens == NOBODY, 0, flat[np.maximum(tokens, 0)])
+    every = jnp.where(tokens == NOBODY, 0, flat[np.maximum(tokens, 0)])
+    count = math.prod(shape[i] for i in input_token_axes(use, len(shape)))
+    return jnp.broadcast_to(_at_iteration(every, iteration), (count,))
+
+
+def is_at_outputs(use: Use) -> bool:
+    """Whether the outputs are tokens of this use."""
+    return any(one.kind == "token" for one in use.ids)
 
 
 def of_rows(use: Use, shape: tuple[int, ...]) -> np.ndarray:

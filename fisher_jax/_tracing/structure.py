@@ -13,7 +13,7 @@ import numpy as np
 
 from fisher_jax._support.jax_internals import is_traced, opened, struct, walk
 from fisher_jax._tracing.dense import operand_axes, token_axes
-from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, along
+from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, along, compressed
 from fisher_jax._tracing.places import input_token_axes
 from fisher_jax._tracing.survey import Made, Survey
 from fisher_jax._tracing.tracing import evaluate
@@ -152,8 +152,10 @@ def _surveyed(traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | Non
         maker = outs[0].maker
         head, other = _head(outs[0]), "an input" if maker is None else maker.primitive.name
     learned = survey.findings.learned
-    if head is not None and not head.use.loops:
-        learned[head.use.order] = (*learned.get(head.use.order, ()), _token_ids(head, survey))
+    single = head is not None and not head.use.loops
+    of_outputs = [(head.use.order, _token_ids(head, survey))] if head and single else _tokens_of_parts(outs, survey)
+    for order, one in of_outputs:
+        learned[order] = (*learned.get(order, ()), one)
     survey = _with_attention(_with_ids(survey, learned))
     ids = tuple(x.ids if isinstance(x, Data) else () for x in outs)
     return Structure(survey, outputs, ids, head, other, survey.findings.biases)
@@ -182,6 +184,41 @@ def _token_ids(head: Head, survey: Survey) -> Ids:
     else:
         flat[head.tokens] = np.arange(head.tokens.size)
     return along("token", values, axes, len(shape))
+
+
+def _tokens_of_parts(outs: list, survey: Survey) -> list[tuple[int, Ids | Lost]]:
+    """The same of the products of one leaf that the outputs are put together from, chunk by chunk, by their order."""
+    tokens = outs[0].tokens if len(outs) == 1 and isinstance(outs[0], Data) else ()
+    if len({one.kind[0] for one in tokens}) != 1:
+        return []
+    shape = outs[0].type.shape
+    specs = {spec.use.order: spec for spec in survey.specs}
+    owners = np.zeros(shape[:-1], np.int32)
+    found: list[tuple[int, Ids | Lost]] = []
+    for one in tokens:
+        spec = specs[one.kind[1]]
+        if isinstance(one, Lost):
+            found.append((spec.use.order, dataclasses.replace(one, kind="token")))
+            continue
+        if one.values.shape[-1:] != (1,):
+            return []
+        places = np.broadcast_to(one.values[..., 0], shape[:-1])
+        owners += places != NOBODY
+        loops, met = len(spec.lengths), spec.output if spec.use.kind == "conv" else spec.inputs[0]
+        own = met.shape[loops:]
+        axes = input_token_axes(spec.use, len(own))
+        values = np.full([*spec.lengths, *(own[i] for i in axes)], NOBODY, np.int32)
+        flat = values.reshape(-1)
+        flat[places[places != NOBODY]] = np.flatnonzero(places != NOBODY)
+        if len(np.unique(places)) != (places != NOBODY).sum() + bool((places == NOBODY).any()):
+            return []
+        full = [1] * len(own)
+        for axis in axes:
+            full[axis] = own[axis]
+        order = np.argsort(axes)
+        values = values.transpose([*range(loops), *(loops + i for i in order)])
+        found.append((spec.use.order, Ids("token", compressed(values.reshape(*spec.lengths, *full)))))
+    return found if (owners <= 1).all() else []
 
 
 def _with_ids(survey: Survey, learned: dict) -> Survey:

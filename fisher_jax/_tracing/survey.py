@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ from fisher_jax._support.jax_internals import (
 )
 from fisher_jax._tracing.attention import Attention
 from fisher_jax._tracing.dense import token_axes
-from fisher_jax._tracing.id_rules import carried_through, is_elementwise, is_layout
-from fisher_jax._tracing.ids import Carried, Ids, Lost, along, joined
+from fisher_jax._tracing.id_rules import carried_through, is_elementwise, is_layout, keeps_entries, moved_through
+from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, along, joined
 from fisher_jax._tracing.places import input_token_axes
 from fisher_jax._tracing.tracing import evaluate
 from fisher_jax._tracing.uses import Data, Known, Spec, Use, View, plain, shape_of, signature
@@ -78,15 +79,19 @@ class Findings:
         biases: leaf of a bias, by the leaf of the kernel to whose output it is added.
         learned: ids of the tokens of a use that has none of its own, from what its output is added to; by its order.
         attention: what the products of parameters are in attentions.
+        tokens: number of the tokens of a product, by its order.
     """
 
     number: int = 0
     biases: dict[int, int] = dataclasses.field(default_factory=dict)
     learned: dict[int, Carried] = dataclasses.field(default_factory=dict)
     attention: Attention = dataclasses.field(default_factory=Attention)
+    tokens: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def copy(self) -> "Findings":
-        return Findings(self.number, self.biases.copy(), self.learned.copy(), self.attention.copy())
+        return Findings(
+            self.number, self.biases.copy(), self.learned.copy(), self.attention.copy(), self.tokens.copy()
+        )
 
 
 @dataclasses.dataclass
@@ -138,10 +143,33 @@ class Survey:
         )  # fmt: skip
         fixed = not eqn.effects and all(not isinstance(x, Data) or x.constant is not None for x in operands)
         value = _once(functools.partial(_computed, eqn, operands)) if fixed else None
-        made, units = self._made(eqn, operands, carried), self._units(eqn, operands)
+        made, units, tokens = (
+            self._made(eqn, operands, carried),
+            self._units(eqn, operands),
+            self._tokens(eqn, operands),
+        )
         return [
-            Data(var.aval, ids, made[i], None if value is None else functools.partial(_item, value, i), eqn, units[i])
+            Data(
+                var.aval,
+                ids,
+                made[i],
+                None if value is None else functools.partial(_item, value, i),
+                eqn,
+                units[i],
+                tokens[i],
+            )
             for i, (var, ids) in enumerate(zip(eqn.outvars, carried, strict=True))
+        ]
+
+    def _tokens(self, eqn: Any, operands: list) -> list[Carried]:
+        """Tokens of the products that each result comes from, entry by entry."""
+        given = [x.tokens if isinstance(x, Data) else () for x in operands]
+        if not any(given) or not keeps_entries(eqn.primitive.name):
+            return [() for _ in eqn.outvars]
+        constant = functools.cache(lambda i: _constant(operands[i]))
+        return [
+            joined(moved_through(eqn, given, i, self.loops, constant, self.line), eqn, self.line)
+            for i in range(len(eqn.outvars))
         ]
 
     def _units(self, eqn: Any, operands: list) -> list[tuple[Ids, ...]]:
@@ -173,7 +201,8 @@ class Survey:
                 if kind == "embedding"
                 else self.findings.attention.made(use, _units_of(inputs[0]), sizes, self.loops)
             )
-            return dataclasses.replace(found, made=Made(view.leaf, use, places, sizes, met), units=units)
+            made = Made(view.leaf, use, places, sizes, met)
+            return dataclasses.replace(found, made=made, units=units, tokens=self._own_tokens(view.leaf, use, sizes))
         if kind == "bias" and inputs:
             self.findings.attention.added(use, _units_of(inputs[0]))
         made = next((x.made for x in inputs if isinstance(x, Data) and x.made is not None), None)
@@ -192,6 +221,15 @@ class Survey:
         axis = self.loops + int(eqn.params["dimension"])
         rows = tuple(x for x in ids if x.kind == "row" and (isinstance(x, Lost) or x.values.shape[axis] == 1))
         return Data(view.value.type, rows)
+
+    def _own_tokens(self, leaf: int, use: Use, sizes: tuple[int, ...]) -> Carried:
+        """Of a product the token that each of its entries belongs to."""
+        if use.kind == "embedding" or "stacked" in use.loops:
+            return ()
+        axes = token_axes(use, len(sizes))
+        values = np.arange(math.prod(sizes[i] for i in axes)).reshape([sizes[i] for i in axes])
+        self.findings.tokens[use.order] = values.size
+        return (along((leaf, use.order), values, axes, len(sizes), self.loops),)
 
     def generic(self, x: Any, eqn: Any) -> Any:
         return self.use(x, "generic", eqn, 0, lambda: x.value, None, ()) if isinstance(x, View) else plain(x)
@@ -233,9 +271,24 @@ class Survey:
         stacked = outs[scan.num_carry :]
         found = [*(_after_loop(ids, self.loops) for ids in carried), *map(_ids_of, stacked)]
         made = [*[None] * scan.num_carry, *(_made_in_each(x.made, scan.length, self.loops) for x in stacked)]
+        tokens = [() if i < scan.num_carry else self._tokens_of_iterations(x, scan) for i, x in enumerate(outs)]
+        for order in {one.kind[1] for own in tokens for one in own}:
+            self.findings.tokens[order] *= scan.length
         return [
-            Data(var.aval, ids, one, maker=eqn) for var, ids, one in zip(eqn.outvars, found, made, strict=True)
+            Data(var.aval, ids, one, maker=eqn, tokens=own)
+            for var, ids, one, own in zip(eqn.outvars, found, made, tokens, strict=True)
         ], part
+
+    def _tokens_of_iterations(self, x: Any, scan: Loop) -> Carried:
+        """Tokens of what a loop stacks: those of one iteration after those of the other."""
+        found: list[Ids | Lost] = []
+        for one in x.tokens if isinstance(x, Data) else ():
+            if isinstance(one, Ids):
+                shape = [scan.length if i == self.loops else 1 for i in range(one.values.ndim)]
+                first = np.arange(scan.length).reshape(shape) * self.findings.tokens[one.kind[1]]
+                one = Ids(one.kind, np.where(one.values == NOBODY, NOBODY, one.values + first).astype(np.int32))
+            found.append(one)
+        return tuple(found)
 
     def _either(self, eqn: Any, parts: Sequence[Any], values: list) -> list[Data]:
         outs = [list(map(plain, evaluate(part, values, self.inside(eqn)))) for part in parts]

@@ -164,6 +164,7 @@ class Data:
         constant: gives its value, where it is a constant of the program.
         maker: the equation that it comes from.
         units: of which products its entries are made, see `fisher_jax._tracing.attention`.
+        tokens: of each product that its entries come from, one by one, the token; ids of kind ``(leaf, use)``.
     """
 
     type: Any
@@ -172,6 +173,7 @@ class Data:
     constant: Callable[[], Any] | None = None
     maker: Any = None
     units: tuple[Ids, ...] = ()
+    tokens: Carried = ()
 
 
 @dataclasses.dataclass(frozen=True)

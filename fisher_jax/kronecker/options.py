@@ -39,10 +39,10 @@ class Curvature:
         shared: ``"expand"`` counts every position on its own; ``"reduce"`` sums output gradients and averages inputs
             over the positions of a row, except at the head.
         positions: ``{path: axes}``, for parameters whose program does not say, or says wrongly, to which rows and
-            positions their tokens belong; paths are written as errors print them. Axes of what the parameter meets (of
-            the indices for an embedding, of the output for a convolution, of one iteration inside of a loop):
-            ``(row, position)``, one for each axis of ``Batch.real``, or ``(row,)`` where a row has one token; ``None``
-            for a use without tokens, which all count. With ``(row, position)`` masks and weights lie in that order.
+            positions their tokens belong; paths are written as errors print them. Axes of what the parameter meets
+            (of the indices for an embedding, of the output for a convolution, of one iteration inside of a loop):
+            ``(row, position)``, one for each axis of ``Batch.real``, or ``(row,)`` where a row has one token;
+            ``None`` for a use without tokens: all that it meets counts.
         temperature: labels are drawn from outputs divided by it.
         diagonal: ``diagonal(path)`` says which leaves get, in place of a block, the diagonal
             ``(sum_t s_t)**2 / W`` of the batch (scales and biases: squares summed over positions).

@@ -119,7 +119,7 @@ def test_taps_of_the_training_step_give_the_same():
 def test_the_cap_keeps_the_inputs_of_the_columns_that_it_keeps():
     rng = np.random.default_rng(1)
     U = rng.normal(size=(2, 4, 10)) * (np.arange(10) % 3 > 0)
-    masks = statistics.Masks(jnp.ones(10), None, jnp.asarray([0.1, 0.9, 0.4]), 10)
+    masks = statistics.Masks(jnp.ones(10), None, jnp.asarray([0.1, 0.9, 0.4]), 10, True)
     with jax.enable_x64(True):
         run = jax.jit(lambda U: statistics.capped({"inputs": U[:, :2], "U": U}, Rules(token_cap=3), masks))
         kept = jax.device_get(run(U))

@@ -254,3 +254,134 @@ def test_rows_are_not_reduced_where_a_loop_takes_their_positions_apart():
             fj.Batch(TOKENS, TARGETS),
             curvature=fj.Curvature(shared="reduce"),
         )
+
+
+def hidden(params, tokens):
+    return jnp.tanh(params["embed"][tokens] @ params["w"] + params["b"])
+
+
+def looped(params, tokens, axis=0, size=1, remat=False):
+    """The head in a loop over chunks, as where logits of all positions would not fit."""
+    x = jnp.moveaxis(hidden(params, tokens), axis, 0)
+    head = lambda part: jnp.tanh(part @ params["o"])  # noqa: E731
+    found = jax.lax.map(jax.checkpoint(head) if remat else head, x.reshape(-1, size, *x.shape[1:]))
+    return jnp.moveaxis(found.reshape(*x.shape[:-1], -1), 0, axis)
+
+
+def in_parts(axis, cuts, back=None):
+    def model(params, tokens):
+        parts = [jnp.tanh(part @ params["o"]) for part in jnp.split(hidden(params, tokens), cuts, axis)]
+        found = jnp.concatenate(parts if back is None else [parts[i] for i in back], axis)
+        return found
+
+    return model
+
+
+CHUNKED = {
+    "rows": in_parts(0, [1]),
+    "positions": in_parts(1, [1, 3]),
+    "one position each": lambda p, x: jnp.stack([jnp.tanh(h @ p["o"]) for h in jnp.swapaxes(hidden(p, x), 0, 1)], 1),
+    "loop over rows": looped,
+    "loop over positions": lambda p, x: looped(p, x, 1, 2),
+    "rematerialised": lambda p, x: looped(p, x, 1, 1, True),
+    "nested loops": lambda p, x: jax.lax.map(
+        lambda row: jax.lax.map(lambda h: jnp.tanh(h @ p["o"]), row), hidden(p, x)
+    ),
+    "outputs in another order": lambda p, x: jnp.tanh(hidden(p, x) @ p["o"][:, ::-1])[..., ::-1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_loss_weights_lie_on_a_head_in_chunks(name):
+    batch = fj.Batch(TOKENS, TARGETS, weights=WEIGHTS, real=REAL)
+    options = fj.Curvature(policy="never")
+    whole = lambda params, tokens: jnp.tanh(hidden(params, tokens) @ params["o"])  # noqa: E731
+    wanted = dense(fj.kfac_factors(whole, fj.categorical, PARAMS, batch, curvature=options))
+    found = dense(fj.kfac_factors(CHUNKED[name], fj.categorical, PARAMS, batch, curvature=options))
+    if name == "outputs in another order":
+        wanted["['o']", "G"] = wanted["['o']", "G"][:, ::-1, ::-1]
+    for path, matrix in wanted.items():
+        np.testing.assert_allclose(found[path], matrix, rtol=1e-5, atol=1e-6, err_msg=str(path))
+
+
+def test_a_head_whose_tokens_are_lost_is_refused_where_weights_must_lie():
+    def model(params, tokens):
+        found = hidden(params, tokens) @ params["o"]
+        return jnp.take_along_axis(found, jnp.argsort(tokens, 1)[..., None], 1)
+
+    with pytest.raises(ValueError, match=r"weights of the loss .*\['o'\].*gather.*positions="):
+        fj.kfac_factors(model, fj.categorical, PARAMS, fj.Batch(TOKENS, TARGETS, weights=WEIGHTS))
+    fj.kfac_factors(model, fj.categorical, PARAMS, fj.Batch(TOKENS, TARGETS))
+
+
+AXES = {f"['{name}']": (0, 1) for name in ("embed", "w", "o")}
+
+
+def by_data(params, tokens):
+    """Positions that data move and move back."""
+    order = jnp.argsort(tokens, 1)
+    moved = plain(params, jnp.take_along_axis(tokens, order, 1))
+    return jnp.take_along_axis(moved, jnp.argsort(order, 1)[..., None], 1)
+
+
+def test_a_user_says_where_rows_and_positions_are():
+    """What every parameter meets is in another order than the batch; the user says that it is in none."""
+    batch = fj.Batch(TOKENS, TARGETS, weights=WEIGHTS, real=REAL)
+    with pytest.raises(ValueError, match=r"\['\w+'\].*positions=\{\"\['\w+'\]\": axes\}.*such as \(0, 1\)"):
+        fj.kfac_factors(by_data, fj.categorical, PARAMS, batch)
+    options = fj.Curvature(policy="never", positions=AXES)
+    fj.kfac_tools.kfac_coverage(by_data, fj.categorical, PARAMS, batch, curvature=options)
+    found = dense(fj.kfac_factors(by_data, fj.categorical, PARAMS, batch, curvature=options))
+    tokens = np.take_along_axis(np.asarray(TOKENS), np.argsort(np.asarray(TOKENS), 1, kind="stable"), 1)
+    counted = np.bincount(tokens[np.asarray(REAL)], minlength=VOCABULARY) / int(REAL.sum())
+    np.testing.assert_allclose(found["['embed']", "A"][0], counted, atol=1e-6)
+    # Where the program says the same, nothing changes.
+    told, wanted = (
+        dense(fj.kfac_factors(plain, fj.categorical, PARAMS, batch, curvature=c))
+        for c in (options, fj.Curvature(policy="never"))
+    )
+    for path, matrix in wanted.items():
+        np.testing.assert_allclose(told[path], matrix, atol=1e-6, err_msg=str(path))
+
+
+def test_a_use_without_tokens_counts_whole():
+    options = fj.Curvature(policy="never", positions={"['w']": None})
+    batch = fj.Batch(TOKENS, TARGETS, weights=WEIGHTS, real=REAL)
+    found = dense(fj.kfac_factors(plain, fj.categorical, PARAMS, batch, curvature=options))
+    met = np.asarray(PARAMS["embed"], np.float64)[np.asarray(TOKENS)].reshape(-1, WIDTH)
+    met = np.concatenate([met, np.ones((len(met), 1))], 1)
+    np.testing.assert_allclose(found["['w']", "A"][0], met.T @ met / len(met), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("positions", "words"),
+    [
+        ({"['x']": (0, 1)}, r"names \['x'\], and the parameters are \['b'\], \['embed'\]"),
+        ({"w": (0, 1)}, r"names w, and"),
+        ({"['w']": (0, 5)}, r"tokens lie along axes 0, 1 .*not along axes 0, 5"),
+        ({"['w']": (0, 2)}, r"tokens lie along axes 0, 1 .*not along axes 0, 2"),
+        ({"['w']": (1, 0)}, r"sizes \[4, 3\], and rows and positions of the batch \[3, 4\]"),
+        ({"['w']": (1,)}, r"sizes \[4\]"),
+        ({"['w']": (0, 0)}, r"different axes"),
+        ({"['w']": (0, -1)}, r"different axes from 0 on"),
+        ({"['w']": ()}, r"mapping"),
+        ({"['w']": (0, 1.0)}, r"mapping"),
+        ({"['w']": 3}, r"mapping"),
+        ({3: (0, 1)}, r"mapping"),
+        ("['w']", r"mapping"),
+        (None, r"mapping"),
+    ],
+)
+@pytest.mark.parametrize("real", [None, REAL])
+def test_positions_that_do_not_fit_are_refused(positions, words, real):
+    batch = fj.Batch(TOKENS, TARGETS, real=real)
+    with pytest.raises(ValueError, match=f"^positions.*{words}"):
+        fj.kfac_tools.kfac_coverage(plain, fj.categorical, PARAMS, batch, curvature=fj.Curvature(positions=positions))
+
+
+def test_rows_are_not_reduced_over_several_uses():
+    options = fj.Curvature(shared="reduce", diagonal=lambda path: "embed" in path)
+    with pytest.raises(ValueError, match=r"reduce.*\['w'\] meets them in 2 uses"):
+        fj.kfac_factors(
+            MODELS["half after half"], fj.categorical, PARAMS, fj.Batch(TOKENS, TARGETS), curvature=options
+        )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fisher_jax._support import jax_internals
 from fisher_jax._tracing.axes import UntraceableError, roles_of_leaf
 from fisher_jax._tracing.dense import operand_axes
+from fisher_jax._tracing.places import is_at_outputs
 from fisher_jax._tracing.structure import Structure
 from fisher_jax._tracing.uses import Spec, Use
 from fisher_jax.kronecker.blocks import convolution
@@ -176,8 +177,7 @@ def _dense(block: Block, x: Any, uses: list[Spec], found: Structure, rules: Rule
             raise ValueError(f"{block.path} is used both as it is and transposed; {_way_out(block.path)}")
     apart, units, width = _sizes(first)
     tokens = sum(_tokens(spec, apart, units) for spec in uses)
-    # In a loop every iteration has its own tokens, and no one product is the outputs.
-    head = found.head is not None and found.head.leaf == block.leaf and len(uses) == 1 and not found.head.use.loops
+    head = all(is_at_outputs(spec.use) for spec in uses)
     if rules.shared == "reduce" and len(uses) > 1 and not head:
         raise ValueError(
             f'shared="reduce" sums over the positions of a row, and {block.path} meets them in {len(uses)} uses '

@@ -188,7 +188,7 @@ def _masks(problem: Problem, weights: Array, batch: Batch, key: Any) -> tuple[Ma
         if problem.axis_name is not None:
             label_key = jax.random.fold_in(label_key, jax.lax.axis_index(problem.axis_name))
     rows = weights.shape[0] if weights.ndim else 1
-    return Masks(weights, batch.real, offsets, rows), label_key
+    return Masks(weights, batch.real, offsets, rows, batch.weights is not None), label_key
 
 
 def _probabilities(problem, blocks, outputs, weights, masks) -> tuple[Array, Array]:

@@ -16,7 +16,15 @@ from fisher_jax._support.dtypes import wide
 from fisher_jax._support.jax_internals import lookup
 from fisher_jax._support.placement import spec_of
 from fisher_jax._tracing.dense import matrices, operand_axes
-from fisher_jax._tracing.places import UnfollowedError, input_token_axes, of_real_positions, of_rows, of_tokens
+from fisher_jax._tracing.ids import Lost
+from fisher_jax._tracing.places import (
+    UnfollowedError,
+    input_token_axes,
+    is_at_outputs,
+    of_real_positions,
+    of_rows,
+    of_tokens,
+)
 from fisher_jax._tracing.program import Tap
 from fisher_jax._tracing.uses import Segment, Use
 from fisher_jax.kronecker.blocks.convolution import patches
@@ -32,7 +40,9 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 COLUMNS = ("U", "inputs")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["weights", "real", "offsets"], meta_fields=["rows"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["weights", "real", "offsets"], meta_fields=["rows", "weighted"]
+)
 @dataclasses.dataclass(frozen=True)
 class Masks:
     """What counts.
@@ -42,12 +52,14 @@ class Masks:
         real: of the positions ``[rows, ...]``; ``None`` where all are real.
         offsets: uniform numbers that place subsampled columns, see `factors.subsample`.
         rows: number of rows of the batch.
+        weighted: whether the batch has weights.
     """
 
     weights: Array
     real: Array | None
     offsets: Array
     rows: int
+    weighted: bool
 
 
 def statistic(tap: Tap, block: Block, masks: Masks, rules: Rules) -> Tree:
@@ -72,10 +84,10 @@ def observations(tap: Tap, block: Block, masks: Masks, rules: Rules) -> tuple[Ar
     assert tap.cotangents is not None
     rows = patches if tap.kind == "conv" else matrices
     a, g = rows(tap.use, tuple(map(wide, tap.inputs)), wide(tap.cotangents))
-    mask = _mask(tap, block, masks).astype(a.dtype)
+    mask = _mask(tap, masks).astype(a.dtype)
     # What does not count may be NaN, as an attention over nothing is.
     a = jnp.where((mask > 0)[None, :, None], a, jnp.zeros_like(a))
-    if rules.shared == "reduce" and not block.head:
+    if rules.shared == "reduce" and not is_at_outputs(tap.use):
         a, g, mask = _reduce(tap, a, g, mask, masks.rows)
     if block.bias is not None:
         a = jnp.concatenate([a, jnp.ones((*a.shape[:2], 1), a.dtype)], -1)
@@ -155,7 +167,7 @@ def lookups(tap: Tap, block: Block, masks: Masks) -> tuple[Array, Array, Array]:
     if picked.clips:
         rows = jnp.clip(rows, 0, block.width - 1 if block.kind == "embedding" else block.units - 1)
     g = g.reshape(1, rows.size, -1)
-    mask = _mask(tap, dataclasses.replace(block, head=False), masks).astype(g.dtype)
+    mask = _mask(tap, masks).astype(g.dtype)
     return rows, g, mask
 
 
@@ -165,20 +177,25 @@ def _shape(tap: Tap) -> tuple[int, ...]:
     return jnp.shape(jnp.asarray(tap.cotangents) if tap.kind == "conv" else tap.inputs[0])
 
 
-def _mask(tap: Tap, block: Block, masks: Masks) -> Array:
+def _is_lost(tap: Tap) -> bool:
+    return any(one.kind == "token" and isinstance(one, Lost) for one in tap.use.ids)
+
+
+def _mask(tap: Tap, masks: Masks) -> Array:
     """Weight of every token of a use in the moments of its inputs: the loss's at the head, else real or not."""
     shape = _shape(tap)
+    at_outputs = is_at_outputs(tap.use) and (masks.weighted or not _is_lost(tap))
     try:
-        if block.head:
-            return of_tokens(tap.use, shape, masks.weights)
+        if at_outputs:
+            return of_tokens(tap.use, shape, masks.weights, tap.iteration)
         if masks.real is not None:
             return of_real_positions(tap.use, shape, masks.real, tap.iteration)
     except UnfollowedError as error:
-        what = "the weights of the loss" if block.head else "the padding mask Batch.real"
+        what = "the weights of the loss" if at_outputs else "the padding mask Batch.real"
         raise ValueError(
             f"{what} cannot be laid on the tokens of {tap.path}{_place(tap)}: {error}; "
-            + _say_positions(tap, masks.weights.shape if block.head or masks.real is None else jnp.shape(masks.real))
-            + ("" if block.head else ", or leave out Batch.real where nothing is padding")
+            + _say_positions(tap, masks.weights.shape if at_outputs or masks.real is None else jnp.shape(masks.real))
+            + ("" if at_outputs else ", or leave out Batch.real where nothing is padding")
         ) from None
     return jnp.ones(math.prod(shape[i] for i in input_token_axes(tap.use, len(shape))))
 
@@ -194,7 +211,9 @@ def _say_positions(tap: Tap, lead: tuple[int, ...]) -> str:
     fitting = [axes for axes in itertools.permutations(tokens, len(lead)) if tuple(shape[i] for i in axes) == lead]
     say = f"say with fj.Curvature(positions={{{tap.path!r}: axes}}) which axes of what it meets, {list(shape)}, are "
     say += f"(row, position), such as {fitting[0]}" if fitting else "rows, (row,)"
-    return f"{say}, or None if it has no tokens; or give it a diagonal with diagonal=lambda path: path == {tap.path!r}"
+    return (
+        f"{say}, or None if it has no tokens; or give it a diagonal with diagonal=lambda path: path == {tap.path!r}"
+    )
 
 
 def _reduce(tap: Tap, a: Array, g: Array, mask: Array, rows: int) -> tuple[Array, Array, Array]:

@@ -82,7 +82,8 @@ def test_a_lookup_that_is_mapped_over_is_an_embedding(lookup):
     assert table[2].startswith(f"frequencies of {V} rows (x) G [{D}, {D}]")
     curvature = fj.Curvature(estimator="empirical")
     found, wanted = (
-        fj.kfac_factors(embedder(f)[0], fj.categorical, params, batch, curvature=curvature, damping=0.1) for f in (lookup, taken)
+        fj.kfac_factors(embedder(f)[0], fj.categorical, params, batch, curvature=curvature, damping=0.1)
+        for f in (lookup, taken)
     )
     grads = {"table": draw(V, D, seed=1), "head": draw(D, V, seed=1)}
     solved, own = (fj.precondition(x, grads) for x in (found, wanted))

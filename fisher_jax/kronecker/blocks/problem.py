@@ -61,9 +61,7 @@ def _with_positions(program: Program, told: dict[str, tuple[int, ...] | None], l
     """The program whose uses have the rows and positions that a user says they have."""
     unknown = sorted(set(told) - set(program.paths))
     if unknown:
-        raise ValueError(
-            f"positions= names {', '.join(unknown)}, and the parameters are {', '.join(program.paths)}"
-        )
+        raise ValueError(f"positions= names {', '.join(unknown)}, and the parameters are {', '.join(program.paths)}")
 
     def change(spec: Spec) -> Use:
         use, path = spec.use, program.paths[spec.leaf]

@@ -194,7 +194,9 @@ def _say_positions(tap: Tap, lead: tuple[int, ...]) -> str:
     fitting = [axes for axes in itertools.permutations(tokens, len(lead)) if tuple(shape[i] for i in axes) == lead]
     say = f"say with fj.Curvature(positions={{{tap.path!r}: axes}}) which axes of what it meets, {list(shape)}, are "
     say += f"(row, position), such as {fitting[0]}" if fitting else "rows, (row,)"
-    return f"{say}, or None if it has no tokens; or give it a diagonal with diagonal=lambda path: path == {tap.path!r}"
+    return (
+        f"{say}, or None if it has no tokens; or give it a diagonal with diagonal=lambda path: path == {tap.path!r}"
+    )
 
 
 def _reduce(tap: Tap, a: Array, g: Array, mask: Array, rows: int) -> tuple[Array, Array, Array]:

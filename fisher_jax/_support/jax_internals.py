@@ -26,6 +26,7 @@ __all__ = [
     "Lookup",
     "Loop",
     "Remat",
+    "Repetition",
     "abstract",
     "bind",
     "branches",
@@ -150,12 +151,21 @@ def branches(eqn: Any) -> Sequence[Any] | None:
     return eqn.params["branches"] if eqn.primitive.name == "cond" else None
 
 
-def repetition(eqn: Any) -> tuple[Any, int, int] | None:
-    """Of a ``jax.lax.while_loop`` the traced body, how many operands its condition has, and how many constants the
-    body has; else ``None``."""
+class Repetition(NamedTuple):
+    """A ``jax.lax.while_loop``: operands are constants of its condition, of its body, and what it carries."""
+
+    condition: Any
+    body: Any
+    condition_constants: int
+    constants: int
+
+
+def repetition(eqn: Any) -> Repetition | None:
+    """The loop without end that an equation is; ``None`` for any other."""
     if eqn.primitive.name != "while":
         return None
-    return eqn.params["body_jaxpr"], eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    params = eqn.params
+    return Repetition(params["cond_jaxpr"], params["body_jaxpr"], params["cond_nconsts"], params["body_nconsts"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ everything else needs equal ids, or loses them, and says where.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,19 @@ from fisher_jax._support.jax_internals import (
 )
 from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, compressed, joined
 
-__all__ = ["carried_through", "extended", "is_elementwise", "is_layout", "keeps_entries", "moved_through"]
+__all__ = [
+    "Carrying",
+    "axis_groups",
+    "carried_through",
+    "extended",
+    "is_cumulative",
+    "is_elementwise",
+    "is_layout",
+    "is_reduction",
+    "keeps_entries",
+    "moved_through",
+    "moves_nothing",
+]
 
 _SAME = {
     "convert_element_type", "copy", "copy_p", "sharding_constraint", "reduce_precision", "layout_constraint",
@@ -29,12 +41,13 @@ _SAME = {
 }  # fmt: skip
 _ELEMENTWISE = {
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e",
-    "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "complex", "conj", "cos", "cosh", "digamma", "div", "eq", "erf",
-    "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac", "imag", "integer_pow",
-    "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter",
-    "not", "or", "polygamma", "population_count", "pow", "real", "regularized_incomplete_beta", "rem", "round",
-    "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh",
-    "sqrt", "square", "sub", "tan", "tanh", "xor", "zeta",
+    "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex", "conj", "cos", "cosh",
+    "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma",
+    "igammac", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min",
+    "mul", "ne", "neg", "nextafter", "not", "or", "polygamma", "population_count", "pow", "real",
+    "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
+    "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh", "threefry2x32", "xor",
+    "zeta",
 }  # fmt: skip
 _REDUCTIONS = {
     "argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum",
@@ -48,6 +61,13 @@ _MOVES = {"concatenate", "stack", "pad", "sort", "top_k", "dynamic_update_slice"
 _CUMULATIVE = {"cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"}
 
 
+class Carrying(NamedTuple):
+    """Ids of one result of an equation, and kinds of an operand's ids that the result has not, as where it sums."""
+
+    ids: Carried
+    gone: tuple[Any, ...] = ()
+
+
 class _LostError(Exception):
     """Ids cannot be followed; the message says why."""
 
@@ -56,26 +76,31 @@ def carried_through(
     eqn: Any,
     given: Sequence[Carried],
     loops: int,
-    constant: Callable[[int], np.ndarray | None],
+    constant: Callable[..., np.ndarray | None],
     line: Callable[[Any], str],
-) -> list[Carried]:
-    """Ids of the results of an equation, one for each.
+) -> list["Carrying"]:
+    """Ids of the results of an equation, for each of them, and kinds that it leaves out.
 
     Args:
         eqn: an equation without a function of its own inside.
         given: ids of its operands.
         loops: number of loops around it, the first axes of all ids.
-        constant: the value of operand ``i`` where it is a constant of the program; else ``None``.
+        constant: ``constant(i)``, the value of operand ``i`` where it is a constant of the program, else ``None``;
+            ``constant(i, part)`` of one of the numbers of vectors of indices.
         line: where an equation stands.
     """
     if not any(given):
-        return [() for _ in eqn.outvars]
-    results: list[Carried] = []
+        return [Carrying(()) for _ in eqn.outvars]
+
+    results: list[Carrying] = []
     for output in range(len(eqn.outvars)):
-        found = joined(moved_through(eqn, given, output, loops, constant, line), eqn, line)
+        moved = _all_moved(eqn, given, output, loops, constant, line)
+        found = joined(_kept(moved), eqn, line)
         if eqn.primitive.name == "dot_general":
             found = (*found, *_mixed(eqn, given, found, loops, line))
-        results.append(extended(eqn, found, loops))
+        pairs = [pair for own, new in zip(given, moved, strict=True) for pair in zip(own, new, strict=True)]
+        gone = () if moves_nothing(eqn.primitive.name) else tuple(one.kind for one, new in pairs if new is None)
+        results.append(Carrying(extended(eqn, found, loops), gone))
     return results
 
 
@@ -83,8 +108,17 @@ def moved_through(
     eqn: Any, given: Sequence[Carried], output: int, loops: int, constant: Callable, line: Callable
 ) -> list[Carried]:
     """Ids of each operand as they lie in one result; those that are summed over are gone."""
-    moved = [[_moved(eqn, i, one, output, loops, constant, line) for one in own] for i, own in enumerate(given)]
-    return [tuple(one for one in own if one is not None) for own in moved]
+    return _kept(_all_moved(eqn, given, output, loops, constant, line))
+
+
+def _all_moved(
+    eqn: Any, given: Sequence[Carried], output: int, loops: int, constant: Callable, line: Callable
+) -> list[list[Ids | Lost | None]]:
+    return [[_moved(eqn, i, one, output, loops, constant, line) for one in own] for i, own in enumerate(given)]
+
+
+def _kept(moved: Sequence[Sequence[Ids | Lost | None]]) -> list[Carried]:
+    return [tuple(one for one in own if one is not None and not _is_nobodys(one)) for own in moved]
 
 
 def extended(eqn: Any, found: Carried, loops: int) -> Carried:
@@ -104,7 +138,11 @@ def _moved(
         values = _rule(eqn.primitive.name)(eqn, operand, one.values, output, loops, constant)
     except _LostError as error:
         return Lost(one.kind, eqn.primitive.name, line(eqn), str(error))
-    return None if values is None or (values == NOBODY).all() else Ids(one.kind, compressed(values))
+    return None if values is None else Ids(one.kind, compressed(values))
+
+
+def _is_nobodys(one: Ids | Lost) -> bool:
+    return isinstance(one, Ids) and bool((one.values == NOBODY).all())
 
 
 def _mixed(eqn: Any, given: Sequence[Carried], found: Carried, loops: int, line: Callable) -> Carried:
@@ -134,6 +172,21 @@ def is_elementwise(name: str) -> bool:
 def keeps_entries(name: str) -> bool:
     """Whether each entry of the result comes from single entries, wherever these were."""
     return is_elementwise(name) or is_layout(name) or name in _MOVES
+
+
+def is_reduction(name: str) -> bool:
+    """Whether an operation goes over whole axes, which its result has not."""
+    return name in _REDUCTIONS
+
+
+def is_cumulative(name: str) -> bool:
+    """Whether each entry of the result is made from all up to it."""
+    return name in _CUMULATIVE
+
+
+def moves_nothing(name: str) -> bool:
+    """Whether the entries of the result are those of the operand, where they were."""
+    return name in _SAME
 
 
 def is_layout(name: str) -> bool:
@@ -201,14 +254,14 @@ def _reshape(eqn, operand, values, output, loops, constant):
     lead, own = values.shape[:loops], values.shape[loops:]
     full: list[int] = []
     shape: list[int] = []
-    for old, new in _groups(before, after):
+    for old, new in axis_groups(before, after):
         varies = any(own[i] > 1 for i in old)
         full += [before[i] if varies else 1 for i in old]
         shape += [after[i] if varies else 1 for i in new]
     return np.broadcast_to(values, (*lead, *full)).reshape(*lead, *shape)
 
 
-def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[range, range]]:
+def axis_groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[range, range]]:
     """Axes before and after a reshape that hold the same entries, in order and as few as can be."""
     found, i, j = [], 0, 0
     while i < len(before) or j < len(after):
@@ -314,6 +367,16 @@ def _reduce(eqn, operand, values, output, loops, constant):
     if len(eqn.invars) > len(eqn.outvars) and operand >= len(eqn.outvars):
         return None  # what a reduction starts from
     return _summed(values, [int(i) for i in axes], loops)
+
+
+def _over_a_mesh(eqn, operand, values, output, loops, constant):
+    """A sum over axes of an array, as ``jax.vmap(axis_name=)`` makes of one over a name."""
+    if operand != output:
+        return None
+    axes = [i for i in eqn.params["axes"] if isinstance(i, int)]
+    if len(axes) < len(eqn.params["axes"]):
+        raise _LostError("it is over a named axis")
+    return _summed(values, axes, loops)
 
 
 def _summed(values: np.ndarray, axes: Sequence[int], loops: int) -> np.ndarray | None:
@@ -468,10 +531,10 @@ def _gather(eqn, operand, values, output, loops, constant):
 
 
 def _gathered(eqn, values, picked, outer, loops, constant):
-    """A gather with constant indices, on the ids themselves."""
+    """A gather with indices that are constant where it matters, on the ids themselves."""
     index = constant(1)
     if index is None:
-        raise _LostError("data say which of them are taken")
+        index = _index_of_axes(eqn, values.shape[loops:], picked, constant)
     if any(n > 1 for n in values.shape[:loops]):
         raise _LostError("it takes some of them inside of a loop over them")
     operand = eqn.invars[0].aval.shape
@@ -504,6 +567,28 @@ def _gathered(eqn, values, picked, outer, loops, constant):
     return found.reshape(*values.shape[:loops], *found.shape)
 
 
+def _index_of_axes(eqn, own, picked, constant):
+    """Constant indices into the axes that the ids vary over, and 0 into the others."""
+    shape = eqn.invars[1].aval.shape
+    index = np.zeros(shape, np.int64)
+    for part, axis in enumerate(picked.axes):
+        if own[axis] > 1:
+            known = constant(1, part)
+            if known is None:
+                raise _LostError("data say which of them are taken")
+            index[..., part] = known
+    return index
+
+
+def _drawn(eqn, operand, values, output, loops, constant):
+    """Random numbers belong to whom their key belongs to."""
+    before, after = (len(x.aval.shape) for x in (eqn.invars[operand], eqn.outvars[output]))
+    own = values.shape[loops:]
+    if any(n > 1 for n in own[after:]):
+        raise _LostError("it mixes them")
+    return values.reshape(*values.shape[:loops], *own[:after], *(1,) * (after - min(before, after)))
+
+
 _RULES: dict[str, Callable] = {
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,
@@ -531,10 +616,21 @@ _RULES: dict[str, Callable] = {
     "scatter": _scatter,
     "scatter-add": _scatter,
     "scatter_add": _scatter,
+    **dict.fromkeys(("pmax", "pmin", "psum", "psum_invariant"), _over_a_mesh),
     "fft": _of_last_axes(lambda eqn: len(eqn.params["fft_lengths"])),
     **dict.fromkeys(("cholesky", "eigh", "householder_product", "lu", "qr", "svd"), _of_last_axes(lambda eqn: 2)),
     "triangular_solve": _of_last_axes(lambda eqn: 2),
     "iota": lambda *_: None,
-    "random_bits": lambda *_: None,
-    "random_fold_in": lambda *_: None,
+    **dict.fromkeys(
+        (
+            "random_bits",
+            "random_clone",
+            "random_fold_in",
+            "random_seed",
+            "random_split",
+            "random_unwrap",
+            "random_wrap",
+        ),
+        _drawn,
+    ),
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["NOBODY", "Carried", "Ids", "Lost", "along", "compressed", "joined"]
+__all__ = ["NOBODY", "Carried", "Ids", "Link", "Lost", "along", "compressed", "joined"]
 
 # Of an entry that belongs to no row: it agrees with any.
 NOBODY = -1
@@ -58,6 +58,29 @@ class Lost:
 
 
 Carried = tuple[Ids | Lost, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """What makes an array depend on rows beside its own, or on its place among them.
+
+    Attributes:
+        operation, where, reason: as of `Lost`.
+        certain: whether no numbers could undo it; an expert's dispatch joins rows, and may keep them apart.
+        mixes: whether other rows count, not the place alone.
+        recipe: what is done about it.
+    """
+
+    operation: str
+    where: str
+    reason: str
+    certain: bool
+    recipe: str = ""
+    mixes: bool = True
+
+    def __str__(self) -> str:
+        place = f" at {self.where}" if self.where else ""
+        return f"{self.operation}{place} {self.reason}"
 
 
 def along(kind: Any, values: np.ndarray, axes: Sequence[int], ndim: int, loops: int = 0) -> Ids:

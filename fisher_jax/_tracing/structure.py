@@ -13,9 +13,11 @@ import numpy as np
 
 from fisher_jax._support.jax_internals import is_traced, opened, struct, walk
 from fisher_jax._tracing.dense import operand_axes, token_axes
-from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, along, compressed
+from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Link, Lost, along, compressed
+from fisher_jax._tracing.made import Made
 from fisher_jax._tracing.places import input_token_axes
-from fisher_jax._tracing.survey import Made, Survey
+from fisher_jax._tracing.rows import SMALL, Rows, rows_of
+from fisher_jax._tracing.survey import Survey
 from fisher_jax._tracing.tracing import evaluate
 from fisher_jax._tracing.uses import Data, Spec, Use, View
 
@@ -59,6 +61,7 @@ class Structure:
         head: see `Head`; ``None`` where the outputs come from no product of a parameter.
         headless: what the outputs come from instead.
         biases: leaf of a bias, by the leaf of the kernel to whose output it is added.
+        rows: whether rows depend on each other, and where.
     """
 
     survey: Survey
@@ -67,6 +70,7 @@ class Structure:
     head: Head | None
     headless: str
     biases: dict[int, int]
+    rows: Rows
 
     @property
     def specs(self) -> list[Spec]:
@@ -85,13 +89,18 @@ class Structure:
 class Structures:
     """Structures of one function's programs, the last few; nothing but shapes and facts is kept.
 
-    ``of`` gives the one of a traced program; it goes through the program only where it has not seen the same one,
+    Attributes:
+        walks: through a program.
+        shown: what values have shown of a link between rows, see `fisher_jax._tracing.alone`.
+
+    `of` gives the one of a traced program; it goes through the program only where it has not seen the same one,
     constants of integers included.
     """
 
     def __init__(self):
         self._held: OrderedDict[bytes, Structure] = OrderedDict()
         self.walks = 0
+        self.shown: dict[tuple[Link, bool], str | None] = {}
 
     def of(self, traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | None = ()) -> Structure:
         """
@@ -112,11 +121,11 @@ class Structures:
 
 
 def _fingerprint(traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | None) -> bytes:
-    """The same for programs that do the same; values count where they may be indices."""
+    """The same for programs that do the same; values count where they may be indices, or laid on rows."""
     found = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(traced)).encode())
     found.update(repr((follow, lead, [str(var.aval) for var in opened(traced)[0].inputs])).encode())
     for value in _constants(traced):
-        if jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        if jnp.issubdtype(jnp.result_type(value), jnp.floating) and np.size(value) > SMALL:
             continue
         found.update(b"traced" if is_traced(value) else np.asarray(jax.device_get(value)).tobytes())
     return found.digest()
@@ -158,7 +167,8 @@ def _surveyed(traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | Non
         learned[order] = (*learned.get(order, ()), one)
     survey = _with_attention(_with_ids(survey, learned))
     ids = tuple(x.ids if isinstance(x, Data) else () for x in outs)
-    return Structure(survey, outputs, ids, head, other, survey.findings.biases)
+    links = rows_of([x for x in outs if isinstance(x, Data)], given, lead)
+    return Structure(survey, outputs, ids, head, other, survey.findings.biases, links)
 
 
 def _ids_of_input(shape: tuple[int, ...], lead: tuple[int, ...] | None) -> tuple[Ids, ...]:

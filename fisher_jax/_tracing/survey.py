@@ -12,62 +12,40 @@ import numpy as np
 from fisher_jax._support.jax_internals import (
     Loop,
     Remat,
+    Repetition,
     bind,
     branches,
     contraction,
     convolution,
     inside,
-    is_traced,
     lookup,
     loop,
     opened,
     repetition,
     user_line,
 )
+from fisher_jax._tracing import loops as loops_room
+from fisher_jax._tracing import rows
 from fisher_jax._tracing.attention import Attention
 from fisher_jax._tracing.dense import token_axes
-from fisher_jax._tracing.id_rules import carried_through, is_elementwise, is_layout, keeps_entries, moved_through
+from fisher_jax._tracing.id_rules import (
+    Carrying,
+    carried_through,
+    is_elementwise,
+    is_layout,
+    keeps_entries,
+    moved_through,
+)
 from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, along, joined
+from fisher_jax._tracing.made import Made, followed
 from fisher_jax._tracing.places import input_token_axes
 from fisher_jax._tracing.tracing import evaluate
-from fisher_jax._tracing.uses import Data, Known, Spec, Use, View, plain, shape_of, signature
+from fisher_jax._tracing.uses import Data, Spec, Use, View, constant_of, plain, shape_of, signature
+from fisher_jax._tracing.variation import everywhere
 
-__all__ = ["Findings", "Made", "Survey"]
+__all__ = ["Findings", "Survey"]
 
 _PASSES = 8  # through the body of a loop, until its carry belongs to the same rows and positions as before
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Made:
-    """A product of a parameter, and what happened to it entry by entry.
-
-    Attributes:
-        leaf, use: of the product.
-        axes: for each axis of its output the place along it, as ids of kind 0, 1, ....
-        sizes: lengths of these axes.
-        met: number of axes of what the parameter meets (of the output, for a convolution).
-        loops: number of axes before those of its output, for the iterations of loops that it is in.
-        bias: leaf of the bias that was added to it.
-        after: whether anything but a bias followed.
-        cap: how far ``c * tanh(z / c)`` has come, and ``c``.
-        other: an operation that followed and is no part of a soft cap.
-    """
-
-    leaf: int
-    use: Use
-    axes: tuple[Ids, ...]
-    sizes: tuple[int, ...]
-    met: int
-    bias: int | None = None
-    after: bool = False
-    cap: tuple[str, float] | None = None
-    other: str | None = None
-    loops: int = 0
-
-    def same(self, other: "Made") -> bool:
-        """Whether both are parts of one array."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "axes"]
-        return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 @dataclasses.dataclass
@@ -124,23 +102,26 @@ class Survey:
         return Survey(self.loops + loops, self.findings, self.line(eqn))
 
     def constant(self, value: Any) -> Data:
-        return Data(jax.typeof(value), constant=lambda: value)
+        kind = jax.typeof(value)
+        axes = (*(False,) * self.loops, *everywhere(kind.shape))
+        return Data(kind, constant=lambda: value, varies=axes)
 
     def bind(self, eqn: Any, values: list) -> list:
         """Types of the results of an equation, their ids, and the product that they come from."""
         if (scan := loop(eqn)) is not None:
             return self._scanned(eqn, scan, values)[0]
         if (parts := branches(eqn)) is not None:
-            return self._either(eqn, parts, values[1:])
+            return self._either(eqn, parts, values)
         if (repeated := repetition(eqn)) is not None:
-            return self._repeated(eqn, *repeated, values)
+            return self._repeated(eqn, repeated, values)
         if (inner := inside(eqn)) is not None:
             return list(map(plain, evaluate(inner, values, self.inside(eqn))))
         operands = [plain(v) for v in values]
         carried = carried_through(
             eqn, [x.ids if isinstance(x, Data) else () for x in operands], self.loops,
-            lambda i: _constant(operands[i]), self.line,
+            _known(operands), self.line,
         )  # fmt: skip
+        beside = rows.beside(eqn, operands, carried, self.loops, self.line)
         fixed = not eqn.effects and all(not isinstance(x, Data) or x.constant is not None for x in operands)
         value = _once(functools.partial(_computed, eqn, operands)) if fixed else None
         made, units, tokens = (
@@ -151,14 +132,15 @@ class Survey:
         return [
             Data(
                 var.aval,
-                ids,
+                one.ids,
                 made[i],
                 None if value is None else functools.partial(_item, value, i),
                 eqn,
                 units[i],
                 tokens[i],
+                **more,
             )
-            for i, (var, ids) in enumerate(zip(eqn.outvars, carried, strict=True))
+            for i, (var, one, more) in enumerate(zip(eqn.outvars, carried, beside, strict=True))
         ]
 
     def _tokens(self, eqn: Any, operands: list) -> list[Carried]:
@@ -166,7 +148,7 @@ class Survey:
         given = [x.tokens if isinstance(x, Data) else () for x in operands]
         if not any(given) or not keeps_entries(eqn.primitive.name):
             return [() for _ in eqn.outvars]
-        constant = functools.cache(lambda i: _constant(operands[i]))
+        constant = functools.cache(lambda i: constant_of(operands[i]))
         return [
             joined(moved_through(eqn, given, i, self.loops, constant, self.line), eqn, self.line)
             for i in range(len(eqn.outvars))
@@ -179,8 +161,7 @@ class Survey:
         given = [x.units if isinstance(x, Data) else () for x in operands]
         data = [x.ids if isinstance(x, Data) and x.constant is None and i != self.met else None
                 for i, x in enumerate(operands)]  # fmt: skip
-        constant = functools.cache(lambda i: _constant(operands[i]))
-        return self.findings.attention.through(eqn, given, data, self.loops, constant, self.line)
+        return self.findings.attention.through(eqn, given, data, self.loops, _known(operands), self.line)
 
     def use(self, view: View, kind: str, eqn: Any, index: int, output: Callable, apply: Any, inputs: tuple) -> Data:
         self.met = index
@@ -201,8 +182,10 @@ class Survey:
                 if kind == "embedding"
                 else self.findings.attention.made(use, _units_of(inputs[0]), sizes, self.loops)
             )
-            made = Made(view.leaf, use, places, sizes, met)
-            return dataclasses.replace(found, made=made, units=units, tokens=self._own_tokens(view.leaf, use, sizes))
+            product = Made(view.leaf, use, places, sizes, met)
+            return dataclasses.replace(
+                found, made=product, units=units, tokens=self._own_tokens(view.leaf, use, sizes)
+            )
         if kind == "bias" and inputs:
             self.findings.attention.added(use, _units_of(inputs[0]))
         made = next((x.made for x in inputs if isinstance(x, Data) and x.made is not None), None)
@@ -217,10 +200,10 @@ class Survey:
 
     def beside(self, view: View, eqn: Any, values: list) -> Data:
         """A learned token is of the rows of what it is laid beside, and of no position."""
-        (ids,) = carried_through(eqn, [_ids_of(plain(x)) for x in values], self.loops, lambda i: None, self.line)
+        (one,) = carried_through(eqn, [_ids_of(plain(x)) for x in values], self.loops, lambda *_: None, self.line)
         axis = self.loops + int(eqn.params["dimension"])
-        rows = tuple(x for x in ids if x.kind == "row" and (isinstance(x, Lost) or x.values.shape[axis] == 1))
-        return Data(view.value.type, rows)
+        own = tuple(x for x in one.ids if x.kind == "row" and (isinstance(x, Lost) or x.values.shape[axis] == 1))
+        return Data(view.value.type, own)
 
     def _own_tokens(self, leaf: int, use: Use, sizes: tuple[int, ...]) -> Carried:
         """Of a product the token that each of its entries belongs to."""
@@ -253,31 +236,47 @@ class Survey:
         start = [self.generic(v, eqn) for v in values[first:head]]
         body, _ = opened(scan.traced)
         types = [var.aval for var in body.arguments]
-        consts = [_entered(v, t, "shared", self.loops) for v, t in zip(values[:first], types[:first], strict=True)]
-        xs = [_entered(v, t, "stacked", self.loops) for v, t in zip(values[head:], types[head:], strict=True)]
+        consts = [
+            loops_room.entered(v, t, "shared", self.loops) for v, t in zip(values[:first], types[:first], strict=True)
+        ]
+        xs = [
+            loops_room.entered(v, t, "stacked", self.loops) for v, t in zip(values[head:], types[head:], strict=True)
+        ]
         part: Survey = self
         outs: list[Data] = []
 
-        def once(carried: list[Carried]) -> list[Carried]:
+        def once(carried: list[Data]) -> list[Data]:
             nonlocal part, outs
             part = self.inside(eqn, 1)
             part.findings = self.findings.copy()
-            carry = [Data(t, ids) for t, ids in zip(types[first:head], carried, strict=True)]
-            outs = [part.generic(v, eqn) for v in evaluate(scan.traced, [*consts, *carry, *xs], part)]
-            return [_kept_between(_ids_of(x), self.loops, eqn, self.line) for x in outs[: scan.num_carry]]
+            outs = [
+                loops_room.as_data(part.generic(v, eqn))
+                for v in evaluate(scan.traced, [*consts, *carried, *xs], part)
+            ]
+            return [self._handed_on(eqn, x) for x in outs[: scan.num_carry]]
 
-        carried = self._settled(eqn, [_beside_loop(_ids_of(x), self.loops) for x in start], once)
+        begun = [loops_room.begun(x, t, self.loops) for x, t in zip(start, types[first:head], strict=True)]
+        carried = self._settled(eqn, begun, once, self.loops + 1)
         vars(self.findings).update(vars(part.findings))
         stacked = outs[scan.num_carry :]
-        found = [*(_after_loop(ids, self.loops) for ids in carried), *map(_ids_of, stacked)]
-        made = [*[None] * scan.num_carry, *(_made_in_each(x.made, scan.length, self.loops) for x in stacked)]
+        found = [*(loops_room.after_loop(x, self.loops) for x in carried), *stacked]
+        made = [
+            *[None] * scan.num_carry,
+            *(loops_room.made_in_each(x.made, scan.length, self.loops) for x in stacked),
+        ]
         tokens = [() if i < scan.num_carry else self._tokens_of_iterations(x, scan) for i, x in enumerate(outs)]
         for order in {one.kind[1] for own in tokens for one in own}:
             self.findings.tokens[order] *= scan.length
-        return [
-            Data(var.aval, ids, one, maker=eqn, tokens=own)
-            for var, ids, one, own in zip(eqn.outvars, found, made, tokens, strict=True)
-        ], part
+        results = [
+            dataclasses.replace(loops_room.renewed(x, var.aval, eqn, one), tokens=own)
+            for var, x, one, own in zip(eqn.outvars, found, made, tokens, strict=True)
+        ]
+        return results, part
+
+    def _handed_on(self, eqn: Any, x: Data) -> Data:
+        ids = loops_room.kept_between(x.ids, self.loops, eqn, self.line)
+        axes = None if x.varies is None else (*x.varies[: self.loops], True, *x.varies[self.loops + 1 :])
+        return dataclasses.replace(x, ids=ids, links=rows.handed_on(x, ids, eqn), varies=axes)
 
     def _tokens_of_iterations(self, x: Any, scan: Loop) -> Carried:
         """Tokens of what a loop stacks: those of one iteration after those of the other."""
@@ -291,33 +290,47 @@ class Survey:
         return tuple(found)
 
     def _either(self, eqn: Any, parts: Sequence[Any], values: list) -> list[Data]:
-        outs = [list(map(plain, evaluate(part, values, self.inside(eqn)))) for part in parts]
-        ids = [joined([_ids_of(x) for x in same], eqn, self.line) for same in zip(*outs, strict=True)]
-        return [Data(var.aval, one, maker=eqn) for var, one in zip(eqn.outvars, ids, strict=True)]
+        outs = [list(map(plain, evaluate(part, values[1:], self.inside(eqn)))) for part in parts]
+        decided = rows.decided_by(plain(values[0]), eqn, self.line)
+        found = [
+            rows.either(same, var.aval, self.loops, eqn, self.line)
+            for var, *same in zip(eqn.outvars, *outs, strict=True)
+        ]
+        return [loops_room.linked(x, decided) for x in found]
 
-    def _repeated(self, eqn: Any, body: Any, skipped: int, num_consts: int, values: list) -> list[Data]:
+    def _repeated(self, eqn: Any, repeats: Repetition, values: list) -> list[Data]:
         """A loop without end: what it carries must belong to the same rows and positions in every round."""
-        consts, start = values[skipped : skipped + num_consts], values[skipped + num_consts :]
+        split = repeats.condition_constants, repeats.condition_constants + repeats.constants
+        asked, consts, start = values[: split[0]], values[split[0] : split[1]], values[split[1] :]
 
-        def once(carried: list[Carried]) -> list[Carried]:
-            given = [Data(var.aval, ids) for var, ids in zip(eqn.outvars, carried, strict=True)]
-            return [_ids_of(plain(x)) for x in evaluate(body, [*consts, *given], self.inside(eqn))]
+        def once(carried: list[Data]) -> list[Data]:
+            (go_on,) = evaluate(repeats.condition, [*asked, *carried], self.inside(eqn))
+            decided = rows.decided_by(plain(go_on), eqn, self.line)
+            outs = evaluate(repeats.body, [*consts, *carried], self.inside(eqn))
+            return [loops_room.linked(loops_room.as_data(plain(x)), decided) for x in outs]
 
-        carried = self._settled(eqn, [_ids_of(plain(x)) for x in start], once)
-        return [Data(var.aval, ids, maker=eqn) for var, ids in zip(eqn.outvars, carried, strict=True)]
+        carried = self._settled(eqn, [loops_room.as_data(plain(x)) for x in start], once, self.loops)
+        return [loops_room.renewed(x, var.aval, eqn) for var, x in zip(eqn.outvars, carried, strict=True)]
 
-    def _settled(self, eqn: Any, carried: list[Carried], once: Callable) -> list[Carried]:
-        """Ids that one round of a loop leaves as they are, from those that it starts with; else they are lost."""
+    def _settled(self, eqn: Any, carried: list[Data], once: Callable, loops: int) -> list[Data]:
+        """What one round of a loop leaves as it is, from what it starts with; else ids are lost."""
         for attempt in range(_PASSES):
-            new = [joined((a, b), eqn, self.line) for a, b in zip(carried, once(carried), strict=True)]
+            pairs = zip(carried, once(carried), strict=True)
+            new = [rows.either((a, b), a.type, loops, eqn, self.line) for a, b in pairs]
             if attempt == _PASSES - 2:
-                new = [_unstable(a, b, eqn, self.line) for a, b in zip(carried, new, strict=True)]
-            if all(map(_same_ids, carried, new)):
+                new = [
+                    rows.either((x,), x.type, loops, eqn, self.line)
+                    for x in (
+                        dataclasses.replace(b, ids=loops_room.unstable(a.ids, b.ids, eqn, self.line))
+                        for a, b in zip(carried, new, strict=True)
+                    )
+                ]
+            if all(map(loops_room.same, carried, new)):
                 break
             carried = new
         return carried
 
-    def _made(self, eqn: Any, operands: list, carried: list[Carried]) -> list[Made | None]:
+    def _made(self, eqn: Any, operands: list, carried: list[Carrying]) -> list[Made | None]:
         """The product that each result comes from, entry by entry."""
         nothing: list[Made | None] = [None] * len(eqn.outvars)
         owners = [i for i, x in enumerate(operands) if isinstance(x, Data) and x.made is not None]
@@ -327,22 +340,22 @@ class Survey:
         if is_elementwise(name):
             shape = eqn.outvars[0].aval.shape
             for i in owners:
-                self._learn(operands[i].made, carried[0])
+                self._learn(operands[i].made, carried[0].ids)
             owners = [i for i in owners if operands[i].type.shape == shape]
             if len(owners) != 1:
                 return nothing
             (i,) = owners
-            return [_followed(operands[i].made, name, [x for j, x in enumerate(operands) if j != i], i)]
+            return [followed(operands[i].made, name, [x for j, x in enumerate(operands) if j != i], i)]
         made = operands[owners[0]].made
         parts = name == "concatenate" and len(owners) == len(operands)
         if (parts and all(x.made.same(made) for x in operands)) or (is_layout(name) and len(owners) == 1):
             given = [x.made.axes if j in owners else () for j, x in enumerate(operands)]
-            moved = carried_through(eqn, given, self.loops, lambda j: _constant(operands[j]), self.line)
+            moved = carried_through(eqn, given, self.loops, _known(operands), self.line)
             return [
                 dataclasses.replace(made, axes=axes)
                 if len(axes) == len(made.axes) and not any(isinstance(x, Lost) for x in axes)
                 else None
-                for axes in moved
+                for axes, _ in moved
             ]
         return nothing
 
@@ -383,15 +396,6 @@ def _units_of(x: Any) -> tuple[Ids, ...]:
     return x.units if isinstance(x, Data) else ()
 
 
-def _constant(x: Any) -> np.ndarray | None:
-    if not isinstance(x, Data):
-        return np.asarray(x)
-    if x.constant is None:
-        return None
-    value = x.constant()
-    return None if is_traced(value) else np.asarray(value)
-
-
 def _once(function: Callable) -> Callable:
     return functools.lru_cache(maxsize=None)(function)
 
@@ -406,78 +410,18 @@ def _computed(eqn: Any, operands: list) -> list:
         return bind(eqn, [x.constant() if isinstance(x, Data) and x.constant else x for x in operands])
 
 
-def _entered(x: Any, kind: Any, how: str, loops: int) -> Any:
-    """What the body of a loop sees of a constant, or of a slice, of type ``kind``."""
-    if isinstance(x, View):
-        return x.inside(Data(kind), how)
-    if isinstance(x, Known):
-        return Known(_entered(x.value, kind, how, loops), x.params)
-    if not isinstance(x, Data):
-        return x
-    if how == "stacked":
-        return Data(kind, x.ids, units=x.units)
-    units = tuple(one for one in _beside_loop(x.units, loops) if isinstance(one, Ids))
-    return Data(kind, _beside_loop(x.ids, loops), None, x.constant, units=units)
+def _known(operands: list) -> Callable[..., np.ndarray | None]:
+    """Values of the operands that are constants, and of components of those that are vectors of indices."""
 
+    @functools.cache
+    def constant(i: int, part: int | None = None) -> np.ndarray | None:
+        x = operands[i]
+        if part is None:
+            return constant_of(x)
+        value = constant_of(x.parts[part]) if isinstance(x, Data) and x.parts else None
+        return None if value is None else value.squeeze(-1)
 
-def _beside_loop(carried: Carried, loops: int) -> Carried:
-    """Ids of what is the same in every iteration of a loop inside of ``loops`` others."""
-    return tuple(x if isinstance(x, Lost) else Ids(x.kind, np.expand_dims(x.values, loops)) for x in carried)
-
-
-def _made_in_each(made: Made | None, length: int, loops: int) -> Made | None:
-    """A product in the iterations of a loop, whose results lie side by side."""
-    if made is None or made.use.loops[loops:][: 1 + made.loops].count("shared") != 1 + made.loops:
-        return None
-    (ndim,) = {x.values.ndim - loops for x in made.axes} or {1}
-    steps = along(f"iteration {made.loops}", np.arange(length), [0], ndim, loops)
-    return dataclasses.replace(made, axes=(steps, *made.axes), sizes=(length, *made.sizes), loops=made.loops + 1)
-
-
-def _after_loop(carried: Carried, loops: int) -> Carried:
-    return tuple(x if isinstance(x, Lost) else Ids(x.kind, x.values.squeeze(loops)) for x in carried)
-
-
-def _kept_between(carried: Carried, loops: int, eqn: Any, line: Callable) -> Carried:
-    """Of what a loop hands on: its state belongs to no position of its own, but must belong to one row."""
-    found: list[Ids | Lost] = []
-    for x in carried:
-        if isinstance(x, Lost) or x.values.shape[loops] == 1:
-            found.append(x)
-        elif x.kind == "row":
-            found.append(Lost(x.kind, eqn.primitive.name, line(eqn), "it goes from one row to the next"))
-    return tuple(found)
-
-
-def _same_ids(a: Carried, b: Carried) -> bool:
-    if len(a) != len(b):
-        return False
-    return all(
-        (isinstance(x, Lost) and isinstance(y, Lost) and x.kind == y.kind)
-        or (isinstance(x, Ids) and isinstance(y, Ids) and x.kind == y.kind and x.same(y))
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-def _unstable(before: Carried, after: Carried, eqn: Any, line: Callable) -> Carried:
-    if _same_ids(before, after):
-        return after
-    kinds = dict.fromkeys(x.kind for x in after)
-    return tuple(Lost(kind, eqn.primitive.name, line(eqn), "they move from round to round") for kind in kinds)
-
-
-def _followed(made: Made, name: str, others: list, index: int) -> Made:
-    """A product after one more elementwise operation; what a soft cap is made of is recognised."""
-    stage, cap = made.cap or ("", 0.0)
-    number = float(others[0]) if len(others) == 1 and not isinstance(others[0], Data) else None
-    if made.other is None:
-        if not made.after and number and (name == "mul" or (name == "div" and index == 0)):
-            return dataclasses.replace(made, after=True, cap=("scaled", number if name == "div" else 1 / number))
-        if stage == "scaled" and name == "tanh":
-            return dataclasses.replace(made, cap=("bounded", cap))
-        if stage == "bounded" and name == "mul" and number and abs(cap / number - 1) < 1e-6:
-            return dataclasses.replace(made, cap=("capped", number))
-    return dataclasses.replace(made, after=True, other=made.other or name)
+    return constant
 
 
 def _whose(kind: str, output: Data, inputs: tuple) -> Carried:

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from fisher_jax._support.jax_internals import abstract, bind, stacked, struct
+from fisher_jax._support.jax_internals import abstract, bind, is_traced, stacked, struct
 from fisher_jax._support.outline import outline
-from fisher_jax._tracing.ids import Carried, Ids
+from fisher_jax._tracing.ids import Carried, Ids, Link
 
 __all__ = [
     "Data",
@@ -23,6 +23,7 @@ __all__ = [
     "Use",
     "View",
     "alike",
+    "constant_of",
     "plain",
     "shape_of",
     "signature",
@@ -165,6 +166,10 @@ class Data:
         maker: the equation that it comes from.
         units: of which products its entries are made, see `fisher_jax._tracing.attention`.
         tokens: of each product that its entries come from, one by one, the token; ids of kind ``(leaf, use)``.
+        links: what it depends on beside its own row, see `fisher_jax._tracing.rows`.
+        varies: of what no data went into, along which axes its entries differ, those of loops first; ``None``: any.
+        drawn: where random numbers in it were drawn.
+        parts: of vectors of indices, their components.
     """
 
     type: Any
@@ -174,6 +179,10 @@ class Data:
     maker: Any = None
     units: tuple[Ids, ...] = ()
     tokens: Carried = ()
+    links: tuple[Link, ...] = ()
+    varies: tuple[bool, ...] | None = None
+    drawn: str = ""
+    parts: tuple["Data", ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +229,16 @@ class Known:
 
 def shape_of(x: Any) -> jax.ShapeDtypeStruct:
     return struct(x.type) if isinstance(x, Data) else abstract(x)
+
+
+def constant_of(x: Any) -> np.ndarray | None:
+    """The value of what is a constant of the program; else ``None``."""
+    if not isinstance(x, Data):
+        return np.asarray(x)
+    if x.constant is None:
+        return None
+    value = x.constant()
+    return None if is_traced(value) else np.asarray(value)
 
 
 def plain(x: Any) -> Any:

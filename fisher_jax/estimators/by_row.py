@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax._support import meshes, rejection
-from fisher_jax._support.jax_internals import abstract, stacked, unstacked
-from fisher_jax._tracing.program import Program, differentiate, trace
+from fisher_jax._support.jax_internals import unstacked
+from fisher_jax._tracing.program import Program, differentiate
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import Tokens, unit_ids
 from fisher_jax.estimators import gram
@@ -29,19 +29,10 @@ def by_row(problem: Problem, params: Tree, batch: Batch, key: Array | None) -> t
     if len(out.shape) < 2:
         raise ValueError(f"unit={problem.unit!r} needs outputs [rows, ..., K], found shape {list(out.shape)}")
     num_rows = out.shape[0]
-    _check_rows(tokens, num_rows)
+    alone = problem.rows_alone(params, tokens.inputs)
     rows = jax.tree.map(meshes.with_all_rows, jax.tree.map(jnp.asarray, tokens))
     keys = jax.random.split(jax.random.key(0) if key is None else key, num_rows)
-    alone = jax.tree.map(lambda x: stacked(unstacked(abstract(x)), 1), rows.inputs)
-    program = trace(problem.apply_fn, params, (alone,), None, problem.structures, None)
-    alone_shape = program.structure.outputs[0].shape
-    if alone_shape != (1, *out.shape[1:]):
-        raise ValueError(
-            f"one row of the batch alone gives outputs of shape {list(alone_shape)} where each of the {num_rows} "
-            f"rows together has {list(out.shape[1:])}: observations of rows run every row alone, so take the number "
-            "of rows from the inputs, or give taps= of the whole batch"
-        )
-    squares, plan = _squares(problem, program)
+    squares, plan = _squares(problem, alone.row)
 
     def value(row, key):
         """``sum_t w_t f_t`` of one row: its squares, averaged over draws."""
@@ -53,15 +44,6 @@ def by_row(problem: Problem, params: Tree, batch: Batch, key: Array | None) -> t
     chunk = _divisor(num_rows, problem.chunk_size or plan.rows_at_once)
     found, finite = _fold(problem, value, rows, keys, unit_ids(problem.unit, batch.units, num_rows), chunk)
     return found, bad | rejection.reason_mask(non_finite=~finite)
-
-
-def _check_rows(tokens: Tokens, num_rows: int) -> None:
-    for path, x in jax.tree_util.tree_leaves_with_path(tokens.inputs):
-        if jnp.shape(x)[:1] != (num_rows,):
-            raise ValueError(
-                f"observations of rows need inputs whose leading axis has {num_rows} rows, as the outputs; inputs"
-                f"{jax.tree_util.keystr(path)} have shape {list(jnp.shape(x))}"
-            )
 
 
 class _Plan(NamedTuple):

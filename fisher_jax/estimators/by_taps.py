@@ -12,9 +12,10 @@ from jaxtyping import Array
 from fisher_jax._support import meshes, rejection
 from fisher_jax._support.dtypes import is_floating, wide, wide_dtype
 from fisher_jax._support.jax_internals import abstract, convolution
+from fisher_jax._tracing.alone import rows_apart
 from fisher_jax._tracing.dense import token_axes
 from fisher_jax._tracing.places import UnfollowedError, input_token_axes, row_ids
-from fisher_jax._tracing.program import Tap, gradient_of_use, trace, with_ids
+from fisher_jax._tracing.program import Tap, gradient_of_use, with_ids
 from fisher_jax._tracing.roles import Grouping
 from fisher_jax._tracing.uses import Spec
 from fisher_jax.batch import Batch
@@ -34,7 +35,7 @@ def by_taps(problem: Problem, params: Tree, batch: Batch, taps: list[Tap], scale
     """``(scale * sum_t d loss / d params)**2 / w_u`` of every row ``u``, and the reasons to reject the batch."""
     if problem.kind != "empirical":
         raise ValueError("taps of a training step give the empirical Fisher, not the true one")
-    structure = trace(problem.apply_fn, params, (batch.inputs,), None, problem.structures, None).structure
+    structure = rows_apart(problem.asking("of taps takes rows apart"), params, batch.inputs).structure
     (out,) = structure.outputs
     tokens, bad = tokens_of(problem.likelihood, out, batch)
     num_rows = out.shape[0]

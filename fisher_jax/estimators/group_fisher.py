@@ -52,6 +52,7 @@ def group_fisher(
     num_samples: int = 1,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    rows_independent: bool | None = None,
 ) -> FisherEstimator:
     """Per-token squared scores of every parameter: ``F_i = sum_t w_t s_ti**2 / sum_t w_t``.
 
@@ -69,9 +70,14 @@ def group_fisher(
     - ``sequence``: ``f_u = (sum_t w_t s_t)**2 / w_u`` of every row: another quantity, which contains the correlation
       of a sequence's scores. One backward pass.
 
-    What is observed by row (``sequence``, the others with such a unit) takes one backward pass of the batch, whose
-    rows are kept apart. Sums of squares over the rows or columns of a kernel are then formed at its use, from Gram
-    matrices over positions where that is cheaper than its gradient.
+    Rows may depend on each other (a batch norm in training mode, dropout of the batch's shape). The score of a token
+    is then the derivative of its log-likelihood in the batch as it is, through all rows. ``exact`` and ``head`` give
+    the squares of these, ``signs`` and ``sampled`` by ``"batch"`` estimate them without bias.
+
+    What is observed by row (``sequence``, ``signs`` and ``sampled`` with such a unit) runs every row alone, in one
+    backward pass of the batch; a model whose rows depend on each other is refused. Sums of squares over the rows or
+    columns of a kernel are formed at its use, from Gram matrices over positions where that is cheaper than its
+    gradient.
 
     Args:
         apply_fn: ``apply_fn(params, inputs) -> outputs [..., K]``.
@@ -98,6 +104,9 @@ def group_fisher(
             passes that run together; for ``head`` see `fj.lm_head`;
             elsewhere rows alive at once (default: as many as keep what is formed for them within the size of the
             parameters).
+        rows_independent: of the model, for what is observed by row. ``None``: the program says. Where data decide (an
+            expert's dispatch), rows are compared with their batch once, in ``init`` with a concrete ``example``, or
+            in the first call outside of ``jit``. ``True``: your word, and nothing is asked.
 
     Returns:
         `FisherEstimator`: ``init(params)``, ``observe(params, batch, key=None) -> Moments`` and
@@ -111,7 +120,8 @@ def group_fisher(
 
     Raises:
         ValueError: an unknown option, a unit that the estimator does not have, groups without an example, or of a
-            parameter whose orientation cannot be told (named, with its way out).
+            parameter whose orientation cannot be told (named, with its way out); by row a model whose rows depend on
+            each other (the operation and its line are named).
 
     Example:
         >>> import fisher_jax as fj, jax, jax.numpy as jnp
@@ -127,7 +137,7 @@ def group_fisher(
     if example is not None:
         check_batch(example, "example")
     kind = kind or ("true" if estimator == "sampled" else "empirical")
-    _check(estimator, kind, unit, num_samples, temperature, chunk_size)
+    _check(estimator, kind, unit, num_samples, temperature, chunk_size, rows_independent)
     unit = unit or _UNITS[estimator][0]
     needs_key = estimator in ("signs", "sampled") or (kind == "true" and estimator == "sequence")
     if estimator == "head":
@@ -151,10 +161,12 @@ def group_fisher(
     def problem(params: Tree) -> Problem:
         return Problem(
             apply_fn, likelihood, structures, grouped(params), combine, estimator, kind, unit, num_samples,
-            temperature, chunk_size,
+            temperature, chunk_size, rows_independent,
         )  # fmt: skip
 
     def init(params: Tree):
+        if example is not None and observe_with is by_row:
+            problem(params).rows_alone(params, example.inputs)
         like = jax.eval_shape(lambda p: problem(p).reduce(_floating(p)), params)
         if combine is None:
             like = roles.as_sharded(grouped(params), params, like)
@@ -193,7 +205,7 @@ def _floating(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x if is_floating(x) else None, tree)
 
 
-def _check(estimator, kind, unit, num_samples, temperature, chunk_size):
+def _check(estimator, kind, unit, num_samples, temperature, chunk_size, rows_independent):
     if estimator not in _UNITS:
         raise ValueError(f"estimator is one of {', '.join(_UNITS)}, found {estimator!r}")
     if kind not in ("empirical", "true"):
@@ -204,6 +216,8 @@ def _check(estimator, kind, unit, num_samples, temperature, chunk_size):
         raise ValueError(f"estimator={estimator!r} observes by {' or '.join(_UNITS[estimator])}, not by {unit!r}")
     if num_samples < 1 or (chunk_size is not None and chunk_size < 1):
         raise ValueError(f"num_samples and chunk_size are at least 1, found {num_samples} and {chunk_size}")
+    if rows_independent not in (None, True):
+        raise ValueError(f"rows_independent is None (the program says) or True (you do), found {rows_independent!r}")
     if not temperature > 0:
         raise ValueError(f"temperature is positive, found {temperature}")
     if temperature != 1 and (kind == "empirical" or estimator == "exact"):

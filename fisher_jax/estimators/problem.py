@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from fisher_jax._support.dtypes import is_floating, wide
 from fisher_jax._support.jax_internals import zeros
+from fisher_jax._tracing.alone import Alone, Asking, rows_alone
 from fisher_jax._tracing.roles import Grouping
 from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
@@ -34,6 +35,7 @@ class Problem(NamedTuple):
     num_samples: int
     temperature: float
     chunk_size: int | None
+    rows_independent: bool | None
 
     @property
     def draws_labels(self) -> bool:
@@ -43,6 +45,19 @@ class Problem(NamedTuple):
     def draws_signs(self) -> bool:
         """Scores of labels drawn from the model itself have mean zero: no signs needed."""
         return self.estimator == "signs" or (self.estimator == "sampled" and self.temperature != 1)
+
+    def asking(self, does: str) -> Asking:
+        """What an error says where rows depend on each other."""
+        others = "estimator='exact'" if self.estimator == "sequence" else "unit='batch' or estimator='exact'"
+        return Asking(
+            self.apply_fn, self.structures, self.rows_independent,
+            f"estimator={self.estimator!r} with unit={self.unit!r} {does}",
+            f"take {others}, whose scores are those of the batch as it is",
+        )  # fmt: skip
+
+    def rows_alone(self, params: Tree, inputs: Any) -> Alone:
+        """The model's programs of a batch and of one row; an error where rows depend on each other."""
+        return rows_alone(self.asking("runs every row of the batch alone"), params, inputs)
 
     def reduce(self, gradients: Tree) -> Tree:
         """Squares of gradients, in at least float32, to groups; ``gradients`` has ``None`` at frozen leaves."""

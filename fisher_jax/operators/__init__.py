@@ -1,7 +1,7 @@
 """Curvature as a product with a vector: GGN, true and empirical Fisher, Hessian, K-FAC, on pytrees.
 
 Nothing is stored but parameters and batch. Every product is a mean over weighted tokens; with several rows at a time
-(``microbatch_size``) the sums are the same, and rows must not depend on each other.
+(``microbatch_size``) the sums are the same, and a model whose rows depend on each other is refused.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,6 +14,8 @@ from jaxtyping import Array, Float
 
 from fisher_jax._support.meshes import places
 from fisher_jax._support.selection import Chosen, select
+from fisher_jax._tracing.alone import Asking, check_apart
+from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_arguments
 from fisher_jax.batch.tokens import has_weight, require_usable
@@ -35,6 +37,7 @@ class Options(TypedDict, total=False):
     microbatch_size: int | None
     remat: bool | Callable
     keep_linearization: bool
+    rows_independent: bool | None
 
 
 def ggn(
@@ -47,6 +50,7 @@ def ggn(
     microbatch_size: int | None = None,
     remat: bool | Callable = False,
     keep_linearization: bool = False,
+    rows_independent: bool | None = None,
 ) -> Partial:
     """Generalised Gauss-Newton products: ``v -> sum_t w_t J_t^T H_t J_t v / sum_t w_t``.
 
@@ -64,13 +68,15 @@ def ggn(
         batch: weights as everywhere: a token of weight 0 does not count, whatever its target and outputs are; what is
             not finite in the inputs of padding (``real``) or of a row without weight is not read.
         parameters: the leaves that move; the others are frozen, and ``None`` in every tangent. See `restrict`.
-        microbatch_size: this many rows at a time (``jax.lax.scan``); must divide the number of rows. Rows must not
-            depend on each other (no statistics over the batch). ``None``: all at once.
+        microbatch_size: this many rows at a time (``jax.lax.scan``); must divide the number of rows. A model whose
+            rows depend on each other (statistics over the batch) is refused. ``None``: all at once.
         remat: ``True`` recomputes the model's activations in the backward pass (``jax.checkpoint``); a function is
             its policy, as in ``jax.checkpoint_policies``.
         keep_linearization: linearise now and keep what that takes (all that a backward pass over the whole batch
             keeps, per operator, for as long as it lives); a product then costs about ``value_and_grad`` without its
             forward pass. Not with ``microbatch_size``.
+        rows_independent: for ``microbatch_size``, as for `fisher_jax.group_fisher`: ``None`` asks the program, and
+            values where it does not say; ``True`` is your word.
 
     Returns:
         A ``jax.tree_util.Partial``: ``matvec(v) -> C v``. ``v`` is a tree like ``restrict(params, parameters)``, of
@@ -95,7 +101,7 @@ def ggn(
     """
     return _operator(
         "ggn", apply_fn, likelihood, params, batch, parameters=parameters, microbatch_size=microbatch_size,
-        remat=remat, keep_linearization=keep_linearization,
+        remat=remat, keep_linearization=keep_linearization, rows_independent=rows_independent,
     )  # fmt: skip
 
 
@@ -317,7 +323,7 @@ def over_batches(make_matvec: Callable[[Batch], Partial], batches: Iterable[Batc
 
 def _operator(
     kind: str, apply_fn, likelihood, params, batch, *, parameters=None, microbatch_size=None, remat=False,
-    keep_linearization=False,
+    keep_linearization=False, rows_independent=None,
 ) -> Partial:  # fmt: skip
     check_arguments(apply_fn, likelihood, batch=batch)
     selection = select(params, parameters)
@@ -330,6 +336,9 @@ def _operator(
         )
     part, bad = products.tokens(operator, params, batch)
     products.chunks(part, microbatch_size)
+    if microbatch_size is not None and microbatch_size < part.weights.shape[0]:
+        who, way_out = "microbatch_size runs some rows of the batch at a time", "leave microbatch_size out"
+        check_apart(Asking(apply_fn, Structures(), rows_independent, who, way_out), params, part.inputs)
     require_usable(bad, part.total_weight)
     if not keep_linearization:
         return Partial(products.product, operator, params, batch)

@@ -16,7 +16,7 @@ from fisher_jax.spectra.blocks import gram
 from fisher_jax.spectra.blocks import state as state_room
 from fisher_jax.spectra.blocks.capacity import BlockSpectrum
 from fisher_jax.spectra.blocks.partition import Grouping, ParameterBlock, partition
-from fisher_jax.spectra.blocks.scores import Scoring, check_layout, takes_whole_rows
+from fisher_jax.spectra.blocks.scores import Scoring, check_layout, check_rows, takes_whole_rows
 
 __all__ = ["block_spectrum"]
 
@@ -38,6 +38,7 @@ def block_spectrum(
     parameters: Chosen = None,
     num_samples: int = 1,
     chunk_size: int = 16,
+    rows_independent: bool | None = None,
     key: Array | None = None,
 ) -> dict[str, BlockSpectrum]:
     """Eigenvalues and capacity of every block of the Fisher matrix ``F = sum_t w_t s_t s_t^T / sum_t w_t``.
@@ -49,9 +50,9 @@ def block_spectrum(
 
     For ``N`` scores of ``P`` parameters it is the smallest of the covariance (``P x P``), the Gram matrix of the
     scores (``N x P`` and ``N x N``) and, where a row has one score, the Gram matrix from taps, for which no gradient
-    is formed (dense and embedding leaves that are used once). Every row of the batch runs alone, so that nothing may
-    depend on other rows; a token's score is exact in models that mix positions, by one backward pass per token that
-    counts.
+    is formed (dense and embedding leaves that are used once). Every row of the batch runs alone, and a model whose
+    rows depend on each other is refused; a token's score is exact in models that mix positions, by one backward pass
+    per token that counts.
 
     Args:
         apply_fn: ``apply_fn(params, inputs) -> outputs [rows, ..., K]``.
@@ -70,6 +71,8 @@ def block_spectrum(
         parameters: the leaves to look at, chosen in the same way.
         num_samples: labels drawn per token.
         chunk_size: gradients alive at once.
+        rows_independent: as for `fisher_jax.group_fisher`: ``None`` asks the program, and values where it does not
+            say; ``True`` is your word.
         key: for ``kind="true"``.
 
     Returns:
@@ -78,7 +81,7 @@ def block_spectrum(
     Raises:
         ValueError: an unknown option, ``top_k`` below 1 or above the largest block's number of parameters, complex or
             no floating parameters, shapes that do not fit (each named); on a mesh with Explicit axes a model that
-            names places (``out_sharding=``), which a row alone cannot have.
+            names places (``out_sharding=``), which a row alone cannot have; a model whose rows depend on each other.
         RejectedBatchError: an empty batch, a negative weight, a label out of range, a score that is not finite.
 
     Example:
@@ -92,12 +95,14 @@ def block_spectrum(
     check_arguments(apply_fn, likelihood, batch=batch)
     state_room.check_options(unit, kind, num_samples, chunk_size, 1)
     check_layout(apply_fn, params, batch.inputs)
-    found = partition(params, blocks, stacked, parameters, apply_fn, batch, Structures())
+    structures = Structures()
+    found = partition(params, blocks, stacked, parameters, apply_fn, batch, structures)
     largest = max(block.size for block in found.blocks)
     state_room.check_top_k(top_k, damping, largest)
     problem = Scoring(apply_fn, likelihood, found.selection, unit, kind, num_samples, chunk_size)
     key = state_room.key_for(kind, key)
     part, bad = state_room.tokens(problem, params, batch)
+    check_rows(apply_fn, params, part.inputs, structures, rows_independent)
     require_usable(bad, part.total_weight)
     num_scores = int(state_room.count_scores(problem, part.weights))
     by_taps = gram.smaller(problem, params, part, found.blocks) if takes_whole_rows(problem, part.weights) else []

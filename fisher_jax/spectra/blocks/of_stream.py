@@ -14,7 +14,7 @@ from fisher_jax.likelihoods import Likelihood, categorical
 from fisher_jax.spectra.blocks import state as state_room
 from fisher_jax.spectra.blocks.capacity import BlockSpectrum
 from fisher_jax.spectra.blocks.partition import Grouping, partition
-from fisher_jax.spectra.blocks.scores import Scoring, check_layout
+from fisher_jax.spectra.blocks.scores import Scoring, check_layout, check_rows
 from fisher_jax.spectra.blocks.state import BlockSpectraState, Setting
 
 __all__ = ["BlockSpectra", "block_spectra"]
@@ -53,6 +53,7 @@ def block_spectra(
     parameters: Chosen = None,
     num_samples: int = 1,
     chunk_size: int = 16,
+    rows_independent: bool | None = None,
 ) -> BlockSpectra:
     """Spectra of the blocks of the Fisher matrix over a stream of batches, in memory that ``max_scores`` bounds.
 
@@ -100,11 +101,14 @@ def block_spectra(
         return Setting(problem, found.blocks, max_scores)
 
     def init(params: Tree) -> BlockSpectraState:
+        if example is not None:
+            check_rows(apply_fn, params, example.inputs, structures, rows_independent)
         return state_room.init(setting(params), params)
 
     def update(state: BlockSpectraState, params: Tree, batch: Batch, key: Array | None = None) -> BlockSpectraState:
         check_batch(batch)
         check_layout(apply_fn, params, batch.inputs)
+        check_rows(apply_fn, params, batch.inputs, structures, rows_independent)
         return state_room.update(setting(params), state, params, batch, state_room.key_for(kind, key))
 
     def finalize(

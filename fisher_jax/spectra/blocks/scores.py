@@ -11,10 +11,12 @@ from jaxtyping import Array
 from fisher_jax._support import passes
 from fisher_jax._support.meshes import replicating
 from fisher_jax._support.selection import Selection
+from fisher_jax._tracing.alone import Asking, check_apart
+from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch.tokens import Tokens, log_probs
 from fisher_jax.likelihoods import Likelihood
 
-__all__ = ["Scoring", "check_layout", "fold", "row_loss", "takes_whole_rows"]
+__all__ = ["Scoring", "check_layout", "check_rows", "fold", "row_loss", "takes_whole_rows"]
 
 Tree = Any
 
@@ -60,6 +62,18 @@ def check_layout(apply_fn: Callable, params: Tree, inputs: Any) -> None:
             "and the model cannot run so; leave out_sharding= and reshard out of the function that is passed here, "
             f"or call it without jax.set_mesh and with parameters on one device. The model said: {error}"
         ) from error
+
+
+def check_rows(
+    apply_fn: Callable, params: Tree, inputs: Any, structures: Structures, rows_independent: bool | None
+) -> None:
+    """Raise where rows depend on each other."""
+    asking = Asking(
+        apply_fn, structures, rows_independent, "a block spectrum runs every row of the batch alone",
+        "take fj.lanczos of fj.operators.empirical_fisher(..., parameters=...), whose scores are those of the batch "
+        "as it is",
+    )  # fmt: skip
+    check_apart(asking, params, inputs)
 
 
 def fold(problem: Scoring, params: Tree, part: Tokens, key: Array, absorb: Callable, carry: Any) -> Any:

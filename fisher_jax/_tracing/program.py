@@ -13,6 +13,7 @@ from jaxtyping import Array
 from fisher_jax._support.jax_internals import zeros
 from fisher_jax._support.outline import outline
 from fisher_jax._tracing.ids import Carried, Lost
+from fisher_jax._tracing.leads import leads_of
 from fisher_jax._tracing.replay import Replay, zero
 from fisher_jax._tracing.structure import Structure, Structures
 from fisher_jax._tracing.tracing import evaluate
@@ -171,7 +172,11 @@ def trace(
     made, shape = jax.make_jaxpr(of_arrays, return_shape=True)(leaves, arguments)
     structures = Structures() if structures is None else structures
     followed = tuple(is_free(x) and follow(path) for path, x in zip(paths, leaves, strict=True))
-    structure = structures.of(made, followed, lead)
+
+    def leads(lead: tuple[int, ...]) -> list[tuple[int, ...]]:
+        return leads_of(lambda others: of_arrays(leaves, others), arguments, lead)
+
+    structure = structures.of(made, followed, lead, leads)
     return Program(structure, made, followed, leaves, treedef, paths, arguments, shape)
 
 

@@ -102,18 +102,21 @@ class Structures:
         self.walks = 0
         self.shown: dict[tuple[Link, bool], str | None] = {}
 
-    def of(self, traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | None = ()) -> Structure:
+    def of(
+        self, traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | None = (), leads: Callable | None = None
+    ) -> Structure:
         """
         Args:
             traced: a closed jaxpr whose first arguments are the parameters.
             follow: for every parameter whether it is one to follow.
             lead: rows, and positions of a row, along the leading axes of the other arguments; ``None``: those of the
                 result.
+            leads: ``leads(lead)`` says what each of the other arguments has of them; ``None``: what fits its shape.
         """
         key = _fingerprint(traced, follow, lead)
         if key not in self._held:
             self.walks += 1
-            self._held[key] = _surveyed(traced, follow, lead)
+            self._held[key] = _surveyed(traced, follow, lead, leads)
             while len(self._held) > _HELD:
                 self._held.popitem(last=False)
         self._held.move_to_end(key)
@@ -146,13 +149,16 @@ def _constants(traced: Any) -> list:
     return [x for x in found if hasattr(x, "dtype") and not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
 
 
-def _surveyed(traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | None) -> Structure:
+def _surveyed(
+    traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | None, leads: Callable | None
+) -> Structure:
     body, _ = opened(traced)
     params, inputs = body.arguments[: len(follow)], body.arguments[len(follow) :]
     if lead is None:
         lead = body.results[0].aval.shape[:-1] if len(body.results) == 1 else ()
     views = [View.of(Data(var.aval), i) if follow[i] else Data(var.aval) for i, var in enumerate(params)]
-    given = [Data(var.aval, _ids_of_input(var.aval.shape, lead)) for var in inputs]
+    own = [lead] * len(inputs) if leads is None else leads(lead)
+    given = [Data(var.aval, _ids_of_input(var.aval.shape, one)) for var, one in zip(inputs, own, strict=True)]
     survey = Survey()
     outs = [survey.generic(x, None) for x in evaluate(traced, [*views, *given], survey)]
     outputs = tuple(struct(var.aval) for var in body.results)

@@ -183,9 +183,8 @@ class Survey:
                 else self.findings.attention.made(use, _units_of(inputs[0]), sizes, self.loops)
             )
             product = Made(view.leaf, use, places, sizes, met)
-            return dataclasses.replace(
-                found, made=product, units=units, tokens=self._own_tokens(view.leaf, use, sizes)
-            )
+            tokens = self._own_tokens(view.leaf, use, sizes)
+            return dataclasses.replace(found, made=product, units=units, tokens=tokens)
         if kind == "bias" and inputs:
             self.findings.attention.added(use, _units_of(inputs[0]))
         made = next((x.made for x in inputs if isinstance(x, Data) and x.made is not None), None)

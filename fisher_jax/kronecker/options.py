@@ -259,7 +259,7 @@ def _positions(told: Any) -> tuple:
     try:
         pairs = tuple(told.items()) if isinstance(told, Mapping) else tuple((path, axes) for path, axes in told)
         for path, axes in pairs:
-            whole = [isinstance(i, numbers.Integral) and not isinstance(i, bool) and i >= 0 for i in axes or ()]
+            whole = [isinstance(i, int | np.integer) and not isinstance(i, bool) and i >= 0 for i in axes or ()]
             repeated = axes is not None and len(set(axes)) != len(axes)
             if not isinstance(path, str) or not all(whole) or repeated or (axes is not None and not whole):
                 raise ValueError
@@ -281,7 +281,7 @@ def _whole(options: Any, name: str, optional: bool = False) -> None:
     found = getattr(options, name)
     if found is None and optional:
         return
-    if not isinstance(found, numbers.Integral) or isinstance(found, bool) or found < 1:
+    if not isinstance(found, int | np.integer) or isinstance(found, bool) or found < 1:
         raise ValueError(f"{name} is a whole number, at least 1{', or None' * optional}, found {found!r}")
 
 

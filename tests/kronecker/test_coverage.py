@@ -84,3 +84,54 @@ def test_masks_are_a_part_of_the_promise(apply_fn, width, refused, masks, shared
     promised, kept = both(apply_fn, fj.categorical, params, batch, policy="never", shared=shared)
     assert promised == kept
     assert (promised is not None) == ((apply_fn is lstm and shared == "reduce") or (refused and masks == "padding"))
+
+
+def unrolled(params, x):
+    state, found = jnp.zeros((x.shape[0], 4)), []
+    for t in range(x.shape[1]):
+        state = jnp.tanh(x[:, t] @ params["w"] + state @ params["u"])
+        found.append(state)
+    return jnp.stack(found, 1) @ params["o"]
+
+
+def counted(params, x):
+    """A loop that reads its inputs, and writes its outputs, by a counter."""
+
+    def body(t, carry):
+        state, found = carry
+        state = jnp.tanh(x[:, t] @ params["w"] + state @ params["u"])
+        return state, found.at[:, t].set(state)
+
+    start = jnp.zeros((x.shape[0], 4)), jnp.zeros((*x.shape[:2], 4))
+    return jax.lax.fori_loop(0, x.shape[1], body, start)[1] @ params["o"]
+
+
+def associative(params, x):
+    gate, new = jax.nn.sigmoid(x @ params["w"]), x @ params["v"]
+    join = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])  # noqa: E731
+    return jax.lax.associative_scan(join, (gate, new), axis=1)[1] @ params["o"]
+
+
+def windows(params, x):
+    rows, length, width = x.shape
+    pairs = jnp.tanh(x.reshape(rows, length // 2, 2 * width) @ params["pairs"])
+    return jnp.repeat(pairs, 2, 1) @ params["o"]
+
+
+def neighbours(params, x):
+    """Every position attends to itself and the one before."""
+    hidden = x @ params["w"]
+    place = jnp.arange(x.shape[1])[:, None] - jnp.arange(2)
+    seen = jnp.where((place >= 0)[None, :, :, None], hidden[:, jnp.maximum(place, 0)], 0)
+    scores = jnp.einsum("bsd,bswd->bsw", hidden @ params["u"], seen)
+    return jnp.einsum("bsw,bswd->bsd", jax.nn.softmax(scores), seen) @ params["o"]
+
+
+@pytest.mark.parametrize("model", [unrolled, counted, associative, windows, neighbours])
+def test_models_whose_positions_cannot_be_followed_are_open_without_padding(model):
+    rng = np.random.default_rng(0)
+    shapes = {"w": (3, 4), "u": (4, 4), "v": (3, 4), "pairs": (6, 4), "o": (4, 5)}
+    params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    x, y = jnp.asarray(rng.normal(size=(3, 4, 3))), jnp.asarray(rng.integers(0, 5, (3, 4)))
+    for weights in (None, REAL * 1.0):
+        assert both(model, fj.categorical, params, fj.Batch(x, y, weights)) == (None, None)

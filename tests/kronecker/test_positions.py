@@ -385,3 +385,42 @@ def test_rows_are_not_reduced_over_several_uses():
         fj.kfac_factors(
             MODELS["half after half"], fj.categorical, PARAMS, fj.Batch(TOKENS, TARGETS), curvature=options
         )
+
+
+def attending(params, inputs):
+    """A bias of positions, or a number for each of them, beside the tokens."""
+    x = params["embed"][inputs["tokens"]]
+    scores = jnp.einsum("bsd,btd->bst", x, x)
+    if "bias" in inputs:
+        scores += inputs["bias"]
+    if "scale" in inputs:
+        scores *= inputs["scale"]
+    if "features" in inputs:
+        x += (inputs["features"] @ params["f"])[:, None]
+    mixed = x + jax.nn.softmax(scores) @ x
+    return jnp.tanh(mixed @ params["w"] + params["b"]) @ params["o"]
+
+
+@pytest.mark.parametrize("name", ["bias", "scale", "features", "all"])
+def test_an_input_as_large_as_a_batch_is_not_taken_for_one(name):
+    """As many rows as positions: factors are those of a batch with one row more, which counts nowhere."""
+    tokens, targets = (jnp.concatenate([x, x[:1]]) for x in (TOKENS, TARGETS))
+    real, weights = (jnp.concatenate([x, x[:1]]) for x in (REAL, WEIGHTS))
+    more = {"bias": draw(LENGTH, LENGTH, seed=3), "scale": draw(LENGTH, seed=4), "features": draw(LENGTH, LENGTH)}
+    inputs = {"tokens": tokens} | {key: x for key, x in more.items() if name in (key, "all")}
+    params = PARAMS | ({"f": draw(LENGTH, WIDTH, seed=5)} if "features" in inputs else {})
+    padded = {
+        key: jnp.concatenate([x, jnp.zeros_like(x[:1])]) if key in ("tokens", "features") else x
+        for key, x in inputs.items()
+    }
+    nothing = lambda x: jnp.concatenate([x, jnp.zeros_like(x[:1])])  # noqa: E731
+    options = fj.Curvature(policy="never", diagonal=lambda path: "embed" in path)
+    found, wanted = (
+        dense(fj.kfac_factors(attending, fj.categorical, params, batch, curvature=options))
+        for batch in (
+            fj.Batch(inputs, targets, weights=weights, real=real),
+            fj.Batch(padded, nothing(targets), weights=nothing(weights), real=nothing(real)),
+        )
+    )
+    for path, matrix in wanted.items():
+        np.testing.assert_allclose(found[path], matrix, rtol=1e-4, atol=1e-5, err_msg=str(path))

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from fisher_jax._support.jax_internals import zeros
 from fisher_jax._support.outline import outline
+from fisher_jax._support.selection import no_array
 from fisher_jax._tracing.ids import Carried, Lost
 from fisher_jax._tracing.replay import Replay, zero
 from fisher_jax._tracing.structure import Structure, Structures
@@ -182,12 +183,7 @@ def check_parameters(params: Tree) -> None:
     """Raise for a leaf that is no array, as the functions of a whole module are."""
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         if not _is_array(x):
-            raise ValueError(
-                f"parameter {jax.tree_util.keystr(path)} is of type {type(x).__name__}, and parameters are arrays: take "
-                "the rest out of the model, with params, rest = equinox.partition(model, equinox.is_inexact_array) and "
-                "equinox.combine(params, rest) in apply_fn, or with graph, params, rest = nnx.split(model, nnx.Param, "
-                "...) and nnx.merge(graph, params, rest, copy=True)"
-            )
+            raise ValueError(no_array(jax.tree_util.keystr(path), x))
 
 
 def _parameter(path: str, x: Any) -> Any:

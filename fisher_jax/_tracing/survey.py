@@ -201,8 +201,10 @@ class Survey:
                 if kind == "embedding"
                 else self.findings.attention.made(use, _units_of(inputs[0]), sizes, self.loops)
             )
-            made = Made(view.leaf, use, places, sizes, met)
-            return dataclasses.replace(found, made=made, units=units, tokens=self._own_tokens(view.leaf, use, sizes))
+            product = Made(view.leaf, use, places, sizes, met)
+            return dataclasses.replace(
+                found, made=product, units=units, tokens=self._own_tokens(view.leaf, use, sizes)
+            )
         if kind == "bias" and inputs:
             self.findings.attention.added(use, _units_of(inputs[0]))
         made = next((x.made for x in inputs if isinstance(x, Data) and x.made is not None), None)

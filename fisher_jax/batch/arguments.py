@@ -32,8 +32,8 @@ def explained(apply_fn: Callable) -> Callable:
             if type(error).__name__ != "TraceContextError":
                 raise
             raise ValueError(
-                "the model changes its batch statistics or dropout keys, which live outside of apply_fn: let it change "
-                f"a copy, with nnx.merge(graph, params, rest, copy=True) in apply_fn ({error})"
+                "the model changes its batch statistics or dropout keys, which live outside of apply_fn: let it "
+                f"change a copy, with nnx.merge(graph, params, rest, copy=True) in apply_fn ({error})"
             ) from error
 
     return run

@@ -79,8 +79,8 @@ def check_outputs(outputs: Any) -> None:
     if not hasattr(outputs, "shape"):
         raise ValueError(
             f"apply_fn returns one floating array [..., K], found {type(outputs).__name__}: of outputs and a new "
-            "state (mutable=, hk.transform_with_state) return the outputs alone, and put several outputs side by side with "
-            "jnp.concatenate (a policy's mean and log standard deviation, for fj.gaussian_with_scale)"
+            "state (mutable=, hk.transform_with_state) return the outputs alone, and put several outputs side by "
+            "side with jnp.concatenate (a policy's mean and log standard deviation, for fj.gaussian_with_scale)"
         )
     if not jnp.issubdtype(outputs.dtype, jnp.floating) or not outputs.shape:
         raise ValueError(

@@ -24,6 +24,7 @@ from .likelihoods import (
     categorical as categorical,
     bernoulli as bernoulli,
     gaussian as gaussian,
+    gaussian_with_scale as gaussian_with_scale,
 )
 
 # Measure

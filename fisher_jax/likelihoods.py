@@ -1,7 +1,7 @@
 """Likelihoods: what the outputs of a model say about its targets."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,24 @@ from jaxtyping import Array, Bool, Float, Shaped
 from fisher_jax._support.dtypes import wide
 from fisher_jax._support.outline import outline
 
-__all__ = ["Likelihood", "bernoulli", "categorical", "gaussian"]
+__all__ = ["Likelihood", "bernoulli", "categorical", "gaussian", "gaussian_with_scale"]
+
+
+def _needed(name: str, arguments: str) -> Callable[..., Array]:
+    """What stands for a function that a likelihood does not have."""
+
+    def missing(*given: Any, **named: Any) -> Array:
+        raise ValueError(
+            f"this needs the likelihood's {name}({arguments}), which it does not have: give it as "
+            f"fj.Likelihood(..., {name}=), or take kind='empirical', which needs log_prob alone"
+        )
+
+    return missing
+
+
+def _finite(outputs: Array | jax.ShapeDtypeStruct, targets: Array) -> Array:
+    finite = jnp.isfinite(targets)
+    return jnp.all(finite, tuple(range(len(outputs.shape) - 1, finite.ndim)))
 
 
 class Likelihood(NamedTuple):
@@ -19,19 +36,31 @@ class Likelihood(NamedTuple):
     Attributes:
         name: for messages.
         log_prob: ``log_prob(outputs, targets) -> [...]``, in nats, at least float32.
-        sample: ``sample(key, outputs, temperature=1.0) -> targets``.
-        fisher_product: ``fisher_product(outputs, tangent) -> [..., K]``, the output-space Fisher times a tangent.
+        sample: ``sample(key, outputs, temperature=1.0) -> targets``, for labels drawn from the model.
+        fisher_product: ``fisher_product(outputs, tangent) -> [..., K]``, the output-space Fisher times a tangent, for
+            products with the Fisher or the GGN.
         fisher_factor: ``fisher_factor(outputs, k) -> [..., K]``, column ``k`` of a factor ``L`` with ``L L^T`` the
-            output-space Fisher; there are ``K`` columns.
-        in_range: ``in_range(outputs, targets) -> bool [...]``, whether a target can be.
+            output-space Fisher, for the exact true Fisher; there are ``K`` columns.
+        in_range: ``in_range(outputs, targets) -> bool [...]``, whether a target can be; by default, whether it is
+            finite.
+
+    A likelihood of your own needs ``log_prob`` alone where nothing else is used; where more is, an error says what.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> laplace = fj.Likelihood("laplace", lambda outputs, targets: -jnp.abs(targets - outputs).sum(-1))
+        >>> batch = fj.Batch(jnp.ones((2, 3)), jnp.zeros((2, 1)))
+        >>> fisher = fj.group_fisher(lambda params, x: x @ params, laplace, estimator="exact")
+        >>> fisher.observe(jnp.ones((3, 1)), batch).mean.tolist()
+        [[1.0], [1.0], [1.0]]
     """
 
     name: str
     log_prob: Callable[..., Array]
-    sample: Callable[..., Array]
-    fisher_product: Callable[..., Array]
-    fisher_factor: Callable[..., Array]
-    in_range: Callable[..., Array]
+    sample: Callable[..., Array] = _needed("sample", "key, outputs, temperature=1.0")
+    fisher_product: Callable[..., Array] = _needed("fisher_product", "outputs, tangent")
+    fisher_factor: Callable[..., Array] = _needed("fisher_factor", "outputs, k")
+    in_range: Callable[..., Array] = _finite
 
     def __repr__(self) -> str:
         return outline(self)
@@ -114,3 +143,53 @@ gaussian = Likelihood(
     lambda outputs, targets: jnp.all(jnp.isfinite(targets), -1),
 )
 """Unit variance around the outputs, summed over the last axis; targets ``[..., K]``; a temperature is a variance."""
+
+
+def _mean_and_log_scale(outputs: Array) -> tuple[Array, Array]:
+    if outputs.shape[-1] % 2:
+        raise ValueError(
+            "fj.gaussian_with_scale has means and log standard deviations, one after the other, along the last axis "
+            f"of the outputs, whose length is even; found shape {list(outputs.shape)}"
+        )
+    mean, log_scale = jnp.split(wide(outputs), 2, -1)
+    return mean, log_scale
+
+
+def _scaled_log_prob(outputs: Array, targets: Array) -> Array:
+    mean, log_scale = _mean_and_log_scale(outputs)
+    standard = (targets - mean) * jnp.exp(-log_scale)
+    return -jnp.sum(0.5 * standard**2 + log_scale + 0.5 * jnp.log(2 * jnp.pi).astype(mean.dtype), -1)
+
+
+def _scaled_sample(key: Array, outputs: Array, temperature: float = 1.0) -> Array:
+    mean, log_scale = _mean_and_log_scale(outputs)
+    noise = jax.random.normal(key, mean.shape, mean.dtype)
+    return mean + jnp.sqrt(temperature).astype(mean.dtype) * jnp.exp(log_scale) * noise
+
+
+def _scaled_information(outputs: Array) -> Array:
+    """The output-space Fisher is diagonal: ``1 / scale**2`` of a mean, 2 of a log standard deviation."""
+    _, log_scale = _mean_and_log_scale(outputs)
+    return jnp.concatenate([jnp.exp(-2 * log_scale), jnp.full_like(log_scale, 2)], -1)
+
+
+def _scaled_in_range(outputs: Array | jax.ShapeDtypeStruct, targets: Array) -> Array:
+    wanted = (*outputs.shape[:-1], outputs.shape[-1] // 2)
+    if targets.shape != wanted:
+        raise ValueError(
+            f"targets of fj.gaussian_with_scale have half as many numbers as the outputs, shape {list(wanted)}, "
+            f"found {list(targets.shape)}"
+        )
+    return jnp.all(jnp.isfinite(targets), -1)
+
+
+gaussian_with_scale = Likelihood(
+    "gaussian_with_scale",
+    _scaled_log_prob,
+    _scaled_sample,
+    lambda outputs, tangent: _scaled_information(outputs) * tangent,
+    lambda outputs, k: jnp.sqrt(_scaled_information(outputs)) * (jnp.arange(outputs.shape[-1]) == k),
+    _scaled_in_range,
+)
+"""Means and log standard deviations of independent normals, one after the other along the last axis of the outputs
+``[..., 2 K]``, as a policy has them; targets ``[..., K]``; a temperature multiplies the variance."""

@@ -28,6 +28,7 @@ __all__ = [
     "Remat",
     "Repetition",
     "abstract",
+    "as_elementwise",
     "bind",
     "branches",
     "broadcast_axes",
@@ -278,6 +279,26 @@ def contraction(options: Mapping[str, Any]) -> Contraction:
     """Which axes a ``dot_general`` contracts and which it keeps apart; its options are those of the equation."""
     contracted, batch = _numbers(options)
     return Contraction(*((tuple(left), tuple(right)) for left, right in (contracted, batch)))
+
+
+def as_elementwise(eqn: Any, index: int) -> Any:
+    """A ``dot_general`` that contracts nothing and keeps all axes of operand ``index`` beside those of the other, as
+    a traced function with a ``mul``, at the same line; ``None`` for any other, and on a mesh."""
+    contracted, batch = contraction(eqn.params)
+    operands = [x.aval for x in eqn.invars]
+    own, other = operands[index], operands[1 - index]
+    if any(contracted) or len(batch[index]) != len(own.shape) or not own.sharding.mesh.empty:
+        return None
+    order = (*batch[1 - index], *(i for i in range(len(other.shape)) if i not in batch[1 - index]))
+    dtype = eqn.outvars[0].aval.dtype
+
+    def product(*values: Array) -> Array:
+        data = jnp.transpose(values[1 - index], order).astype(dtype)
+        kept = jax.lax.broadcast_in_dim(values[index].transpose(batch[index]), data.shape, range(len(own.shape)))
+        return data * kept.astype(dtype)
+
+    traced = jax.make_jaxpr(product)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands))
+    return traced.jaxpr.replace(eqns=[one.replace(source_info=eqn.source_info) for one in traced.jaxpr.eqns])
 
 
 class Lookup(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 
 from fisher_jax._support.dtypes import is_floating
 
-__all__ = ["Selection", "matches", "select"]
+__all__ = ["Selection", "matches", "no_array", "select"]
 
 Tree = Any
 Chosen = str | re.Pattern | Callable[[str, Any], bool] | Tree | None
@@ -38,6 +38,16 @@ class Selection:
         return jax.tree.unflatten(self.treedef, joined)
 
 
+def no_array(path: str, x: Any) -> str:
+    """What is said of a leaf that is no array, as the functions of a whole module are."""
+    return (
+        f"parameter {path} is of type {type(x).__name__}, and parameters are arrays: take the rest out of the model, "
+        "with params, rest = equinox.partition(model, equinox.is_inexact_array) and equinox.combine(params, rest) in "
+        "apply_fn, or with graph, params, rest = nnx.split(model, nnx.Param, ...) and nnx.merge(graph, params, rest, "
+        "copy=True)"
+    )
+
+
 def select(params: Tree, parameters: Chosen = None) -> Selection:
     """See `fisher_jax.operators.restrict`, which has the words."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -45,10 +55,7 @@ def select(params: Tree, parameters: Chosen = None) -> Selection:
     leaves = [x for _, x in flat]
     for path, x in zip(paths, leaves, strict=True):
         if not hasattr(x, "dtype") or (isinstance(x, np.ndarray) and x.dtype.kind in "OUSMm"):
-            raise ValueError(
-                f"parameter {path} is of type {type(x).__name__}; parameters are arrays: split off the rest of the "
-                "model first (nnx.split, equinox.partition)"
-            )
+            raise ValueError(no_array(path, x))
     wanted = matches(params, parameters)
     moves = []
     for path, x, want in zip(paths, leaves, wanted, strict=True):

@@ -12,16 +12,19 @@ from jaxtyping import Array
 
 from fisher_jax._support.jax_internals import zeros
 from fisher_jax._support.outline import outline
+from fisher_jax._support.selection import no_array
 from fisher_jax._tracing.ids import Carried, Lost
 from fisher_jax._tracing.leads import leads_of
 from fisher_jax._tracing.replay import Replay, zero
 from fisher_jax._tracing.structure import Structure, Structures
 from fisher_jax._tracing.tracing import evaluate
 from fisher_jax._tracing.uses import Spec, Use, View
+from fisher_jax.batch.arguments import explained
 
 __all__ = [
     "Program",
     "Tap",
+    "check_parameters",
     "differentiate",
     "frozen",
     "gradient_of_use",
@@ -147,6 +150,7 @@ def trace(
         follow: says of a path whether it is followed; other leaves are data.
     """
     kwargs = {} if kwargs is None else kwargs
+    check_parameters(params)
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [jax.tree_util.keystr(path) for path, _ in with_paths]
     leaves = [_parameter(path, x) for path, (_, x) in zip(paths, with_paths, strict=True)]
@@ -167,7 +171,7 @@ def trace(
         moving = iter(arguments)
         values = [next(moving) if is_traced else x for (_, x), is_traced in zip(flat, traced, strict=True)]
         positional, named = jax.tree.unflatten(args_tree, values)
-        return check(function(jax.tree.unflatten(treedef, leaves), *positional, **named))
+        return check(explained(function)(jax.tree.unflatten(treedef, leaves), *positional, **named))
 
     made, shape = jax.make_jaxpr(of_arrays, return_shape=True)(leaves, arguments)
     structures = Structures() if structures is None else structures
@@ -180,12 +184,14 @@ def trace(
     return Program(structure, made, followed, leaves, treedef, paths, arguments, shape)
 
 
+def check_parameters(params: Tree) -> None:
+    """Raise for a leaf that is no array, as the functions of a whole module are."""
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if not _is_array(x):
+            raise ValueError(no_array(jax.tree_util.keystr(path), x))
+
+
 def _parameter(path: str, x: Any) -> Any:
-    if not _is_array(x):
-        raise ValueError(
-            f"parameter {path} is of type {type(x).__name__}; parameters are arrays: split off the rest of the model "
-            "first (nnx.split, equinox.partition)"
-        )
     x = _array(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise ValueError(f"parameter {path} has dtype {x.dtype}; store its real and imaginary part as two parameters")

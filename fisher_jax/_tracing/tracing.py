@@ -16,6 +16,7 @@ import numpy as np
 from fisher_jax._support.jax_internals import (
     Loop,
     Remat,
+    as_elementwise,
     bind,
     called,
     has_constants,
@@ -109,6 +110,8 @@ def _meet(eqn: Any, values: list, way: Way) -> list:
         return [first.scaled(way.bind(eqn, list(map(plain, values)))[0], factor)]
     if name == "concatenate" and any(isinstance(v, Data | jax.Array) for v in values):
         return way.bind(eqn, [_beside(eqn, i, values, way) if i in views else plain(v) for i, v in enumerate(values)])
+    if name == "dot_general" and len(views) == 1 and (product := as_elementwise(eqn, views[0])) is not None:
+        return evaluate(product, values, way)
     if name in _USES and len(views) == 1 and _fits(eqn, views[0], values):
         return [_use(eqn, views[0], values, way)]
     return way.bind(eqn, [way.generic(v, eqn) for v in values])

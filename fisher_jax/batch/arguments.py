@@ -1,12 +1,13 @@
 """What every function of a model and a batch checks first: that its arguments stand in their order."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from fisher_jax.batch.batch import Batch
 from fisher_jax.likelihoods import Likelihood
 
-__all__ = ["check_arguments", "check_batch"]
+__all__ = ["check_arguments", "check_batch", "explained"]
 
 
 def check_arguments(apply_fn: Callable, likelihood: Likelihood, **batches: Any) -> None:
@@ -17,6 +18,25 @@ def check_arguments(apply_fn: Callable, likelihood: Likelihood, **batches: Any) 
         raise TypeError(_sentence("likelihood", "a fj.Likelihood, such as fj.categorical", likelihood))
     for name, batch in batches.items():
         check_batch(batch, name)
+
+
+def explained(apply_fn: Callable) -> Callable:
+    """The same function, whose attempt to change a module from outside of it says the way out."""
+
+    @functools.wraps(apply_fn, updated=())
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return apply_fn(*args, **kwargs)
+        except Exception as error:
+            # By name: the library does not need nnx.
+            if type(error).__name__ != "TraceContextError":
+                raise
+            raise ValueError(
+                "the model changes its batch statistics or dropout keys, which live outside of apply_fn: let it "
+                f"change a copy, with nnx.merge(graph, params, rest, copy=True) in apply_fn ({error})"
+            ) from error
+
+    return run
 
 
 def check_batch(batch: Any, name: str = "batch") -> None:

@@ -77,7 +77,11 @@ def tokens_of(likelihood: Likelihood, outputs: Any, batch: Batch, labels_matter:
 def check_outputs(outputs: Any) -> None:
     """Raise for outputs of a model that are not one floating array ``[..., K]``."""
     if not hasattr(outputs, "shape"):
-        raise ValueError(f"apply_fn returns one floating array [..., K], found {type(outputs).__name__}")
+        raise ValueError(
+            f"apply_fn returns one floating array [..., K], found {type(outputs).__name__}: of outputs and a new "
+            "state (mutable=, hk.transform_with_state) return the outputs alone, and put several outputs side by "
+            "side with jnp.concatenate (a policy's mean and log standard deviation, for fj.gaussian_with_scale)"
+        )
     if not jnp.issubdtype(outputs.dtype, jnp.floating) or not outputs.shape:
         raise ValueError(
             f"apply_fn returns one floating array [..., K], found shape {list(outputs.shape)} and dtype "

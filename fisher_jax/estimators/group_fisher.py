@@ -11,7 +11,7 @@ from fisher_jax import welford
 from fisher_jax._support import meshes
 from fisher_jax._support.dtypes import is_floating
 from fisher_jax._tracing import roles
-from fisher_jax._tracing.program import trace
+from fisher_jax._tracing.program import check_parameters, trace
 from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_arguments, check_batch
@@ -81,7 +81,7 @@ def group_fisher(
 
     Args:
         apply_fn: ``apply_fn(params, inputs) -> outputs [..., K]``.
-        likelihood: ``fj.categorical``, ``fj.bernoulli`` or ``fj.gaussian``.
+        likelihood: ``fj.categorical``, ``fj.bernoulli``, ``fj.gaussian``, ``fj.gaussian_with_scale`` or your own.
         example: a `Batch` of arrays or ``jax.ShapeDtypeStruct``s. Fixes the orientation of every kernel, which all
             groups but ``param`` need, and finds the head for ``head``.
         groups: ``fj.groups.param``, ``.row``, ``.column``, ``.tensor``, ``.head(...)``, or a function
@@ -152,6 +152,8 @@ def group_fisher(
     structures = Structures()
 
     def grouped(params: Tree) -> list:
+        check_parameters(params)
+
         def specs():
             assert example is not None
             return trace(apply_fn, params, (example.inputs,), None, structures, None).structure.specs
@@ -165,6 +167,7 @@ def group_fisher(
         )  # fmt: skip
 
     def init(params: Tree):
+        check_parameters(params)
         if example is not None and observe_with is by_row:
             problem(params).rows_alone(params, example.inputs)
         like = jax.eval_shape(lambda p: problem(p).reduce(_floating(p)), params)

@@ -16,11 +16,11 @@ from fisher_jax._support.dtypes import wide_dtype
 from fisher_jax._tracing.axes import in_leaf_order
 from fisher_jax._tracing.dense import matrices, operand_axes
 from fisher_jax._tracing.head import head_of, parts
-from fisher_jax._tracing.program import Program, Tap, trace
+from fisher_jax._tracing.program import Program, Tap, check_parameters, trace
 from fisher_jax._tracing.structure import Head, Structures
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_batch
-from fisher_jax.batch.tokens import tokens_of, unit_ids, without_padding
+from fisher_jax.batch.tokens import check_outputs, tokens_of, unit_ids, without_padding
 from fisher_jax.groups import Group, Heads, resolve
 from fisher_jax.likelihoods import categorical
 from fisher_jax.lm_head.scores import VALUE_BITS
@@ -70,6 +70,7 @@ def head_estimator(problem: HeadProblem, example: Batch | None) -> FisherEstimat
         return example
 
     def init(params):
+        check_parameters(params)
         like = jax.eval_shape(lambda p, b: _closed(problem, p, b).mean, params, known())
         return welford.init(like, unit=problem.unit, scale=problem.scale)
 
@@ -93,7 +94,9 @@ def head_estimator(problem: HeadProblem, example: Batch | None) -> FisherEstimat
 
 
 def _program(problem: HeadProblem, params: Tree, inputs: Any) -> Program:
-    return trace(problem.apply_fn, params, (inputs,), None, problem.structures, None)
+    found = trace(problem.apply_fn, params, (inputs,), None, problem.structures, None)
+    check_outputs(found.shape)
+    return found
 
 
 def _group_size(group: str, found: Head) -> int:

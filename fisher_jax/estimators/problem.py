@@ -13,6 +13,7 @@ from fisher_jax._tracing.alone import Alone, Asking, rows_alone
 from fisher_jax._tracing.roles import Grouping
 from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
+from fisher_jax.batch.arguments import explained
 from fisher_jax.batch.tokens import Tokens, log_probs, tokens_of
 from fisher_jax.likelihoods import Likelihood
 
@@ -93,7 +94,7 @@ def split(apply_fn: Callable, params: Tree) -> Split:
     def outputs(free, inputs):
         moving = iter(jax.tree.leaves(free))
         joined = [next(moving) if is_floating(x) else x for x in leaves]
-        return apply_fn(jax.tree.unflatten(treedef, joined), inputs)
+        return explained(apply_fn)(jax.tree.unflatten(treedef, joined), inputs)
 
     return Split(jax.tree.map(lambda x: jnp.asarray(x) if is_floating(x) else None, params), outputs)
 

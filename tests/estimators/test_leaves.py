@@ -237,8 +237,29 @@ def test_a_head_without_an_example():
         fisher.init(params)
 
 
-def test_a_head_in_a_loop_is_no_head_for_kfac():
-    """Every step has its own tokens there: the block is that of any kernel in a loop."""
+def test_the_closed_form_of_kfac_is_for_heads_outside_of_loops():
     params, batch = head_problem()
-    rows = fj.kfac_tools.kfac_coverage(recurrent, fj.categorical, params, batch).rows
-    assert all("the head" not in row[2] for row in rows)
+    with pytest.raises(ValueError, match="estimator='exact_head' needs"):
+        fj.kfac_tools.kfac_coverage(
+            recurrent, fj.categorical, params, batch, curvature=fj.Curvature(estimator="exact_head")
+        )
+
+
+def test_a_scale_that_is_a_product_kept_apart_has_a_diagonal():
+    """As under ``vmap`` over features: a norm of penzai."""
+
+    def model(params, x):
+        scaled = jax.vmap(jnp.dot, (0, -1), -1)(params["scale"], x.transpose(1, 0, 2))
+        return jnp.tanh(scaled.transpose(1, 0, 2)) @ params["head"]
+
+    params = {"scale": draw(D), "head": draw(D, V)}
+    batch = fj.Batch(draw(B, 1, D), jnp.array([[1], [4]]), jnp.array([[1.0], [0.5]]))
+    squares = loop_of_grad(model, params, batch)["scale"]
+    curvature = fj.Curvature(estimator="empirical")
+    factors = fj.kfac_factors(model, fj.categorical, params, batch, curvature=curvature, damping=0.25)
+    solved = fj.precondition(factors, jax.tree.map(jnp.ones_like, params))["scale"]
+    np.testing.assert_allclose(1 / np.asarray(solved) - 0.25, squares, rtol=1e-6)
+    found = fj.group_fisher(model, estimator="exact", groups="row", example=batch).observe(params, batch).mean
+    np.testing.assert_allclose(found["scale"], squares, rtol=1e-9)
+    table = {row[0]: row[2] for row in fj.kfac_tools.kfac_coverage(model, fj.categorical, params, batch).rows}
+    assert table["['scale']"] == "diagonal"

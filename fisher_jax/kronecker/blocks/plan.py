@@ -156,6 +156,8 @@ def _check(path: str, spec: Spec) -> None:
 
 
 def _way_out(path: str) -> str:
+    if "batch_stats" in path or "BatchStat" in path:
+        return "running statistics are no parameters: leave them outside, in a closure (docs/models.md)"
     return (
         f"give it a diagonal with diagonal=lambda path: path == {path!r}, or another optimizer through "
         "optax.multi_transform"

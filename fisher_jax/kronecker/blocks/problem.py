@@ -100,6 +100,7 @@ def block_plan(problem: Problem, params: Tree, batch: Batch) -> tuple[Program, t
     check_outputs(out)
     if rules.estimator == "exact_head" and not (
         found.head is not None
+        and not found.head.use.loops
         and found.head.is_last
         and any(b.head for b in blocks)
         and problem.likelihood.name == "categorical"

@@ -59,6 +59,7 @@ class Structure:
         head: see `Head`; ``None`` where the outputs come from no product of a parameter.
         headless: what the outputs come from instead.
         biases: leaf of a bias, by the leaf of the kernel to whose output it is added.
+        time_major: whether inputs of as many positions as rows lead with positions.
     """
 
     survey: Survey
@@ -67,6 +68,7 @@ class Structure:
     head: Head | None
     headless: str
     biases: dict[int, int]
+    time_major: bool
 
     @property
     def specs(self) -> list[Spec]:
@@ -143,9 +145,15 @@ def _surveyed(traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | Non
     if lead is None:
         lead = body.results[0].aval.shape[:-1] if len(body.results) == 1 else ()
     views = [View.of(Data(var.aval), i) if follow[i] else Data(var.aval) for i, var in enumerate(params)]
-    given = [Data(var.aval, _ids_of_input(var.aval.shape, lead)) for var in inputs]
-    survey = Survey()
-    outs = [survey.generic(x, None) for x in evaluate(traced, [*views, *given], survey)]
+
+    def surveyed(time_major: bool) -> tuple[Survey, list]:
+        given = [Data(var.aval, _ids_of_input(var.aval.shape, lead, time_major)) for var in inputs]
+        survey = Survey()
+        return survey, [survey.generic(x, None) for x in evaluate(traced, [*views, *given], survey)]
+
+    survey, outs = surveyed(time_major := False)
+    if lead and len(lead) > 1 and lead[0] == lead[1] and _are_swapped(outs):
+        survey, outs = surveyed(time_major := True)
     outputs = tuple(struct(var.aval) for var in body.results)
     head, other = (None, "several arrays")
     if len(outs) == 1 and isinstance(outs[0], Data):
@@ -158,12 +166,25 @@ def _surveyed(traced: Any, follow: tuple[bool, ...], lead: tuple[int, ...] | Non
         learned[order] = (*learned.get(order, ()), one)
     survey = _with_attention(_with_ids(survey, learned))
     ids = tuple(x.ids if isinstance(x, Data) else () for x in outs)
-    return Structure(survey, outputs, ids, head, other, survey.findings.biases)
+    return Structure(survey, outputs, ids, head, other, survey.findings.biases, time_major)
 
 
-def _ids_of_input(shape: tuple[int, ...], lead: tuple[int, ...] | None) -> tuple[Ids, ...]:
-    """Row and position of what leads with rows, and with positions after them."""
-    if not lead or shape[:1] != lead[:1]:
+def _are_swapped(outs: list) -> bool:
+    """Whether what was taken for positions is what the results have rows of."""
+    first: dict[Any, bool] = {}
+    for x in outs:
+        first |= {one.kind: isinstance(one, Ids) and 0 in one.axes for one in (x.ids if isinstance(x, Data) else ())}
+    return first.get("position", False) and not first.get("row", False)
+
+
+def _ids_of_input(shape: tuple[int, ...], lead: tuple[int, ...] | None, time_major: bool) -> tuple[Ids, ...]:
+    """Row and position of what leads with rows, and with positions after them; or with positions, and rows after."""
+    if not lead:
+        return ()
+    if len(lead) > 1 and shape[:2] == (lead[1], lead[0]) and (time_major or lead[0] != lead[1]):
+        row = along("row", np.arange(lead[0]), [1], len(shape))
+        return (row, along("position", np.arange(lead[1]), [0], len(shape))) if len(lead) == 2 else (row,)
+    if shape[:1] != lead[:1]:
         return ()
     row = along("row", np.arange(lead[0]), [0], len(shape))
     if len(lead) == 1 or shape[: len(lead)] != lead:

@@ -10,6 +10,7 @@ __all__ = [
     "NEGATIVE_WEIGHT",
     "NON_FINITE",
     "OPTION_OUT_OF_RANGE",
+    "ROW_OF_PADDING",
     "TARGET_OUT_OF_RANGE",
     "check",
     "reason_mask",
@@ -20,25 +21,34 @@ NON_FINITE = 1
 TARGET_OUT_OF_RANGE = 2
 NEGATIVE_WEIGHT = 4
 OPTION_OUT_OF_RANGE = 8
+NOT_REAL_OR_NOT = 16
+WEIGHT_OF_PADDING = 32
+ROW_OF_PADDING = 64
+
+_BITS = {
+    "non_finite": NON_FINITE,
+    "target_out_of_range": TARGET_OUT_OF_RANGE,
+    "negative_weight": NEGATIVE_WEIGHT,
+    "option_out_of_range": OPTION_OUT_OF_RANGE,
+    "not_real_or_not": NOT_REAL_OR_NOT,
+    "weight_of_padding": WEIGHT_OF_PADDING,
+    "row_of_padding": ROW_OF_PADDING,
+}
 
 _SENTENCES = {
     NON_FINITE: "a NaN or infinite value in the loss, the scores or the parameters",
     TARGET_OUT_OF_RANGE: "a target outside [0, number of outputs) where the weight is not zero",
     NEGATIVE_WEIGHT: "a weight that is negative, NaN or infinite",
     OPTION_OUT_OF_RANGE: "a learning rate, damping, momentum or bound of a step outside of its range",
+    NOT_REAL_OR_NOT: "a value of Batch.real that is neither 0 nor 1",
+    WEIGHT_OF_PADDING: "a weight that is not 0 where Batch.real is 0",
+    ROW_OF_PADDING: "a row in which nothing is real, in a model whose rows depend on each other: leave such rows out",
 }
 
 
 def reason_mask(**found):
-    """int32 bit mask from booleans: ``non_finite``, ``target_out_of_range``, ``negative_weight``,
-    ``option_out_of_range``."""
-    bits = {
-        "non_finite": NON_FINITE,
-        "target_out_of_range": TARGET_OUT_OF_RANGE,
-        "negative_weight": NEGATIVE_WEIGHT,
-        "option_out_of_range": OPTION_OUT_OF_RANGE,
-    }
-    return sum(jnp.where(flag, bits[name], 0).astype(jnp.int32) for name, flag in found.items())
+    """int32 bit mask from booleans, each under the name of a reason: ``non_finite``, ``negative_weight``, ..."""
+    return sum(jnp.where(flag, _BITS[name], 0).astype(jnp.int32) for name, flag in found.items())
 
 
 def reasons(mask: int) -> list[str]:

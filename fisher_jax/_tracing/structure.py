@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -61,6 +62,7 @@ class Structure:
         head: see `Head`; ``None`` where the outputs come from no product of a parameter.
         headless: what the outputs come from instead.
         biases: leaf of a bias, by the leaf of the kernel to whose output it is added.
+        inputs: of each input the axes of rows, and of positions after them, as far as it has them.
         rows: whether rows depend on each other, and where.
     """
 
@@ -70,6 +72,7 @@ class Structure:
     head: Head | None
     headless: str
     biases: dict[int, int]
+    inputs: tuple[tuple[int, ...], ...]
     rows: Rows
 
     @property
@@ -157,10 +160,21 @@ def _surveyed(
     if lead is None:
         lead = body.results[0].aval.shape[:-1] if len(body.results) == 1 else ()
     views = [View.of(Data(var.aval), i) if follow[i] else Data(var.aval) for i, var in enumerate(params)]
-    own = [lead] * len(inputs) if leads is None else leads(lead)
-    given = [Data(var.aval, _ids_of_input(var.aval.shape, one)) for var, one in zip(inputs, own, strict=True)]
-    survey = Survey()
-    outs = [survey.generic(x, None) for x in evaluate(traced, [*views, *given], survey)]
+    own = [_fitting(var.aval.shape, lead) for var in inputs] if leads is None else leads(lead)
+
+    def surveyed(time_major: bool) -> tuple[Survey, list, list, list]:
+        axes = [_axes_of_input(var.aval.shape, one, lead, time_major) for var, one in zip(inputs, own, strict=True)]
+        given = [
+            Data(var.aval, _ids_of_input(len(var.aval.shape), lead, one))
+            for var, one in zip(inputs, axes, strict=True)
+        ]
+        survey = Survey()
+        outs = [survey.generic(x, None) for x in evaluate(traced, [*views, *given], survey)]
+        return survey, axes, given, outs
+
+    survey, axes, given, outs = surveyed(time_major=False)
+    if len(lead) > 1 and lead[0] == lead[1] and _are_swapped(outs):
+        survey, axes, given, outs = surveyed(time_major=True)
     outputs = tuple(struct(var.aval) for var in body.results)
     head, other = (None, "several arrays")
     if len(outs) == 1 and isinstance(outs[0], Data):
@@ -174,18 +188,40 @@ def _surveyed(
     survey = _with_attention(_with_ids(survey, learned))
     ids = tuple(x.ids if isinstance(x, Data) else () for x in outs)
     links = rows_of([x for x in outs if isinstance(x, Data)], given, lead)
-    return Structure(survey, outputs, ids, head, other, survey.findings.biases, links)
+    return Structure(survey, outputs, ids, head, other, survey.findings.biases, tuple(axes), links)
 
 
-def _ids_of_input(shape: tuple[int, ...], lead: tuple[int, ...] | None) -> tuple[Ids, ...]:
-    """Row and position of what leads with rows, and with positions after them."""
-    if not lead or shape[:1] != lead[:1]:
+def _are_swapped(outs: list) -> bool:
+    """Whether what was taken for positions is what the results have rows of."""
+    first: dict[Any, bool] = {}
+    for x in outs:
+        first |= {one.kind: isinstance(one, Ids) and 0 in one.axes for one in (x.ids if isinstance(x, Data) else ())}
+    return first.get("position", False) and not first.get("row", False)
+
+
+def _fitting(shape: tuple[int, ...], lead: tuple[int, ...]) -> tuple[int, ...]:
+    """The part of ``lead`` that a shape begins with."""
+    return next((part for part in (lead, lead[:1]) if part and shape[: len(part)] == part), ())
+
+
+def _axes_of_input(
+    shape: tuple[int, ...], own: tuple[int, ...], lead: tuple[int, ...], time_major: bool
+) -> tuple[int, ...]:
+    """Axes of rows and of positions: the first ones, or positions before rows."""
+    swapped = len(lead) > 1 and shape[:2] == (lead[1], lead[0])
+    if swapped and (lead[0] != lead[1] or (time_major and len(own) > 1)):
+        return (1, 0, *range(2, len(lead))) if shape[2 : len(lead)] == lead[2:] else (1,)
+    return tuple(range(len(own)))
+
+
+def _ids_of_input(ndim: int, lead: tuple[int, ...], axes: tuple[int, ...]) -> tuple[Ids, ...]:
+    if not axes:
         return ()
-    row = along("row", np.arange(lead[0]), [0], len(shape))
-    if len(lead) == 1 or shape[: len(lead)] != lead:
+    row = along("row", np.arange(lead[0]), axes[:1], ndim)
+    if len(axes) == 1:
         return (row,)
-    places = np.arange(int(np.prod(lead[1:]))).reshape(lead[1:])
-    return row, along("position", places, range(1, len(lead)), len(shape))
+    places = np.arange(math.prod(lead[1:])).reshape(lead[1:])
+    return row, along("position", places, axes[1:], ndim)
 
 
 def _token_ids(head: Head, survey: Survey) -> Ids:

@@ -2,10 +2,16 @@
 
 One meaning for the whole library:
 
-- a token of weight 0 is never read for the loss: its outputs and its target may be anything, NaN too;
-- a position that is not real (``Batch.real``) is never read at all: its inputs may be anything;
+- a token of weight 0 is never read for the loss: its outputs and its target may be anything, NaN too. It may be real
+  (a prompt), and then its inputs are read: by the model, and by the input factors of K-FAC.
+- a position that is not real (``Batch.real``) is never read at all, and has no loss: without weights only what is
+  real counts, and a weight there that is not 0 rejects the batch. What the model looks up, or multiplies by a
+  parameter, is replaced by 0 there. An input that the model compares, or adds to other data, says to it what is
+  padding, and stays.
+- a row in which nothing is real is as if it were not there.
 - a weight that is negative, NaN or infinite rejects the batch, and so does a target out of range where the weight is
-  not 0. Shapes that do not fit raise while tracing; values are found in a compiled step and told as reasons.
+  not 0, or a value of ``real`` that is neither 0 nor 1. Where nothing is real the batch is empty, as one without
+  weight. Shapes that do not fit raise while tracing; values are found in a compiled step and told as reasons.
 """
 
 from typing import Any, NamedTuple
@@ -31,7 +37,7 @@ __all__ = [
     "tokens_of",
     "unit_ids",
     "weigh",
-    "without_padding",
+    "weights_of",
 ]
 
 
@@ -39,7 +45,7 @@ class Tokens(NamedTuple):
     """The tokens of a batch, or of some of its rows, in a form in which everything can be read.
 
     Attributes:
-        inputs: those of the batch, `without_padding`.
+        inputs: those of the batch; of `fisher_jax._tracing.reading.read` those that can be read.
         targets: those of the batch; ``None`` where labels do not matter.
         weights: in the leading shape of the outputs, at least float32: 0 where a token does not count.
     """
@@ -65,13 +71,36 @@ def tokens_of(likelihood: Likelihood, outputs: Any, batch: Batch, labels_matter:
         ValueError: outputs that are not one floating array ``[..., K]``; weights or targets that do not fit them.
     """
     check_outputs(outputs)
-    weights, bad = weigh(batch.weights, outputs.shape[:-1], wide_dtype(outputs.dtype))
+    weights, bad = weights_of(batch, outputs.shape[:-1], wide_dtype(outputs.dtype))
     targets = None
     if labels_matter:
         targets, outside = _targets(likelihood, outputs, batch.targets, weights)
         bad = bad | outside
-    silent = None if batch.weights is None else weights
-    return Tokens(without_padding(batch.inputs, batch.real, silent), targets, weights), bad
+    return Tokens(batch.inputs, targets, weights), bad
+
+
+def weights_of(batch: Batch, lead: tuple[int, ...], dtype: Any) -> tuple[Array, Array]:
+    """One usable weight per token, and a mask of reasons to reject those of the batch, or what it says is real.
+
+    Raises:
+        ValueError: weights of another shape than ``lead``; ``real`` that does not fit it.
+    """
+    weights, bad = weigh(batch.weights, lead, dtype)
+    if batch.real is None:
+        return weights, bad
+    real = jnp.asarray(batch.real)
+    number = min(real.ndim, len(lead))
+    if not real.ndim or real.shape[:number] != lead[:number]:
+        raise ValueError(
+            f"real has one value per row, or per position of a row, shape {list(lead)}, found {list(real.shape)}"
+        )
+    odd = ~jnp.all((real == 0) | (real == 1))
+    # Of outputs for whole rows a row counts in which anything is real.
+    real = (real != 0).reshape(*real.shape[:number], -1).any(-1).reshape(*lead[:number], *[1] * (len(lead) - number))
+    if batch.weights is None:
+        return jnp.where(real, weights, 0), bad | rejection.reason_mask(not_real_or_not=odd)
+    scored = jnp.any((weights > 0) & ~real)
+    return weights, bad | rejection.reason_mask(not_real_or_not=odd, weight_of_padding=scored)
 
 
 def check_outputs(outputs: Any) -> None:
@@ -114,29 +143,6 @@ def _targets(likelihood: Likelihood, outputs: Any, targets: Any, weights: Array)
             f"{list(outputs.shape)}"
         )
     return targets, rejection.reason_mask(target_out_of_range=jnp.any((weights > 0) & ~inside))
-
-
-def without_padding(inputs: Any, real: Any = None, weights: Any = None) -> Any:
-    """Inputs in which what is not finite is 0 at padding, and with ``weights`` in rows that have none.
-
-    Zero times NaN would spoil a backward pass through positions that do not count. Finite inputs stay as they are.
-    """
-    masks = [] if real is None else [jnp.asarray(real).astype(bool)]
-    if weights is not None and jnp.ndim(weights):
-        masks.append(jnp.any((jnp.asarray(weights) > 0).reshape(len(weights), -1), 1))
-
-    def clean(x):
-        if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-            return x
-        own = [mask for mask in masks if jnp.shape(x)[: mask.ndim] == mask.shape]
-        if not own:
-            return x
-        matters = jnp.ones_like(x, bool)
-        for mask in own:
-            matters &= mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
-        return jnp.where(matters | jnp.isfinite(x), x, jnp.zeros_like(x))
-
-    return jax.tree.map(clean, inputs)
 
 
 def readable(outputs: Array, weights: Array) -> Array:
@@ -201,7 +207,8 @@ def unit_ids(unit: str, units: Any, num_rows: int) -> Array:
 
 def has_weight(batch: Batch) -> bool:
     """Whether any token of a batch counts, on the host."""
-    return batch.weights is None or bool(jnp.any(jnp.asarray(batch.weights) != 0))
+    found = batch.real if batch.weights is None else batch.weights
+    return found is None or bool(jnp.any(jnp.asarray(found) != 0))
 
 
 def require_usable(bad: Array, total: Array) -> None:

@@ -20,7 +20,7 @@ Tree = Any
 def by_batch(problem: Problem, params: Tree, batch: Batch, key: Array) -> tuple[Moments, Array]:
     """Moments of one observation, the mean over ``num_samples`` draws, and the reasons to reject it."""
     free, model = split(problem.apply_fn, params)
-    tokens, bad, _ = read(problem, model, free, batch)
+    tokens, bad, _ = read(problem, params, batch)
 
     def one(key):
         loss = lambda free: signed_total(problem, model(free, tokens.inputs), tokens, key)  # noqa: E731

@@ -13,7 +13,7 @@ from fisher_jax._tracing.program import Program, differentiate
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import Tokens, unit_ids
 from fisher_jax.estimators import gram
-from fisher_jax.estimators.problem import Problem, read, signed_total, split, square, zeros_like
+from fisher_jax.estimators.problem import Problem, read, signed_total, square, zeros_like
 from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.moments import Moments
 
@@ -24,8 +24,7 @@ Tree = Any
 
 def by_row(problem: Problem, params: Tree, batch: Batch, key: Array | None) -> tuple[Moments, Array]:
     """Moments over rows or documents, and the reasons to reject the batch."""
-    free, model = split(problem.apply_fn, params)
-    tokens, bad, out = read(problem, model, free, batch)
+    tokens, bad, out = read(problem, params, batch)
     if len(out.shape) < 2:
         raise ValueError(f"unit={problem.unit!r} needs outputs [rows, ..., K], found shape {list(out.shape)}")
     num_rows = out.shape[0]

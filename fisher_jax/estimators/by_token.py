@@ -24,7 +24,7 @@ def by_token(problem: Problem, params: Tree, batch: Batch, key: Array | None) ->
     """Exact per-token squares, observed by token or summed by row, and the reasons to reject the batch."""
     del key
     free, model = split(problem.apply_fn, params)
-    tokens, bad, _ = read(problem, model, free, batch)
+    tokens, bad, _ = read(problem, params, batch)
     outputs, pullback = jax.vjp(lambda free: model(free, tokens.inputs), free)
     num_outputs, weights = outputs.shape[-1], meshes.with_all_rows(tokens.weights).reshape(-1)
     if problem.kind == "empirical":

@@ -17,10 +17,11 @@ from fisher_jax._tracing.axes import in_leaf_order
 from fisher_jax._tracing.dense import matrices, operand_axes
 from fisher_jax._tracing.head import head_of, parts
 from fisher_jax._tracing.program import Program, Tap, check_parameters, trace
+from fisher_jax._tracing.reading import read
 from fisher_jax._tracing.structure import Head, Structures
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_batch
-from fisher_jax.batch.tokens import check_outputs, tokens_of, unit_ids, without_padding
+from fisher_jax.batch.tokens import check_outputs, tokens_of, unit_ids
 from fisher_jax.groups import Group, Heads, resolve
 from fisher_jax.likelihoods import categorical
 from fisher_jax.lm_head.scores import VALUE_BITS
@@ -112,17 +113,21 @@ def _closed(problem: HeadProblem, params: Tree, batch: Batch) -> Moments:
 
 def _sums(problem: HeadProblem, params: Tree, batch: Batch) -> Moments:
     """Moments of the head ``[V, H]``, a dict by group."""
-    program = _program(problem, params, without_padding(batch.inputs, batch.real, batch.weights))
-    head, soft_cap = parts(program), head_of(program.structure).soft_cap
-    return _beside({
+    program = _program(problem, params, batch.inputs)
+    tokens, bad, _ = read(categorical, problem.apply_fn, params, batch, problem.kind == "empirical")
+    head, soft_cap = parts(program.on(tokens.inputs)), head_of(program.structure).soft_cap
+    # Weights of which the batch says nothing are 0 or 1.
+    weights = batch.weights if batch.real is None else tokens.weights > 0 if batch.weights is None else tokens.weights
+    found = _beside({
         name: lm_head.moments(
-            head.hidden, head.head, batch.targets if problem.kind == "empirical" else None, batch.weights,
+            head.hidden, head.head, batch.targets if problem.kind == "empirical" else None, weights,
             groups=group, kind=problem.kind, unit=problem.unit,
             units=batch.units if problem.unit == "document" else None, bias=head.bias, soft_cap=soft_cap,
             temperature=problem.temperature, chunk_size=problem.chunk_size,
         )
         for name, group in problem.groups.items()
     }, problem.scale, head.factor**2)  # fmt: skip
+    return reject_if(found, found.reasons | bad)
 
 
 def _beside(several: dict[str | None, Moments], scale: int, factor: float) -> Moments:

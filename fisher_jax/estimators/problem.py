@@ -9,12 +9,13 @@ from jaxtyping import Array
 
 from fisher_jax._support.dtypes import is_floating, wide
 from fisher_jax._support.jax_internals import zeros
+from fisher_jax._tracing import reading
 from fisher_jax._tracing.alone import Alone, Asking, rows_alone
 from fisher_jax._tracing.roles import Grouping
 from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import explained
-from fisher_jax.batch.tokens import Tokens, log_probs, tokens_of
+from fisher_jax.batch.tokens import Tokens, log_probs
 from fisher_jax.likelihoods import Likelihood
 
 __all__ = ["Problem", "Split", "read", "signed_total", "split", "square", "zeros_like"]
@@ -99,10 +100,9 @@ def split(apply_fn: Callable, params: Tree) -> Split:
     return Split(jax.tree.map(lambda x: jnp.asarray(x) if is_floating(x) else None, params), outputs)
 
 
-def read(problem: Problem, model: Callable, free: Tree, batch: Batch) -> tuple[Tokens, Array, Any]:
+def read(problem: Problem, params: Tree, batch: Batch) -> tuple[Tokens, Array, Any]:
     """Tokens of a batch, why it cannot be used, and the shape of the model's outputs."""
-    outputs = jax.eval_shape(model, free, batch.inputs)
-    return *tokens_of(problem.likelihood, outputs, batch, problem.kind == "empirical"), outputs
+    return reading.read(problem.likelihood, problem.apply_fn, params, batch, problem.kind == "empirical")
 
 
 def signed_total(problem: Problem, outputs: Array, tokens: Tokens, key: Array) -> Array:

@@ -12,8 +12,9 @@ from fisher_jax import groups as groups_room
 from fisher_jax import welford
 from fisher_jax._support import meshes, rejection
 from fisher_jax._support.dtypes import is_floating, wide_dtype
+from fisher_jax._tracing.reading import readable_inputs
 from fisher_jax.batch import Batch
-from fisher_jax.batch.tokens import tokens_of, unit_ids, without_padding
+from fisher_jax.batch.tokens import tokens_of, unit_ids, weights_of
 from fisher_jax.likelihoods import categorical
 from fisher_jax.lm_head import by_token, by_vocabulary, entries
 from fisher_jax.lm_head.scores import VALUE_BITS
@@ -207,10 +208,13 @@ def estimator(
 
     def observe(params, batch: Batch, key=None):
         del key
-        return moments(
-            hidden_fn(params, without_padding(batch.inputs, batch.real, batch.weights)), head_fn(params),
-            batch.targets, batch.weights, unit=unit, units=batch.units, **options,
-        )  # fmt: skip
+        inputs = readable_inputs(hidden_fn, params, batch, batch.weights)
+        hidden, weights, bad = hidden_fn(params, inputs), batch.weights, jnp.zeros((), jnp.int32)
+        if batch.real is not None:
+            used, bad = weights_of(batch, hidden.shape[:-1], wide_dtype(hidden.dtype))
+            weights = used > 0 if weights is None else used  # those that are not given are 0 or 1
+        found = moments(hidden, head_fn(params), batch.targets, weights, unit=unit, units=batch.units, **options)
+        return reject_if(found, found.reasons | bad)
 
     def update(state, params, batch: Batch, key=None):
         return welford.add(state, observe(params, batch, key))

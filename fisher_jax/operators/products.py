@@ -11,9 +11,9 @@ from jaxtyping import Array
 from fisher_jax._support.dtypes import is_floating, wide, wide_dtype
 from fisher_jax._support.meshes import Place, laid_out
 from fisher_jax._support.selection import Selection
+from fisher_jax._tracing.reading import read
 from fisher_jax.batch import Batch
-from fisher_jax.batch.arguments import explained
-from fisher_jax.batch.tokens import Tokens, log_probs, readable, tokens_of
+from fisher_jax.batch.tokens import Tokens, log_probs, readable
 from fisher_jax.likelihoods import Likelihood
 
 __all__ = ["Operator", "chunks", "kept_product", "linearize", "product", "tokens", "weight"]
@@ -43,8 +43,7 @@ class Operator:
 
 
 def tokens(operator: Operator, params: Tree, batch: Batch) -> tuple[Tokens, Array]:
-    outputs = jax.eval_shape(explained(operator.apply_fn), params, batch.inputs)
-    return tokens_of(operator.likelihood, outputs, batch, operator.labels_matter)
+    return read(operator.likelihood, operator.apply_fn, params, batch, operator.labels_matter)[:2]
 
 
 @jax.jit

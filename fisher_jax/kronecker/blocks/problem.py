@@ -84,10 +84,12 @@ def block_plan(problem: Problem, params: Tree, batch: Batch) -> tuple[Program, t
     rules = dataclasses.replace(problem.rules, devices=_devices(problem.axis_name))
     lead = None if batch.real is None else jnp.shape(batch.real)
     shapes = [jnp.shape(x) for x in jax.tree.leaves(batch.inputs)]
-    if lead is not None and (not lead or not any(shape[: len(lead)] == lead for shape in shapes)):
+    orders = [lead, (*lead[1::-1], *lead[2:])] if lead else []
+    if lead is not None and not any(shape[: len(lead)] == order for shape in shapes for order in orders):
+        begin = ", ".join(str(list(shape)) for shape in shapes[:4])
         raise ValueError(
-            f"Batch.real has one value per row, or per row and position, of the inputs: its shape {list(lead)} is "
-            f"not how any of their shapes begins ({', '.join(str(list(shape)) for shape in shapes[:4])})"
+            f"Batch.real has one value per row, or per row and position, of the inputs: its shape {list(lead)}, or "
+            f"this with rows and positions the other way round, is not how any of their shapes begins ({begin})"
         )
     program = trace(problem.apply_fn, params, (batch.inputs,), None, problem.structures, lead, follow=rules.follow)
     check_outputs(program.shape)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fisher_jax._support import rejection
 from fisher_jax._support.dtypes import is_floating, wide
-from fisher_jax.batch.tokens import tokens_of
+from fisher_jax._tracing.reading import read
 from fisher_jax.kronecker.numbers import at
 from fisher_jax.kronecker.optimizer import annealing
 from fisher_jax.kronecker.optimizer.quadratic import best_step, local_model, loss, tree_dot
@@ -53,7 +53,7 @@ def adaptive_step(
     def listed(tree):
         return [x for x in aligned(tree, whole)[0] if is_floating(x)]
 
-    tokens, bad = tokens_of(likelihood, jax.eval_shape(apply_fn, whole, batch.inputs), batch)
+    tokens, bad, _ = read(likelihood, apply_fn, whole, batch)
     seen = first_rows(tokens, how.model_rows)
     directions = ([-x for x in listed(natural)], listed(state.velocity))
     model = local_model(

@@ -14,8 +14,9 @@ from fisher_jax._support import rejection
 from fisher_jax._support.dtypes import wide
 from fisher_jax._support.placement import automatic, spec_of
 from fisher_jax._tracing.program import Program, differentiate, with_ids
+from fisher_jax._tracing.reading import readable_inputs
 from fisher_jax.batch import Batch
-from fisher_jax.batch.tokens import log_probs, readable, tokens_of, without_padding
+from fisher_jax.batch.tokens import log_probs, readable, tokens_of
 from fisher_jax.kronecker.blocks.plan import Block, Rules
 from fisher_jax.kronecker.blocks.problem import Problem
 from fisher_jax.kronecker.factors.forms import chosen
@@ -51,8 +52,10 @@ def observe(problem: Problem, program: Program, blocks: tuple[Block, ...], batch
     rules = problem.rules
     (out,) = program.structure.outputs
     tokens, bad = tokens_of(problem.likelihood, out, batch, rules.estimator == "empirical")
+    params = jax.tree.unflatten(program.treedef, program.leaves)
     # A real position counts among the inputs of a layer, whether or not its row has a loss.
-    program, weights = program.on(without_padding(batch.inputs, batch.real)), tokens.weights
+    inputs, linked = readable_inputs(problem.apply_fn, params, batch)
+    bad, program, weights = bad | linked, program.on(inputs), tokens.weights
     masks, label_key = _masks(problem, weights, batch, key)
     sampled = rules.estimator in ("sampled", "exact_head")
     if sampled and key is None:

@@ -14,8 +14,9 @@ from fisher_jax._support.dtypes import common_dtype, wide_dtype
 from fisher_jax._support.errors import RejectedBatchError
 from fisher_jax._support.meshes import replicating
 from fisher_jax._support.outline import outline
+from fisher_jax._tracing.reading import read
 from fisher_jax.batch import Batch
-from fisher_jax.batch.tokens import Tokens, tokens_of
+from fisher_jax.batch.tokens import Tokens
 from fisher_jax.spectra.blocks import score_storage
 from fisher_jax.spectra.blocks.capacity import BlockSpectrum, spectrum
 from fisher_jax.spectra.blocks.partition import ParameterBlock
@@ -108,8 +109,10 @@ def key_for(kind: str, key: Array | None) -> Array:
 
 def tokens(problem: Scoring, params: Tree, batch: Batch) -> tuple[Tokens, Array]:
     # As the rows will run: a model that looks sharded tokens up may name no place for them there.
-    outputs = jax.eval_shape(lambda p, x: replicating(problem.apply_fn, p, x), params, batch.inputs)
-    part, bad = tokens_of(problem.likelihood, outputs, batch, problem.kind == "empirical")
+    part, bad, _ = read(
+        problem.likelihood, lambda p, x: replicating(problem.apply_fn, p, x), params, batch,
+        problem.kind == "empirical",
+    )  # fmt: skip
     if part.weights.ndim == 0:
         raise ValueError("outputs are [rows, ..., K], found [K] without rows")
     rows = part.weights.shape[0]

@@ -58,19 +58,6 @@ def estimator(apply, options: tuple, example=False, moving=False):
     return found, jax.jit(found.update, donate_argnums=0)
 
 
-@functools.cache
-def drawing(apply, options: tuple):
-    fisher, _ = estimator(apply, options)
-
-    def many(params, batch, keys):
-        def one(key):
-            return fj.welford.mean(fisher.observe(params, batch, key))
-
-        return jax.lax.map(one, keys, batch_size=256)
-
-    return jax.jit(many)
-
-
 def key():
     return jax.random.key(5)
 
@@ -100,8 +87,11 @@ def group_fisher(right: Callable, error: Callable | None = None, **options) -> R
         return right(found) if error is None else np.concatenate([right(found), error(found)])
 
     def draws(case):
-        found = drawing(case.apply, chosen)(case.params, case.batch, jax.random.split(key(), DRAWS))
-        return np.stack([flat(case, jax.tree.map(lambda x, i=i: x[i], found)) for i in range(DRAWS)])
+        observe = fisher(case.apply)[0].observe
+        keys = jax.random.split(key(), DRAWS)
+        found = jax.vmap(lambda key: fj.welford.mean(observe(case.params, case.batch, key)))(keys)
+        found = jax.device_get(jax.vmap(cases.unstack)(found) if case.stacked else found)
+        return np.concatenate([np.asarray(x, np.float64).reshape(DRAWS, -1) for x in jax.tree.leaves(found)], 1)
 
     by_row = options["estimator"] == "sequence" or (is_random and options.get("unit") in ("sequence", "document"))
     return Row(begin, step, read, wanted, draws if is_random else None, by_row)

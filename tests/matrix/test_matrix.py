@@ -19,7 +19,7 @@ from tests.matrix.table import APART, COLUMNS, ROWS, Refusal, kind_of
 
 HERE = [column for column in COLUMNS if column not in APART]
 # What is random is right in the mean over draws here; elsewhere a draw is the plain model's.
-DRAWN = ("mask", "NaN in padding", "rows that interact", "bfloat16", "x64")
+DRAWN = ("mask", "rows that interact", "bfloat16", "x64")
 
 
 def cells(*columns, kind):
@@ -53,7 +53,9 @@ def test_value(name, column, tmp_path):
     with table.precision(column):
         case = cases.case(column)
         if row.draws is not None and column in DRAWN:
-            largest, root = table.of_draws(row.draws(case), row.right(right(column)), slack=case.rtol)
+            with jax.disable_jit():
+                draws = row.draws(case)
+            largest, root = table.of_draws(draws, row.right(right(column)), slack=case.rtol)
             assert largest < 5
             assert root < 1.6
             return

@@ -8,10 +8,8 @@ import pytest
 from tests.traps import MEASURED
 
 ROOT = pathlib.Path(__file__).parents[1]
-SECTIONS = {
-    title: text
-    for title, text in re.findall(r"## (.*)\n((?:.|\n)*?)(?=\n## |\Z)", (ROOT / "docs/traps.md").read_text())
-}
+PAGE = (ROOT / "docs/traps.md").read_text()
+SECTIONS = dict(re.findall(r"## (.*)\n((?:.|\n)*?)(?=\n## |\Z)", PAGE))
 
 
 @pytest.mark.parametrize("trap", MEASURED)

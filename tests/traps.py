@@ -1,4 +1,4 @@
-"""How wrong the common mistakes of ``docs/traps.md`` are, on small problems in NumPy. ``python -m tests.traps`` prints."""
+"""How wrong the common mistakes of ``docs/traps.md`` are, on small problems in NumPy."""
 
 import math
 
@@ -40,7 +40,7 @@ def argmax_for_a_sampled_label():
 
 def mean_over_entries():
     """How many times too small a kernel is beside its bias, if each is averaged over its entries."""
-    x, p, y, s = problem()
+    _, p, y, s = problem()
     kernel, bias = (s**2).mean(0), ((np.eye(LABELS)[y] - p) ** 2).mean(0)
     return (kernel.mean() / bias.mean()) / (kernel.sum() / bias.sum())
 
@@ -75,7 +75,7 @@ def masks_on_permuted_positions():
 
 def one_over_t_left_in_a_factor():
     """``G`` of the gradients of a mean loss over ``G`` of the gradients of each token's."""
-    x, p, y, _ = problem()
+    _, p, y, _ = problem()
     g = np.eye(LABELS)[y] - p
     return np.trace((g / TOKENS).T @ (g / TOKENS)) / np.trace(g.T @ g)
 

@@ -1,7 +1,7 @@
 """Models of other packages: every leaf is covered, and every number is that of a loop or of a dense inverse.
 
-``uv run --group zoo pytest -m zoo``. A parameter used at one position has the block ``s s^T``, ``s`` its gradient with
-its bias: dense inverses need no more than `jax.grad`.
+``uv run --group zoo pytest -m zoo``. A parameter used at one position has the block ``s s^T``, ``s`` its gradient
+with its bias: dense inverses need no more than `jax.grad`.
 """
 
 import functools

@@ -115,6 +115,8 @@ def equinox_mixer(length):
     """The MLP mixer of equinox' examples, of one patch row."""
     import equinox as eqx
 
+    width = WIDTH if length > 1 else 1  # a kernel that mixes patches is used at every channel
+
     class Mixer(eqx.Module):
         patches: eqx.nn.MLP
         hidden: eqx.nn.MLP
@@ -125,9 +127,9 @@ def equinox_mixer(length):
         def __init__(self, key):
             keys = jax.random.split(key, 3)
             self.patches = eqx.nn.MLP(length, length, 5, depth=1, key=keys[0])
-            self.hidden = eqx.nn.MLP(WIDTH, WIDTH, 8, depth=1, key=keys[1])
-            self.norm1, self.norm2 = eqx.nn.LayerNorm((WIDTH, length)), eqx.nn.LayerNorm((WIDTH, length))
-            self.head = eqx.nn.Linear(WIDTH, LABELS, key=keys[2])
+            self.hidden = eqx.nn.MLP(width, width, 8, depth=1, key=keys[1])
+            self.norm1, self.norm2 = eqx.nn.LayerNorm((width, length)), eqx.nn.LayerNorm((width, length))
+            self.head = eqx.nn.Linear(width, LABELS, key=keys[2])
 
         def __call__(self, y):
             y = y + jax.vmap(self.patches)(self.norm1(y))
@@ -136,7 +138,7 @@ def equinox_mixer(length):
             return self.head(y.mean(1))
 
     params, static = eqx.partition(Mixer(jax.random.key(0)), eqx.is_inexact_array)
-    return lambda params, x: jax.vmap(eqx.combine(params, static))(x), params, features(ROWS, WIDTH, length)
+    return lambda params, x: jax.vmap(eqx.combine(params, static))(x), params, features(ROWS, width, length)
 
 
 def nnx_attention(length):
@@ -268,7 +270,7 @@ def gemma_decoder(length):
         num_kv_heads=1, use_post_attn_norm=True, use_post_ffw_norm=True,
         attention_types=[_modules.AttentionType.GLOBAL],
     )  # fmt: skip
-    model = gm.nn.Transformer(config=config)
+    model = gm.nn.Transformer(config=config, dtype=jnp.float32)
     x = tokens(length)
     params = model.init(jax.random.key(0), x)["params"]
     return lambda params, ids: model.apply({"params": params}, ids).logits, params, x

@@ -81,11 +81,6 @@ def model(there: Callable = identity, back: Callable = identity, normalise: Call
 plain = model(normalise=identity)
 
 
-def hidden(params, inputs):
-    """What the head multiplies."""
-    return plain(params | {"head": jnp.eye(WIDTH, dtype=params["head"].dtype)}, inputs)
-
-
 def scanned(params, inputs):
     def layer(x, p):
         hidden = jnp.tanh(x @ p["w"] + p["b"])
@@ -137,11 +132,11 @@ def flip(x):
 
 
 def windows(x):
-    return x.reshape(2 * ROWS, LENGTH // 2, *x.shape[2:])
+    return x.reshape(2 * x.shape[0], LENGTH // 2, *x.shape[2:])
 
 
 def whole(x):
-    return x.reshape(ROWS, LENGTH, *x.shape[2:])
+    return x.reshape(x.shape[0] // 2, LENGTH, *x.shape[2:])
 
 
 def stack(tree: Any) -> Any:

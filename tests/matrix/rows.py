@@ -12,7 +12,7 @@ import fisher_jax as fj
 from tests.matrix import cases, rights
 from tests.matrix.cases import Case
 
-DAMPING = 0.1
+DAMPING, KL_CLIP = 0.1, 1e-3
 DRAWS = 1024
 
 
@@ -58,19 +58,6 @@ def estimator(apply, options: tuple, example=False, moving=False):
     return found, jax.jit(found.update, donate_argnums=0)
 
 
-@functools.cache
-def drawing(apply, options: tuple):
-    fisher, _ = estimator(apply, options)
-
-    def many(params, batch, keys):
-        def one(key):
-            return fj.welford.mean(fisher.observe(params, batch, key))
-
-        return jax.lax.map(one, keys, batch_size=256)
-
-    return jax.jit(many)
-
-
 def key():
     return jax.random.key(5)
 
@@ -100,8 +87,11 @@ def group_fisher(right: Callable, error: Callable | None = None, **options) -> R
         return right(found) if error is None else np.concatenate([right(found), error(found)])
 
     def draws(case):
-        found = drawing(case.apply, chosen)(case.params, case.batch, jax.random.split(key(), DRAWS))
-        return np.stack([flat(case, jax.tree.map(lambda x, i=i: x[i], found)) for i in range(DRAWS)])
+        observe = fisher(case.apply)[0].observe
+        keys = jax.random.split(key(), DRAWS)
+        found = jax.vmap(lambda key: fj.welford.mean(observe(case.params, case.batch, key)))(keys)
+        found = jax.device_get(jax.vmap(cases.unstack)(found) if case.stacked else found)
+        return np.concatenate([np.asarray(x, np.float64).reshape(DRAWS, -1) for x in jax.tree.leaves(found)], 1)
 
     by_row = options["estimator"] == "sequence" or (is_random and options.get("unit") in ("sequence", "document"))
     return Row(begin, step, read, wanted, draws if is_random else None, by_row)
@@ -147,9 +137,10 @@ def sums_of_rows(values: np.ndarray) -> np.ndarray:
 def moments() -> Row:
     """The closed form of a head, given hidden states."""
 
-    @jax.jit
-    def observe(params, batch):
-        hidden = cases.hidden(params, batch.inputs)
+    @functools.partial(jax.jit, static_argnums=0)
+    def observe(apply, params, batch):
+        # What the head multiplies.
+        hidden = apply(params | {"head": jnp.eye(cases.WIDTH, dtype=params["head"].dtype)}, batch.inputs)
         return fj.lm_head.moments(
             hidden, params["head"].T, batch.targets, batch.weights, groups="param", unit="token"
         )
@@ -157,7 +148,7 @@ def moments() -> Row:
     add = jax.jit(fj.welford.add, donate_argnums=0)
 
     def begin(case):
-        return fj.welford.init(observe(case.params, case.batch), unit="token")
+        return fj.welford.init(observe(case.apply, case.params, case.batch), unit="token")
 
     def read(case, state):
         fj.check(state)
@@ -168,7 +159,7 @@ def moments() -> Row:
     def wanted(found):
         return np.concatenate([of_head(rights.mean_by_token(found)), of_head(rights.errors_by(found, "token"))])
 
-    return Row(begin, lambda case, state: add(state, observe(case.params, case.batch)), read, wanted, of_model=False)
+    return Row(begin, lambda case, state: add(state, observe(case.apply, case.params, case.batch)), read, wanted, of_model=False)
 
 
 # A product with a vector of random numbers sees every entry of a matrix.
@@ -177,13 +168,14 @@ DIRECTIONS = cases.numbers(3, sum(SIZES), seed=11)
 
 
 def tree_of(case: Case, values: np.ndarray) -> Any:
-    """A tree like the parameters of the case from a flat vector, at least float32."""
+    """A tree like the parameters of the case, places too, from a flat vector; at least float32."""
     leaves, treedef = jax.tree.flatten(cases.PARAMS)
     parts = np.split(values, np.cumsum(SIZES)[:-1])
     dtype = jnp.promote_types(jax.tree.leaves(case.params)[0].dtype, jnp.float32)
     found = [jnp.asarray(part.reshape(x.shape), dtype) for part, x in zip(parts, leaves, strict=True)]
     tree = jax.tree.unflatten(treedef, found)
-    return cases.stack(tree) if case.stacked else tree
+    tree = cases.stack(tree) if case.stacked else tree
+    return jax.tree.map(lambda v, p: jax.device_put(v, p.sharding), tree, case.params)
 
 
 @jax.jit
@@ -231,7 +223,7 @@ def factors(shared: str) -> Row:
 @functools.cache
 def transformation(apply):
     example = jax.eval_shape(lambda: cases.case("donation").batch)
-    tx = fj.scale_by_kfac(apply, example=example, damping=DAMPING, refresh=fj.Refresh(period=1))
+    tx = fj.scale_by_kfac(apply, example=example, damping=DAMPING, kl_clip=KL_CLIP, refresh=fj.Refresh(period=1))
     return tx, jax.jit(tx.update, donate_argnums=1)
 
 
@@ -257,7 +249,8 @@ def step_of_kfac() -> Row:
     def wanted(found):
         grads = np.concatenate([np.linspace(-1, 2, x.size) for x in jax.tree.leaves(cases.PARAMS)])
         F = rights.kronecker(found)
-        return np.linalg.solve(F + DAMPING * np.eye(len(F)), grads)
+        natural = np.linalg.solve(F + DAMPING * np.eye(len(F)), grads)
+        return natural * min(1, np.sqrt(2 * KL_CLIP / (natural @ grads)))
 
     return Row(begin, step, read, wanted)
 

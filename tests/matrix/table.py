@@ -11,9 +11,9 @@ import numpy as np
 
 import fisher_jax as fj
 from tests.matrix import cases, rights
-from tests.matrix.rows import ROWS, Row
+from tests.matrix.rows import ROWS
 
-__all__ = ["COLUMNS", "ROWS", "Refusal", "distance", "kind_of", "measure", "of_draws", "wanted"]
+__all__ = ["COLUMNS", "ROWS", "Refusal", "distance", "kind_of", "of_draws", "precision", "same_draws", "wanted"]
 
 # Of every column what is put to the test.
 COLUMNS = {
@@ -36,8 +36,6 @@ COLUMNS = {
     "Auto mesh": "eight devices, batch and parameters sharded, the mesh left to the compiler",
     "Explicit mesh": "the same, places in the types and named by the model",
 }
-# Columns that need a process of their own: eight devices, or a compiled program.
-APART = ("scan", "donation", "Auto mesh", "Explicit mesh")
 
 
 class Refusal(NamedTuple):
@@ -86,18 +84,6 @@ def wanted(column: str) -> rights.Right:
     case = cases.case(column)
     params = cases.unstack(case.params) if case.stacked else case.params
     return rights.right(params, case.batch, cases.batch_norm if column == "rows that interact" else cases.identity)
-
-
-def measure(row: Row, case: cases.Case, folder=None, like: bool = False) -> np.ndarray:
-    """One step from an empty state; with a folder it is saved there, restored and gone on with."""
-    state = None if row.begin is None else row.begin(case)
-    state = row.step(case, state)
-    if folder is not None:
-        fj.checkpoint.save(folder, state)
-        state = fj.checkpoint.restore(folder, like=state if like else None)
-        if row.begin is not None:
-            state = row.step(case, state)
-    return row.read(case, state)
 
 
 def distance(found: np.ndarray, right: np.ndarray) -> float:

@@ -26,6 +26,7 @@ NOT_STATES = {
     "_support.selection:Selection",
     "_tracing.attention:Attention",
     "_tracing.axes:Atom",
+    "_tracing.head:Parts",
     "_tracing.heads:HeadSums",
     "_tracing.ids:Ids",
     "_tracing.ids:Lost",

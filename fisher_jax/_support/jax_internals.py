@@ -298,7 +298,12 @@ def as_elementwise(eqn: Any, index: int) -> Any:
         return data * kept.astype(dtype)
 
     traced = jax.make_jaxpr(product)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands))
-    return traced.jaxpr.replace(eqns=[one.replace(source_info=eqn.source_info) for one in traced.jaxpr.eqns])
+    same_line = functools.partial(_at_line_of, eqn)
+    return traced.jaxpr.replace(eqns=list(map(same_line, traced.jaxpr.eqns)))
+
+
+def _at_line_of(eqn: Any, other: Any) -> Any:
+    return other.replace(source_info=eqn.source_info)
 
 
 class Lookup(NamedTuple):

@@ -324,3 +324,25 @@ def test_an_inverse_that_overflows_is_counted():
     updates, state = tx.update(jax.grad(mean_loss)(params, batch), tx.init(params), params, batch=batch)
     assert int(state.rejected) == 1
     assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(updates))
+
+
+def of_four_rows(params, x):
+    return (x.reshape(4 * 3, 2) @ params["w"]).reshape(4, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("factor_rows", {"refresh": fj.Refresh(factor_rows=2)}), ("model_rows", {"step": fj.Adaptive(model_rows=2)})],
+)
+def test_a_model_of_one_number_of_rows_is_not_run_on_a_part_of_them(name, options):
+    batch = fj.Batch(jnp.ones((4, 3, 2)), jnp.zeros((4, 3), int))
+    params = {"w": jnp.zeros((2, 3))}
+    fj.kfac(of_four_rows, example=batch).init(params)
+    with pytest.raises(ValueError, match=rf"^{name}=2 runs the model on 2 rows.*leave out {name}"):
+        fj.kfac(of_four_rows, example=batch, **options).init(params)
+
+
+def test_a_key_is_a_key():
+    params, batch = setting()
+    with pytest.raises(TypeError, match=r"^key is one of jax\.random.*found 0"):
+        fj.kfac_factors(apply_fn, fj.categorical, params, batch, key=0)

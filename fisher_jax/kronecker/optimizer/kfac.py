@@ -13,6 +13,7 @@ from fisher_jax._support.outline import outline
 from fisher_jax.batch import Batch
 from fisher_jax.kronecker.numbers import at, check_numbers, outside
 from fisher_jax.kronecker.optimizer import annealing
+from fisher_jax.kronecker.optimizer.rows import check_runs, first_rows
 from fisher_jax.kronecker.optimizer.steps import adaptive_step, combine, fixed_step
 from fisher_jax.kronecker.optimizer.transformation import KFACState, natural_gradients
 from fisher_jax.kronecker.options import Adaptive, Curvature, FixedRate, Refresh, check_option
@@ -86,7 +87,9 @@ def kfac(
     An update whose batch or gradients cannot be used is zero and leaves all but the counts of the state as it was.
 
     ``learning_rate``, ``damping``, ``momentum``, ``weight_decay``: numbers, arrays, or schedules, which are functions
-    of the updates so far. An update for which one of them is out of range is rejected.
+    of the updates so far. An update for which one of them is out of range is rejected. Under
+    ``optax.inject_hyperparams`` name what is called, ``static_args=("apply_fn", "likelihood")``: it takes any other
+    function for a schedule, and calls it with a number.
 
     Args:
         apply_fn, likelihood: the model; ``apply_fn(params, inputs) -> outputs [..., K]``.
@@ -132,7 +135,12 @@ def kfac(
         velocity = jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x.dtype)) if is_floating(x) else x, params)
         first = at(damping, jnp.zeros((), jnp.int32))
         kept, rate, share, ratio = (jnp.full((), x, jnp.float32) for x in (first, 0.0, 0.0, 1.0))
-        return KFACOptimizerState(init_factors(params), velocity, kept, rate, share, ratio, annealing.start())
+        factors = init_factors(params)
+        if isinstance(how, Adaptive) and how.model_rows is not None:
+            whole = params if model_params is None else model_params
+            inputs = jax.eval_shape(lambda batch: first_rows(batch, how.model_rows), example).inputs
+            check_runs(apply_fn, whole, inputs, "model_rows", how.model_rows)
+        return KFACOptimizerState(factors, velocity, kept, rate, share, ratio, annealing.start())
 
     def update(
         updates: Tree, state: KFACOptimizerState, params: Tree = None, *, batch: Batch | None = None,

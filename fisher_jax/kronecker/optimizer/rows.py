@@ -1,5 +1,6 @@
 """Parts of a batch: its first rows, or a window that moves on from step to step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 from fisher_jax.batch import Batch
 
-__all__ = ["check_rows", "first_rows", "window"]
+__all__ = ["check_rows", "check_runs", "first_rows", "window"]
 
 # 2**32 over the golden ratio: multiples of it, modulo 2**32, never come back early and leave no large gap.
 _GOLDEN = 2654435769
@@ -20,6 +21,17 @@ def check_rows(rows: int | None, example: Batch) -> None:
     number = min(x.shape[0] for x in jax.tree.leaves(example))
     if not 1 <= rows <= number:
         raise ValueError(f"factor_rows is from 1 to the {number} rows of the batch, found {rows}")
+
+
+def check_runs(apply_fn: Callable, params: Any, inputs: Any, name: str, rows: int) -> None:
+    """Raise where a model cannot be run on a part of the rows, as one that reshapes to a number of them."""
+    try:
+        jax.eval_shape(apply_fn, params, inputs)
+    except Exception as error:
+        raise ValueError(
+            f"{name}={rows} runs the model on {rows} rows, and it fails there ({type(error).__name__}: {error}); "
+            f"leave out {name}, or take sizes from the inputs, as x.shape[0], in place of numbers"
+        ) from error
 
 
 def first_rows(batch: Any, rows: int | None) -> Any:

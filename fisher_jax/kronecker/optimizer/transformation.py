@@ -23,7 +23,7 @@ from fisher_jax.kronecker.optimizer import partial_trees
 from fisher_jax.kronecker.optimizer.partial_trees import aligned
 from fisher_jax.kronecker.optimizer.quadratic import tree_dot
 from fisher_jax.kronecker.optimizer.refresh import KFACState, check_together, renewed
-from fisher_jax.kronecker.optimizer.rows import check_rows, window
+from fisher_jax.kronecker.optimizer.rows import check_rows, check_runs, window
 from fisher_jax.kronecker.options import Curvature, Refresh, check_option
 from fisher_jax.kronecker.statistics.averaging import widened
 from fisher_jax.kronecker.statistics.block_sums import on_any_device
@@ -69,7 +69,8 @@ def scale_by_kfac(
     Under ``optax.masked`` and ``multi_transform`` the transformation sees a part of the tree: give the whole tree as
     ``update(..., model_params=params)``, and its shapes as ``model_params=`` here. Only parameters in the part need
     blocks. Under ``optax.MultiSteps`` put it inside: the factors are those of the last micro-batch of a step. Under
-    ``optax.inject_hyperparams`` name what is called: ``static_args=("apply_fn", "likelihood")``.
+    ``optax.inject_hyperparams`` name what is called, ``static_args=("apply_fn", "likelihood")``: it takes any other
+    function for a schedule, and calls it with a number.
 
     Args:
         example: a `Batch` of arrays or ``jax.ShapeDtypeStruct``s, with the shapes of every batch to come.
@@ -164,6 +165,8 @@ def natural_gradients(
     def init(params: Tree) -> KFACState:
         whole = partial_trees.whole(params, shapes, "init: give its shapes as scale_by_kfac(..., model_params=)")
         part = partial_trees.restricted(problem, params)
+        if refresh.factor_rows is not None:
+            check_runs(apply_fn, whole, example.inputs, "factor_rows", refresh.factor_rows)
         _, plan = block_plan(part, whole, example)
         key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
         seen = jax.eval_shape(lambda p, b, k: observe(part, *block_plan(part, p, b), b, k), whole, example, key)

@@ -185,6 +185,8 @@ def _masks(problem: Problem, weights: Array, batch: Batch, key: Any) -> tuple[Ma
     size = problem.rules.token_cap or 1
     offsets, label_key = jnp.full(size, 0.5), key
     if key is not None:
+        if not isinstance(key, jax.Array):
+            raise TypeError(f"key is one of jax.random, such as jax.random.key(0), found {key!r}")
         label_key, offset_key = jax.random.split(key)
         # Of gathered columns all devices must keep the same; labels are each device's own.
         offsets = jax.random.uniform(offset_key, (size,))

@@ -148,7 +148,7 @@ class Survey:
         given = [x.tokens if isinstance(x, Data) else () for x in operands]
         if not any(given) or not keeps_entries(eqn.primitive.name):
             return [() for _ in eqn.outvars]
-        constant = functools.cache(lambda i: constant_of(operands[i]))
+        constant = _known(operands)
         return [
             joined(moved_through(eqn, given, i, self.loops, constant, self.line), eqn, self.line)
             for i in range(len(eqn.outvars))

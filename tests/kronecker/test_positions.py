@@ -133,7 +133,8 @@ def test_pooled_positions_count_by_their_row():
 
     batch = fj.Batch(TOKENS, TARGETS[:, 0], weights=jnp.array([1.0, 0.0, 1.0]), real=real)
     factors = fj.kfac_factors(model, fj.categorical, PARAMS, batch, curvature=fj.Curvature(policy="never"))
-    pooled = np.asarray(PARAMS["embed"])[np.asarray(TOKENS)].mean(1)[[0, 2]]
+    # What the model looks up at padding is 0.
+    pooled = np.asarray(PARAMS["embed"])[np.where(real, TOKENS, 0)].mean(1)[[0, 2]]
     pooled = np.concatenate([pooled, np.ones((2, 1))], 1)
     np.testing.assert_allclose(dense(factors)["['w']", "A"][0], pooled.T @ pooled / 2, atol=1e-5)
 
@@ -348,7 +349,7 @@ def test_a_use_without_tokens_counts_whole():
     options = fj.Curvature(policy="never", positions={"['w']": None})
     batch = fj.Batch(TOKENS, TARGETS, weights=WEIGHTS, real=REAL)
     found = dense(fj.kfac_factors(plain, fj.categorical, PARAMS, batch, curvature=options))
-    met = np.asarray(PARAMS["embed"], np.float64)[np.asarray(TOKENS)].reshape(-1, WIDTH)
+    met = np.asarray(PARAMS["embed"], np.float64)[np.where(REAL, TOKENS, 0)].reshape(-1, WIDTH)
     met = np.concatenate([met, np.ones((len(met), 1))], 1)
     np.testing.assert_allclose(found["['w']", "A"][0], met.T @ met / len(met), rtol=1e-4, atol=1e-5)
 

@@ -33,7 +33,7 @@ class Batch:
         real: per row, or per position of a row: 1, or 0 where it is padding, which is never read; a row in which
             nothing is real is as if it were not there. ``None``: all ones. A prompt is real and has no loss. Inputs
             whose first axes are those of ``real``, in either order, are laid out as it is; one that the model
-            compares or adds to other data (a mask, a bias) says to the model what is padding, and is left as it is.
+            compares, or spreads over other places (a mask, a bias of attention), tells it what is padding, and stays.
         units: per row ``[B]``, an integer id (say, of a document). Consecutive rows with one id, across batches
             too, form one observation. ``None``: each row is its own.
 

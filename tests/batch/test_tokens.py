@@ -312,7 +312,7 @@ def test_one_hot_labels_are_refused_with_the_way_out():
         (jnp.eye(K)[given["targets"]], TypeError),
         (jnp.eye(K, dtype=int)[given["targets"]], ValueError),
     ):
-        with pytest.raises(error, match="integer labels|do not fit"):
+        with pytest.raises(error, match=r"integer labels|do not fit"):
             fj.group_fisher(model, estimator="exact").observe(params, dataclasses.replace(batch, targets=targets))
 
 

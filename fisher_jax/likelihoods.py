@@ -84,8 +84,22 @@ def _categorical_factor(outputs: Array, k: Array | int) -> Array:
 
 def _integer_in_range(outputs: Array | jax.ShapeDtypeStruct, targets: Shaped[Array, "*lead"]) -> Bool[Array, "*lead"]:
     if not jnp.issubdtype(targets.dtype, jnp.integer):
-        raise TypeError(f"targets are integer labels, found dtype {targets.dtype}")
+        raise TypeError(
+            f"targets are integer labels, found dtype {targets.dtype}; of one-hot targets take "
+            "jnp.argmax(targets, -1)"
+        )
     return (targets >= 0) & (targets < outputs.shape[-1])
+
+
+def _numbers(name: str, outputs: Array | jax.ShapeDtypeStruct, targets: Array) -> Array:
+    """Targets of which every output has one: real numbers, integers and booleans too."""
+    if jnp.issubdtype(targets.dtype, jnp.complexfloating):
+        raise TypeError(f"{name} targets are real numbers, found dtype {targets.dtype}")
+    if targets.shape != outputs.shape:
+        raise ValueError(
+            f"{name} targets have a number for every output, shape {list(outputs.shape)}, found {list(targets.shape)}"
+        )
+    return targets
 
 
 categorical = Likelihood(
@@ -109,6 +123,11 @@ def _bernoulli_variance(outputs: Array) -> Array:
     return jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)
 
 
+def _fraction_in_range(outputs: Array | jax.ShapeDtypeStruct, targets: Array) -> Array:
+    found = _numbers("bernoulli", outputs, targets)
+    return jnp.all((found >= 0) & (found <= 1), -1)
+
+
 bernoulli = Likelihood(
     "bernoulli",
     _bernoulli_log_prob,
@@ -117,14 +136,14 @@ bernoulli = Likelihood(
     ).astype(wide(outputs).dtype),
     lambda outputs, tangent: _bernoulli_variance(outputs) * tangent,
     lambda outputs, k: jnp.sqrt(_bernoulli_variance(outputs)) * (jnp.arange(outputs.shape[-1]) == k),
-    lambda outputs, targets: jnp.all((targets >= 0) & (targets <= 1), -1),
+    _fraction_in_range,
 )
 """Independent sigmoids of the outputs, summed over the last axis; targets ``[..., K]`` in [0, 1]."""
 
 
 def _gaussian_log_prob(outputs: Array, targets: Array) -> Array:
     z = wide(outputs)
-    return -0.5 * jnp.sum((targets - z) ** 2 + jnp.log(2 * jnp.pi).astype(z.dtype), -1)
+    return -0.5 * jnp.sum((targets.astype(z.dtype) - z) ** 2 + jnp.log(2 * jnp.pi).astype(z.dtype), -1)
 
 
 def _gaussian_sample(key: Array, outputs: Array, temperature: float = 1.0) -> Array:
@@ -140,7 +159,7 @@ gaussian = Likelihood(
     lambda outputs, k: jnp.broadcast_to(jnp.arange(outputs.shape[-1]) == k, outputs.shape).astype(
         wide(outputs).dtype
     ),
-    lambda outputs, targets: jnp.all(jnp.isfinite(targets), -1),
+    lambda outputs, targets: jnp.all(jnp.isfinite(_numbers("gaussian", outputs, targets)), -1),
 )
 """Unit variance around the outputs, summed over the last axis; targets ``[..., K]``; a temperature is a variance."""
 

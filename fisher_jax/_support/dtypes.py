@@ -7,12 +7,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-__all__ = ["common_dtype", "is_floating", "wide", "wide_dtype"]
+__all__ = ["check_not_complex", "common_dtype", "is_floating", "wide", "wide_dtype"]
 
 
 def is_floating(x: Any) -> bool:
     """Whether ``x`` is made of real floating numbers; ``None`` is not."""
     return x is not None and bool(jnp.issubdtype(jnp.result_type(x), jnp.floating))
+
+
+def check_not_complex(path: str, x: Any, way_out: str = "") -> None:
+    """Raise for a complex parameter, whose Fisher information is not one number."""
+    if x is not None and jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
+        raise ValueError(
+            f"parameter {path} has dtype {jnp.result_type(x)}; store its real and imaginary part as two parameters"
+            + way_out
+        )
 
 
 def common_dtype(*dtypes: Any) -> jnp.dtype:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fisher_jax._support.dtypes import is_floating
+from fisher_jax._support.dtypes import check_not_complex, is_floating
 
 __all__ = ["Selection", "matches", "no_array", "select"]
 
@@ -59,11 +58,8 @@ def select(params: Tree, parameters: Chosen = None) -> Selection:
     wanted = matches(params, parameters)
     moves = []
     for path, x, want in zip(paths, leaves, wanted, strict=True):
-        if want and jnp.issubdtype(x.dtype, jnp.complexfloating):
-            raise ValueError(
-                f"parameter {path} has dtype {x.dtype}; store its real and imaginary part as two parameters, or "
-                "leave it out with parameters="
-            )
+        if want:
+            check_not_complex(path, x, ", or leave it out with parameters=")
         floating = is_floating(x)
         if want and not floating and parameters is not None:
             raise ValueError(

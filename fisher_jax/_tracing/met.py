@@ -27,8 +27,8 @@ from fisher_jax._tracing.uses import Data, Known, View, plain
 
 __all__ = ["CONTENT", "SHIFT", "USED", "met"]
 
-# Everything of it goes into a lookup, a product with a parameter or a convolution; or also into a sum with one; or it
-# is used otherwise: compared, added to other data, passed on.
+# Everything of it goes into a lookup, a product with a parameter or a convolution; or also into a sum, place by
+# place; or it is used otherwise: compared, spread over other data, passed on.
 CONTENT, SHIFT, USED = 0, 1, 2
 
 # Of an input and numbers: still the input. Not among them is what tells values apart.
@@ -104,6 +104,11 @@ class _Meeting:
         pieces = [x for x in map(plain, values) if isinstance(x, _Given)]
         if pieces and (moved := self._moved(eqn, pieces, values)) is not None:
             return [moved]
+        if eqn.primitive.name in ("add", "sub", "mul", "div", "add_any"):
+            shape = eqn.outvars[0].aval.shape
+            for x in pieces:
+                self._note([x], SHIFT if _lies_along(x, shape) else USED)
+            return [Data(eqn.outvars[0].aval)]
         is_lookup = eqn.primitive.name == "gather" and isinstance(values[0], Known) and values[0].params
         self._note(values, CONTENT if is_lookup else USED)
         return [Data(var.aval) for var in eqn.outvars]
@@ -169,6 +174,15 @@ def _inside(x: Any, inner: Data, how: str) -> Any:
     if isinstance(given, _Given):
         return dataclasses.replace(given, type=inner.type, axes=given.axes[how == "stacked" :])
     return dataclasses.replace(x, value=inner) if isinstance(x, Known) else inner
+
+
+def _lies_along(x: _Given, shape: tuple[int, ...]) -> bool:
+    """Whether an input is added to numbers of its own places, none of which has it twice."""
+    return (
+        x.type.shape == shape
+        and not x.negative
+        and all(axes or n == 1 for axes, n in zip(x.axes, shape, strict=True))
+    )
 
 
 def _is_zero(x: Any) -> bool:

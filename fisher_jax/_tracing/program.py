@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from fisher_jax._support.dtypes import check_not_complex
 from fisher_jax._support.jax_internals import zeros
 from fisher_jax._support.outline import outline
 from fisher_jax._support.selection import no_array
@@ -193,8 +194,7 @@ def check_parameters(params: Tree) -> None:
 
 def _parameter(path: str, x: Any) -> Any:
     x = _array(x)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise ValueError(f"parameter {path} has dtype {x.dtype}; store its real and imaginary part as two parameters")
+    check_not_complex(path, x)
     return x
 
 

@@ -37,7 +37,8 @@ def readable_inputs(apply_fn: Callable, params: Tree, batch: Batch, weights: Any
     - A row in which nothing is real becomes one in which something is. Where other rows depend on it, or may, the
       batch is rejected.
     - A position that is not real becomes 0 in an input that the model meets with a parameter first: looks up, or
-      multiplies. What a model compares or adds to other data says to it what is padding, and stays.
+      multiplies. In one that it adds to other data place by place NaN becomes 0. What it compares, or spreads over
+      other places, says to it what is padding, and stays.
     - With ``weights``, what is not finite becomes 0 in a row without any: where no inputs but the loss's are read.
     """
     inputs, bad = batch.inputs, jnp.zeros((), jnp.int32)
@@ -77,7 +78,8 @@ def _without_padding(x: Any, real: Array, axes: tuple[int, ...], what: int) -> A
     places = places.transpose(axes)  # of rows and positions, or the other way round
     places = places.reshape(places.shape + (1,) * (x.ndim - places.ndim))
     if what == SHIFT:
-        places = places | jnp.isfinite(x)
+        # Minus infinity takes a place away; NaN says nothing.
+        places = places | ~jnp.isnan(x)
     return jnp.where(places, x, jnp.zeros_like(x))
 
 

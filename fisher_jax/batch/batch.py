@@ -28,9 +28,12 @@ class Batch:
     Attributes:
         inputs: whatever ``apply_fn(params, inputs)`` takes; for language models token ids ``[B, S]``.
         targets: what each output is scored against; for language models token ids ``[B, S]``.
-        weights: per token, shaped like the leading axes of the outputs: 0 where there is no loss. ``None``: all
-            ones.
-        real: per position, 0 where the position is padding. ``None``: all ones. A prompt is real and has no loss.
+        weights: per token, shaped like the leading axes of the outputs: 0 where there is no loss, and outputs and
+            targets are never read. ``None``: 1 wherever something is real.
+        real: per row, or per position of a row: 1, or 0 where it is padding, which is never read; a row in which
+            nothing is real is as if it were not there. ``None``: all ones. A prompt is real and has no loss. Inputs
+            whose first axes are those of ``real``, in either order, are laid out as it is; one that the model
+            compares, or spreads over other places (a mask, a bias of attention), tells it what is padding, and stays.
         units: per row ``[B]``, an integer id (say, of a document). Consecutive rows with one id, across batches
             too, form one observation. ``None``: each row is its own.
 
@@ -65,7 +68,7 @@ def next_token_batch(
     Args:
         tokens: integer ids ``[B, S]``, ``S >= 2``.
         mask: ``[B, S]``, 1 for a real token and 0 for padding. A token is scored if it and the position that
-            predicts it are real.
+            predicts it are real. A floating mask with another value gives weights of NaN, which reject the batch.
         loss_mask: ``[B, S]``, aligned with ``tokens``: 0 for a token that is not to be *predicted* (a prompt); a
             number between is its weight.
         units: integer ids ``[B]``, see `Batch`.
@@ -91,14 +94,17 @@ def next_token_batch(
             f"tokens have shape [rows, length] with length >= 2 (a target needs a token before it), found "
             f"{list(tokens.shape)}"
         )
-    real = None if mask is None else _same_shape("mask", mask, tokens) != 0
-    mask = jnp.ones(tokens.shape, bool) if real is None else real
-    weights = (mask[:, 1:] & mask[:, :-1]).astype(jnp.float32)
+    real = None if mask is None else _same_shape("mask", mask, tokens)
+    whole = jnp.ones(tokens.shape, bool) if real is None else real != 0
+    weights = (whole[:, 1:] & whole[:, :-1]).astype(jnp.float32)
     if loss_mask is not None:
         weights = weights * _same_shape("loss_mask", loss_mask, tokens)[:, 1:].astype(jnp.float32)
     if units is not None:
         units = row_ids(units, tokens.shape[0])
-    return Batch(tokens[:, :-1], tokens[:, 1:], weights, None if real is None else real[:, :-1], units)
+    if real is not None and jnp.issubdtype(real.dtype, jnp.inexact):
+        # What is neither real nor not makes no batch: such weights reject it.
+        weights = jnp.where(jnp.all((real == 0) | (real == 1)), weights, jnp.nan)
+    return Batch(tokens[:, :-1], tokens[:, 1:], weights, None if real is None else whole[:, :-1], units)
 
 
 def row_ids(units: Any, num_rows: int) -> Int[Array, " rows"]:

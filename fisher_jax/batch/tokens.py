@@ -6,8 +6,8 @@ One meaning for the whole library:
   (a prompt), and then its inputs are read: by the model, and by the input factors of K-FAC.
 - a position that is not real (``Batch.real``) is never read at all, and has no loss: without weights only what is
   real counts, and a weight there that is not 0 rejects the batch. What the model looks up, or multiplies by a
-  parameter, is replaced by 0 there. An input that the model compares, or adds to other data, says to it what is
-  padding, and stays.
+  parameter, is replaced by 0 there, and NaN in what it adds to other data. An input that it compares, or spreads over
+  other places (a mask, a bias of attention), says to it what is padding, and stays.
 - a row in which nothing is real is as if it were not there.
 - a weight that is negative, NaN or infinite rejects the batch, and so does a target out of range where the weight is
   not 0, or a value of ``real`` that is neither 0 nor 1. Where nothing is real the batch is empty, as one without

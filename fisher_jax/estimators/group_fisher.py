@@ -119,9 +119,9 @@ def group_fisher(
         nothing.
 
     Raises:
-        ValueError: an unknown option, a unit that the estimator does not have, groups without an example, or of a
-            parameter whose orientation cannot be told (named, with its way out); by row a model whose rows depend on
-            each other (the operation and its line are named).
+        ValueError: a complex parameter, an unknown option, a unit that the estimator does not have, groups without an
+            example, or of a parameter whose orientation cannot be told (named, with its way out); by row a model
+            whose rows depend on each other (the operation and its line are named).
 
     Example:
         >>> import fisher_jax as fj, jax, jax.numpy as jnp

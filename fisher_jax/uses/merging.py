@@ -1,20 +1,21 @@
 """Several fine-tuned models as one: means of parameters weighted by their Fisher information."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fisher_jax._support.dtypes import is_floating, wide
+from fisher_jax._support.dtypes import check_not_complex, is_floating, wide
 from fisher_jax._support.jax_internals import is_traced
 from fisher_jax.uses import reading
 from fisher_jax.uses.group_sums import beside
 from fisher_jax.uses.trees import check_alike, check_not_negative, named_leaves
 
 Tree = Any
+_TINY = 2.0**-64
 
 
 def merge_params(
@@ -26,6 +27,7 @@ def merge_params(
     - Fishers are per weighted token, so texts of different length count alike; ``scales=`` (such as token counts)
       changes that.
     - A group sum (row, column, tensor) weights every parameter of its group: sizes of groups cancel.
+    - Ratios are kept down to the smallest float32, 1.4e-45, also on devices that flush numbers below 1.2e-38 to zero.
     - Where all Fishers are zero it is ``sum_i c_i p_i / sum_i c_i``, the plain mean. Where some are, the others
       decide alone, even with a tiny Fisher; ``floor`` softens that.
 
@@ -154,8 +156,10 @@ def _weights(params_list: Sequence[Tree], fishers: Sequence[Any], scales: list, 
         raise ValueError(f"{len(params_list)} models need as many Fishers, found {len(fishers)}")
     if not 0 <= floor < float("inf"):
         raise ValueError(f"floor is a share of the mean Fisher, not negative, found {floor}")
-    models = zip(params_list, map(reading.mean, fishers), scales, strict=True)
-    return [_of_one(params, fisher, scale, floor, i) for i, (params, fisher, scale) in enumerate(models)]
+    models = zip(params_list, map(reading.mean, fishers), strict=True)
+    found = [_of_one(params, fisher, i) for i, (params, fisher) in enumerate(models)]
+    by_leaf = [_weights_of_leaf(list(leaf), scales, floor) for leaf in zip(*found, strict=True)]
+    return [list(model) for model in zip(*by_leaf, strict=True)]
 
 
 def check_models(params_list: Sequence[Tree]) -> None:
@@ -164,6 +168,7 @@ def check_models(params_list: Sequence[Tree]) -> None:
         raise ValueError("there is no model to merge")
     first = named_leaves(params_list[0])
     for name, x in first:
+        check_not_complex(name, x)
         if not is_floating(x):
             raise ValueError(f"{name} has dtype {jnp.result_type(x)}; only floating parameters can be merged")
     for i, params in enumerate(params_list[1:], 1):
@@ -175,16 +180,36 @@ def check_models(params_list: Sequence[Tree]) -> None:
                 )
 
 
-def _of_one(params: Tree, fisher: Tree, scale: Any, floor: float, number: int) -> list[Array]:
+def _of_one(params: Tree, fisher: Tree, number: int) -> list[Array]:
     what = f"the Fisher of model {number}"
     check_alike(params, fisher, f"model {number}", what, shapes=False)
     check_not_negative(fisher, what)
     out = []
     for (name, value), param in zip(named_leaves(fisher), jax.tree.leaves(params), strict=True):
         full, _ = beside(wide(value), jnp.shape(param), name, what)
-        full = jnp.where(full < 0, jnp.nan, full)
-        out.append(jnp.maximum(full, floor * jnp.mean(full)) * scale if floor else full * scale)
+        out.append(jnp.where(full < 0, jnp.nan, full))
     return out
+
+
+def _weights_of_leaf(fishers: list[Array], scales: list, floor: float) -> list[Array]:
+    """Weights of one leaf of every model, all times the same power of two where all of them are tiny."""
+
+    def raised(lift: Callable[..., Array]) -> list[Array]:
+        return [jnp.maximum(lift(f), jnp.mean(lift(f, floor))) if floor else lift(f) for f in fishers]
+
+    as_they_are, lifted = raised(lambda f, by=1.0: f * by), raised(_lifted)
+    tiny = functools.reduce(jnp.logical_and, [w < _TINY for w in as_they_are])
+    return [jnp.where(tiny, a, b) * c for a, b, c in zip(lifted, as_they_are, scales, strict=True)]
+
+
+def _lifted(x: Array, by: float = 1.0) -> Array:
+    """``2**64 by x``, also of numbers below 2**-126, which devices take for 0 in their arithmetic."""
+    normal = jnp.where(x < 1, x * 2.0**64 * by, x * by * 2.0**64)
+    if x.dtype != jnp.float32:
+        return normal
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    # Such a number is its bits times 2**-149.
+    return jnp.where((bits > 0) & (bits < 1 << 23), bits.astype(x.dtype) * 2.0 ** (64 - 149) * by, normal)
 
 
 def shrunk_mean(state: Any) -> Tree:

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from fisher_jax import welford
+from fisher_jax._support.dtypes import is_floating
 from fisher_jax.moving_average import MovingAverage
 from fisher_jax.welford.state import state_in
 
@@ -21,6 +24,7 @@ def mean(fisher: Any) -> PyTree:
 
     Raises:
         ValueError: an optax state that holds several.
+        TypeError: another state of this library (of K-FAC, of block spectra), or what is no array of real numbers.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp
@@ -31,8 +35,26 @@ def mean(fisher: Any) -> PyTree:
     """
     found = state_in(fisher, welford.State, welford.Moments, MovingAverage)
     if found is None:
+        _check_values(fisher)
         return fisher
     return found.average if isinstance(found, MovingAverage) else welford.mean(found)
+
+
+def _check_values(tree: Any) -> None:
+    """Raise for what is no tree of Fisher values."""
+
+    def is_ours(x: Any) -> bool:
+        return type(x).__module__.startswith("fisher_jax.")
+
+    wanted = "a Welford state, moments, a moving average, an optax state that holds one, or a tree of Fisher values"
+    for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_ours):
+        if is_ours(x):
+            raise TypeError(f"expected {wanted}; a {type(x).__name__} holds none")
+        where = jax.tree_util.keystr(path) or "all of it"
+        if not hasattr(x, "dtype") and not isinstance(x, float | int):
+            raise TypeError(f"expected {wanted}; {where} is of type {type(x).__name__}")
+        if not isinstance(x, int | float) and not is_floating(x):
+            raise TypeError(f"expected {wanted}, which are floating; {where} has dtype {jnp.result_type(x)}")
 
 
 def standard_error(fisher: Any) -> PyTree:
@@ -87,6 +109,8 @@ def _with_errors(fisher: Any) -> welford.State | welford.Moments:
     found = state_in(fisher, welford.State, welford.Moments, MovingAverage)
     if isinstance(found, welford.State | welford.Moments):
         return found
+    if found is None:
+        _check_values(fisher)
     what = "a moving average" if isinstance(found, MovingAverage) else f"a tree of values ({type(fisher).__name__})"
     raise TypeError(
         f"{what} keeps no record of the spread of its observations, so its error is not known; accumulate a Welford "

@@ -51,6 +51,12 @@ def test_masks_of_any_dtype_mean_the_same():
         assert batch.real.dtype == bool
 
 
+def test_a_mask_that_is_neither_real_nor_not_makes_no_batch():
+    mask = jnp.ones((2, 6)).at[0, 5].set(jnp.array([jnp.nan])[0])
+    for odd in (mask, jnp.where(jnp.isnan(mask), 0.5, mask)):
+        assert np.isnan(jax.jit(fj.next_token_batch)(jnp.asarray(TOKENS), odd).weights).all()
+
+
 def test_units_are_kept_per_row_and_a_batch_is_a_pytree():
     batch = fj.next_token_batch(jnp.asarray(TOKENS), units=jnp.array([7, 9]))
     doubled = jax.jit(lambda b: jax.tree.map(lambda x: x * 2, b))(batch)

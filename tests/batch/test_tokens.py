@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fisher_jax as fj
+from fisher_jax.batch.tokens import has_weight
 
 B, S, D, K = 3, 4, 2, 5
 KEY = jax.random.key(0)
@@ -187,6 +188,9 @@ BAD = {
     "label too large": ("targets", K, "a target outside"),
     "label negative": ("targets", -1, "a target outside"),
     "outputs NaN": ("shift", np.nan, "a NaN or infinite value"),
+    "half real": ("real", 0.5, "neither 0 nor 1"),
+    "real is NaN": ("real", np.nan, "neither 0 nor 1"),
+    "weight of padding": ("real", 0.0, "not 0 where Batch.real is 0"),
 }
 
 
@@ -196,7 +200,10 @@ def test_an_unusable_batch_is_rejected_with_its_reason(consumer, bad):
     name, value, reason = BAD[bad]
     if name == "shift" and consumer in OPERATORS:
         return  # a product of NaN is NaN
+    if name == "real" and consumer == "lm_head":
+        return  # hidden states are given, no batch
     params, given = draw()
+    given["real"] = given["real"].astype(np.float32)
     batch = batch_of(spoiled(given, name, (1, 1), value))
     if name == "targets" and consumer not in LABELLED | HEADS:
         same(clean(consumer, fj.categorical), ALL[consumer](fj.categorical, params, batch))
@@ -224,10 +231,15 @@ def test_shapes_and_dtypes_that_do_not_fit_raise_a_sentence(consumer):
         refused(ValueError, "needs? targets", targets=None)
 
 
+@pytest.mark.parametrize("given_by", ["weights", "real"])
 @pytest.mark.parametrize("consumer", ALL)
-def test_an_empty_batch_changes_nothing_or_is_refused(consumer):
+def test_an_empty_batch_changes_nothing_or_is_refused(consumer, given_by):
     params, given = draw()
     empty = batch_of(given | {"weights": np.zeros((B, S))})
+    if given_by == "real":
+        if consumer == "lm_head":
+            return  # hidden states are given, no batch
+        empty = dataclasses.replace(empty, weights=None, real=jnp.zeros((B, S), bool))
     if consumer in OPERATORS or consumer.startswith(("kfac_factors", "block_spectrum")):
         with pytest.raises(fj.RejectedBatchError, match="the batch is empty"):
             ALL[consumer](fj.categorical, params, empty)
@@ -268,3 +280,54 @@ def test_outputs_are_one_floating_array():
         ):
             with pytest.raises(ValueError, match=r"apply_fn returns one floating array \[..., K\]"):
                 run(outputs)
+
+
+@pytest.mark.parametrize("likelihood", [fj.gaussian, fj.bernoulli])
+def test_every_output_has_a_target_of_its_own(likelihood):
+    """A last axis of 1 would be spread over all outputs."""
+    params, given = draw(likelihood)
+    batch = batch_of(given)
+    run = fj.group_fisher(model, likelihood, estimator="exact").observe
+    for targets in (batch.targets[..., :1], batch.targets[..., 0], batch.targets[..., :2]):
+        wrong = dataclasses.replace(batch, targets=targets)
+        for refused in (
+            lambda wrong=wrong: run(params, wrong),
+            lambda wrong=wrong: fj.operators.hessian(model, likelihood, params, wrong),
+            lambda wrong=wrong: fj.kfac_factors(headed, likelihood, params, wrong),
+        ):
+            with pytest.raises(ValueError, match=r"a number for every output, shape \[3, 4, 5\]"):
+                refused()
+    with pytest.raises(TypeError, match="real numbers"):
+        run(params, dataclasses.replace(batch, targets=batch.targets + 1j))
+    whole = jnp.round(batch.targets)
+    want = run(params, dataclasses.replace(batch, targets=whole)).mean
+    for dtype in (jnp.int32, jnp.uint8, bool):
+        same(run(params, dataclasses.replace(batch, targets=whole.astype(dtype))).mean, want)
+
+
+def test_one_hot_labels_are_refused_with_the_way_out():
+    params, given = draw()
+    batch = batch_of(given)
+    for targets, error in (
+        (jnp.eye(K)[given["targets"]], TypeError),
+        (jnp.eye(K, dtype=int)[given["targets"]], ValueError),
+    ):
+        with pytest.raises(error, match=r"integer labels|do not fit"):
+            fj.group_fisher(model, estimator="exact").observe(params, dataclasses.replace(batch, targets=targets))
+
+
+def test_without_weights_what_is_real_counts():
+    params, given = draw()
+    given["weights"] = given["real"].astype(np.float32)
+    with_weights = batch_of(given)
+    without = dataclasses.replace(with_weights, weights=None)
+    for consumer in ("exact", "sequence", "head", "kfac_factors", "ggn", "block_spectrum by token"):
+        same(ALL[consumer](fj.categorical, params, without), ALL[consumer](fj.categorical, params, with_weights))
+    assert not has_weight(dataclasses.replace(without, real=jnp.zeros((B, S))))
+
+
+def test_real_has_the_shape_of_the_tokens():
+    params, given = draw()
+    batch = dataclasses.replace(batch_of(given), real=jnp.ones((B, S + 1), bool))
+    with pytest.raises(ValueError, match=r"real has one value per row, or per position of a row, shape \[3, 4\]"):
+        fj.operators.ggn(model, fj.categorical, params, batch)

@@ -301,3 +301,24 @@ def test_exact_keeps_variances_far_below_the_squares_of_the_means(weighted):
     wanted = np.sqrt(n / (n - 1) * (w**2 @ (f - mean) ** 2)) / w.sum()
     np.testing.assert_allclose(fj.welford.mean(moments)["w"], mean, rtol=1e-6)
     np.testing.assert_allclose(fj.welford.standard_error(moments)["w"], wanted, rtol=2e-3)
+
+
+def test_a_complex_parameter_is_refused_in_the_same_words_everywhere():
+    params = {"w": jnp.zeros((2, 3)), "c": jnp.zeros(3, complex)}
+    batch = fj.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 2, 2]))
+
+    def apply_fn(p, x):
+        return x @ p["w"] + jnp.real(p["c"])
+
+    for run in (
+        lambda: fj.group_fisher(apply_fn).init(params),
+        lambda: fj.group_fisher(apply_fn, estimator="sequence").observe(params, batch),
+        lambda: fj.group_fisher(apply_fn, estimator="head", example=batch).init(params),
+        lambda: fj.kfac_factors(apply_fn, fj.categorical, params, batch),
+        lambda: fj.scale_by_kfac(apply_fn, example=batch).init(params),
+        lambda: fj.operators.ggn(apply_fn, fj.categorical, params, batch),
+        lambda: fj.block_spectrum(apply_fn, fj.categorical, params, batch),
+        lambda: fj.merge_params([params, params], [params, params]),
+    ):
+        with pytest.raises(ValueError, match=r"parameter \['c'\] has dtype complex64; store its real and imaginary"):
+            run()

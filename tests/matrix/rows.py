@@ -159,7 +159,13 @@ def moments() -> Row:
     def wanted(found):
         return np.concatenate([of_head(rights.mean_by_token(found)), of_head(rights.errors_by(found, "token"))])
 
-    return Row(begin, lambda case, state: add(state, observe(case.apply, case.params, case.batch)), read, wanted, of_model=False)
+    return Row(
+        begin,
+        lambda case, state: add(state, observe(case.apply, case.params, case.batch)),
+        read,
+        wanted,
+        of_model=False,
+    )
 
 
 # A product with a vector of random numbers sees every entry of a matrix.

@@ -174,3 +174,25 @@ def broken(change):
 def test_models_that_cannot_be_merged_are_refused(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-3])
+def test_ratios_of_the_tiniest_fishers_are_kept(floor):
+    """Below 2**-126 devices take numbers for 0 in their arithmetic; the host sees 3 : 1."""
+    values = np.array([[3e-41, 3e-44, 3e-30, 1e-20, 0.0], [1e-41, 1e-44, 1e-30, 1e-41, 0.0]], np.float32)
+    for leaf in (slice(0, 2), slice(2, 4), slice(3, 4), slice(4, 5)):
+        fishers = [{"w": jnp.asarray(x[leaf])} for x in values]
+        own = values[:, leaf].astype(np.float64)
+        own = np.maximum(own, floor * own.mean(1, keepdims=True))
+        own = np.where(own.sum(0) == 0, 1, own)
+        params = [{"w": jnp.full(own.shape[1], float(i))} for i in range(2)]
+        want = own[1] / own.sum(0)
+        for merge in (fj.merge_params, jax.jit(fj.merge_params, static_argnames="floor")):
+            np.testing.assert_allclose(merge(params, fishers, floor=floor)["w"], want, rtol=1e-4, atol=1e-12)
+
+
+def test_a_huge_fisher_beside_a_tiny_one_is_no_infinity():
+    fishers = [{"w": jnp.array([1e30, x])} for x in (1e-30, 3e-30)]
+    params = [{"w": jnp.zeros(2)}, {"w": jnp.ones(2)}]
+    for floor, want in ((0.0, [0.5, 0.75]), (1e-6, [0.5, 0.5]), (1e-58, [0.5, 0.71])):
+        np.testing.assert_allclose(fj.merge_params(params, fishers, floor=floor)["w"], want, atol=0.05)

@@ -102,3 +102,14 @@ def test_what_takes_errors_takes_every_state_that_has_them(name):
                 lambda x: fj.stats.data_needed(x, width=0.1).units, lambda x: fj.stats.decide(x, 0.1).p,
                 lambda x: fj.importance_shift(x, x).p):  # fmt: skip
         assert_equal(use(WITH_ERRORS[name]), use(MOMENTS), 1e-4)
+
+
+def test_what_holds_no_fisher_values_is_refused_by_every_reading():
+    params, batch = {"w": jnp.zeros((2, 3))}, fj.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 2, 2]))
+    tx = fj.scale_by_kfac(lambda p, x: x @ p["w"], example=batch)
+    state = jax.eval_shape(tx.init, params)
+    others = (state, (state, optax.EmptyState()), batch, {"a": jnp.arange(3)}, {"a": jnp.ones(2, complex)}, "x")
+    for other in others:
+        for read in (fj.mean, fj.standard_error, fj.interval, fj.welford.mean, fj.welford.interval):
+            with pytest.raises(TypeError, match="expected a Welford state"):
+                read(other)

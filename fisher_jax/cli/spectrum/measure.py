@@ -16,6 +16,7 @@ from rich.console import Console
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.printable import few
+from fisher_jax.batch.tokens import log_probs
 from fisher_jax.cli.run.checkpoints import checkpoints
 from fisher_jax.cli.run.tools import Tools
 from fisher_jax.cli.spectrum.patterns import matching
@@ -181,8 +182,7 @@ def _summed(apply_fn: Callable, backward: bool, moving: Tree, params: Tree, part
     def loss(moving, part):
         inputs, targets, weights = part
         joined = jax.tree.map(lambda p, m: p if m is None else m, params, moving, is_leaf=lambda x: x is None)
-        scores = fj.categorical.log_prob(apply_fn(joined, inputs), targets)
-        return -jnp.sum(jnp.where(weights > 0, weights * scores, 0))
+        return -jnp.sum(weights * log_probs(fj.categorical, apply_fn(joined, inputs), targets, weights))
 
     function = jax.value_and_grad(loss) if backward else loss
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, moving, jax.tree.map(lambda x: x[0], parts)))

@@ -13,6 +13,7 @@ from rich.console import Console
 
 import fisher_jax as fj
 from fisher_jax._support.errors import RejectedBatchError
+from fisher_jax.batch.tokens import log_probs, mean_of
 from fisher_jax.cli.run.checkpoints import checkpoints
 from fisher_jax.cli.run.progress import duration
 from fisher_jax.cli.run.tools import Tools
@@ -115,9 +116,12 @@ def _compiled(
     Compiled ahead of the first call, so that the time of no step holds it.
     """
 
+    def mean_loss(params, batch):
+        return mean_of(_losses(apply_fn, params, batch), batch.weights)
+
     def step(state, tokens, mask, index):
         batch = fj.next_token_batch(tokens, mask)
-        loss, grads = jax.value_and_grad(lambda params: _mean_loss(apply_fn, params, batch))(state["params"])
+        loss, grads = jax.value_and_grad(mean_loss)(state["params"], batch)
         key = jax.random.fold_in(jax.random.key(settings.seed), index)
         updates, optimizer = tx.update(grads, state["optimizer"], state["params"], batch=batch, key=key)
         params = optax.apply_updates(state["params"], updates)
@@ -127,13 +131,9 @@ def _compiled(
     return jax.jit(step, donate_argnums=0).lower(*example).compile()
 
 
-def _summed_loss(apply_fn: Callable, params: Any, batch: fj.Batch) -> jax.Array:
-    scores = fj.categorical.log_prob(apply_fn(params, batch.inputs), batch.targets)
-    return -jnp.sum(jnp.where(batch.weights > 0, scores, 0))
-
-
-def _mean_loss(apply_fn: Callable, params: Any, batch: fj.Batch) -> jax.Array:
-    return _summed_loss(apply_fn, params, batch) / jnp.maximum(jnp.sum(batch.weights), 1)
+def _losses(apply_fn: Callable, params: Any, batch: fj.Batch) -> jax.Array:
+    """Of every token, 0 where it has no weight."""
+    return -log_probs(fj.categorical, apply_fn(params, batch.inputs), batch.targets, batch.weights)
 
 
 def _evaluation(apply_fn: Callable, text: Text, batch_size: int) -> Callable[[Any], float]:
@@ -142,7 +142,7 @@ def _evaluation(apply_fn: Callable, text: Text, batch_size: int) -> Callable[[An
     @jax.jit
     def summed(params, tokens, mask):
         batch = fj.next_token_batch(tokens, mask)
-        return _summed_loss(apply_fn, params, batch), jnp.sum(batch.weights)
+        return jnp.sum(batch.weights * _losses(apply_fn, params, batch)), jnp.sum(batch.weights)
 
     batches = list(text.held_out(batch_size))
 

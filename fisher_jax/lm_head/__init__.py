@@ -208,10 +208,11 @@ def estimator(
 
     def observe(params, batch: Batch, key=None):
         del key
-        inputs = readable_inputs(hidden_fn, params, batch, batch.weights)
-        hidden, weights, bad = hidden_fn(params, inputs), batch.weights, jnp.zeros((), jnp.int32)
+        inputs, bad = readable_inputs(hidden_fn, params, batch, batch.weights)
+        hidden, weights = hidden_fn(params, inputs), batch.weights
         if batch.real is not None:
-            used, bad = weights_of(batch, hidden.shape[:-1], wide_dtype(hidden.dtype))
+            used, odd = weights_of(batch, hidden.shape[:-1], wide_dtype(hidden.dtype))
+            bad = bad | odd
             weights = used > 0 if weights is None else used  # those that are not given are 0 or 1
         found = moments(hidden, head_fn(params), batch.targets, weights, unit=unit, units=batch.units, **options)
         return reject_if(found, found.reasons | bad)

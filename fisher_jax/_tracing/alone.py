@@ -58,11 +58,18 @@ def rows_alone(asking: Asking, params: Tree, inputs: Tree, values: tuple[Tree, T
     batch = trace(asking.apply_fn, params, (inputs,), None, asking.structures, None)
     (out,) = batch.structure.outputs
     rows = out.shape[0]
-    for path, x in jax.tree_util.tree_leaves_with_path(inputs):
+    for (path, x), axes in zip(jax.tree_util.tree_leaves_with_path(inputs), batch.structure.inputs, strict=False):
+        name = f"inputs{jax.tree_util.keystr(path)}"
         if jnp.shape(x)[:1] != (rows,):
             raise ValueError(
-                f"observations of rows need inputs whose leading axis has {rows} rows, as the outputs; inputs"
-                f"{jax.tree_util.keystr(path)} have shape {list(jnp.shape(x))}"
+                f"observations of rows need inputs whose leading axis has {rows} rows, as the outputs; {name} "
+                f"have shape {list(jnp.shape(x))}"
+            )
+        if axes[:1] != (0,) and not asking.independent:
+            raise ValueError(
+                f"{asking.who}, and the first axis of {name}, of shape {list(jnp.shape(x))}, is not one of rows in "
+                f"this model, though as long: give every row its own, {asking.way_out}, or pass rows_independent=True "
+                "if it is"
             )
     links = batch.structure.rows.links
     if links and links[0].certain and not asking.independent:

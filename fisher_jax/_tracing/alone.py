@@ -67,9 +67,9 @@ def rows_alone(asking: Asking, params: Tree, inputs: Tree, values: tuple[Tree, T
             )
         if axes[:1] != (0,) and not asking.independent:
             raise ValueError(
-                f"{asking.who}, and the first axis of {name}, of shape {list(jnp.shape(x))}, is not one of rows in "
-                f"this model, though as long: give every row its own, {asking.way_out}, or pass rows_independent=True "
-                "if it is"
+                f"{asking.who}, and the first axis of {name}, of shape {list(jnp.shape(x))}, is not one of rows "
+                f"in this model, though as long: give every row its own, {asking.way_out}, or pass "
+                "rows_independent=True if it is"
             )
     links = batch.structure.rows.links
     if links and links[0].certain and not asking.independent:

@@ -58,16 +58,29 @@ def rows_alone(asking: Asking, params: Tree, inputs: Tree, values: tuple[Tree, T
     batch = trace(asking.apply_fn, params, (inputs,), None, asking.structures, None)
     (out,) = batch.structure.outputs
     rows = out.shape[0]
-    for path, x in jax.tree_util.tree_leaves_with_path(inputs):
+    for (path, x), axes in zip(jax.tree_util.tree_leaves_with_path(inputs), batch.structure.inputs, strict=False):
+        name = f"inputs{jax.tree_util.keystr(path)}"
         if jnp.shape(x)[:1] != (rows,):
             raise ValueError(
-                f"observations of rows need inputs whose leading axis has {rows} rows, as the outputs; inputs"
-                f"{jax.tree_util.keystr(path)} have shape {list(jnp.shape(x))}"
+                f"observations of rows need inputs whose leading axis has {rows} rows, as the outputs; {name} "
+                f"have shape {list(jnp.shape(x))}"
+            )
+        if axes[:1] != (0,) and not asking.independent:
+            raise ValueError(
+                f"{asking.who}, and the first axis of {name}, of shape {list(jnp.shape(x))}, is not one of rows "
+                f"in this model, though as long: give every row its own, {asking.way_out}, or pass "
+                "rows_independent=True if it is"
             )
     links = batch.structure.rows.links
     if links and links[0].certain and not asking.independent:
         raise _refusal(asking, links[0])
-    row = trace(asking.apply_fn, params, (jax.tree.map(_one, inputs),), None, asking.structures, None)
+    try:
+        row = trace(asking.apply_fn, params, (jax.tree.map(_one, inputs),), None, asking.structures, None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{asking.who}, and this model cannot run one row: take the number of rows from the inputs, or "
+            f"{asking.way_out}; the model said: {error}"
+        ) from error
     shape = row.structure.outputs[0].shape
     if shape != (1, *out.shape[1:]):
         raise ValueError(
@@ -187,7 +200,7 @@ def _shown(apply_fn: Callable, params: Tree, inputs: Tree, alone: bool) -> str |
     ``None`` where values cannot show anything.
 
     Args:
-        alone: or among copies of itself, at its place in the batch.
+        alone: or among other rows, at its place in the batch.
     """
     inputs = jax.tree.map(lambda x: meshes.with_all_rows(jnp.asarray(x)), inputs)
     number = jax.tree.leaves(inputs)[0].shape[0]
@@ -206,18 +219,23 @@ def _shown(apply_fn: Callable, params: Tree, inputs: Tree, alone: bool) -> str |
         outputs, pullback = jax.vjp(lambda moving: model(moving, inputs), moving)
         return outputs, pullback(cotangent.astype(outputs.dtype))[0]
 
+    def others(row):
+        """The inputs without the other rows, or with others in their place."""
+        if alone:
+            return [jax.tree.map(lambda x: x[row : row + 1], inputs)]
+        own = jnp.arange(number) == row
+        copies = jax.tree.map(lambda x: x[jnp.full(number, row)], inputs)
+        return [copies, jax.tree.map(lambda x: _turned(x, own), inputs)]
+
     def differs(moving, row, cotangents):
-        index = jnp.array([row]) if alone else jnp.full(number, row)
-        here = jax.tree.map(lambda x: x[index], inputs)
         outputs, together = pulled(moving, inputs, cotangents)
-        one, single = pulled(moving, here, cotangents[index] if alone else cotangents)
-        for what, a, b in (("outputs", [outputs[row]], [one[0 if alone else row]]), ("scores", together, single)):
-            if not all(bool(jnp.isfinite(x).all()) for x in (*a, *b)):
-                return None
-            if _apart(a, b, math.sqrt(max(float(jnp.finfo(x.dtype).eps) for x in (outputs, *moving)))):
-                return (
-                    f"row {row} {'alone' if alone else 'among copies of itself'} has other {what} than in its batch"
-                )
+        for here in others(row):
+            one, single = pulled(moving, here, cotangents[row : row + 1] if alone else cotangents)
+            for what, a, b in (("outputs", [outputs[row]], [one[0 if alone else row]]), ("scores", together, single)):
+                if not all(bool(jnp.isfinite(x).all()) for x in (*a, *b)):
+                    return None
+                if _apart(a, b, math.sqrt(max(float(jnp.finfo(x.dtype).eps) for x in (outputs, *moving)))):
+                    return f"row {row} {'alone' if alone else 'among other rows'} has other {what} than in its batch"
         return ""
 
     given = [jnp.asarray(x) for x, moves in zip(leaves, free, strict=True) if moves]
@@ -229,6 +247,13 @@ def _shown(apply_fn: Callable, params: Tree, inputs: Tree, alone: bool) -> str |
             if (found := differs(moving, row, jnp.where(here, every, 0))) != "":
                 return found
     return ""
+
+
+def _turned(x: Array, own: Array) -> Array:
+    """Numbers of the opposite sign in all rows but one."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return jnp.where(own.reshape(-1, *(1,) * (x.ndim - 1)), x, -x)
 
 
 def _differ(x: Array) -> bool:

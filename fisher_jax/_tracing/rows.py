@@ -23,6 +23,7 @@ from fisher_jax._tracing.variation import Axes, everywhere, of_value, varied
 __all__ = ["SMALL", "Rows", "beside", "decided_by", "either", "handed_on", "rows_of", "strongest"]
 
 _STATISTICS = "for a batch norm, take its running statistics"
+_ROOM = "for an expert's dispatch, give each expert room for all tokens"
 _KEYS = "draw with a key for each row, an input [rows] that jax.vmap goes over"
 _PLACES = "make it an input with one entry for each row"
 SMALL = 4096  # a constant whose values are looked at
@@ -109,8 +110,9 @@ def _new(
     numbers = _are_numbers(eqn, output)
     mixing = _mixing(eqn, operands, own, "row" in gone, axes, numbers, loops)
     place = _by_place(eqn, operands, output, axes, numbers, loops, line)
-    found = [Link(eqn.primitive.name, line(eqn), *mixing, _STATISTICS)] if mixing is not None else []
-    return (*found, *place)
+    if mixing is None:
+        return place
+    return (Link(eqn.primitive.name, line(eqn), *mixing, _STATISTICS if mixing[1] else _ROOM), *place)
 
 
 def _mixing(

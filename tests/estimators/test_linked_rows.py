@@ -135,10 +135,11 @@ def test_values_decide_where_the_program_does_not_say():
     """With room for all tokens an expert's dispatch links no rows."""
     roomy, narrow = routed(B), routed(1)
     assert_close(by_row(roomy), squares(roomy))
-    assert_close(by_taps(roomy), squares(roomy))
-    with pytest.raises(ValueError, match="row 3 alone has other outputs than in its batch"):
+    with pytest.raises(ValueError, match="cannot be cut into rows"):
+        by_taps(roomy)
+    with pytest.raises(ValueError, match=r"row \d alone has other outputs than in its batch; for an expert"):
         by_row(narrow)
-    with pytest.raises(ValueError, match="row 3 among copies of itself has other outputs"):
+    with pytest.raises(ValueError, match=r"row \d among other rows has other outputs"):
         by_taps(narrow)
     with pytest.raises(ValueError, match="a block spectrum runs every row"):
         fj.block_spectrum(narrow, fj.categorical, params(), batch())
@@ -189,7 +190,7 @@ def test_a_mask_as_large_as_the_batch_is_not_taken_for_one_of_rows():
     causal = jnp.tril(jnp.ones((B, B)))
 
     def model(p, given):
-        x = jnp.stack([given["x"] @ p["w"]] * B, 1)
+        x = jnp.stack([given["x"] @ p["w"] + i for i in range(B)], 1)
         scores = jnp.where(given["mask"], jnp.einsum("bqd,bkd->bqk", x, x), -1e9)
         return (jax.nn.softmax(scores) @ x).mean(1) @ p["head"]
 
@@ -208,3 +209,8 @@ def test_one_row_links_nothing():
 def test_rows_independent_is_none_or_true():
     with pytest.raises(ValueError, match="rows_independent"):
         fj.group_fisher(NORM, rows_independent=False)
+
+
+def test_a_model_that_cannot_run_one_row_says_so():
+    with pytest.raises(ValueError, match="cannot run one row: take the number of rows from the inputs"):
+        by_row(lambda p, x: (x.reshape(2, 2, 3) @ p["w"] @ p["head"]).reshape(B, -1))

@@ -70,17 +70,24 @@ def _without_padding(x: Any, real: Array, axes: tuple[int, ...], what: int) -> A
     x = jnp.asarray(x)
     anything = real.reshape(real.shape[0], -1).any(1)
     rows = jnp.expand_dims(anything, [i for i in range(x.ndim) if i != axes[0]])
-    other = jax.lax.dynamic_index_in_dim(x, jnp.argmax(anything), axes[0])
+    # A sum, not an index: rows that lie on several devices have no slice of one.
+    first = jnp.arange(real.shape[0]) == jnp.argmax(anything)
+    one = jnp.expand_dims(first, [i for i in range(x.ndim) if i != axes[0]])
+    other = jnp.where(one, x, jnp.zeros_like(x)).sum(axes[0], keepdims=True, dtype=x.dtype)
     x = jnp.where(rows, x, other)
     if what == USED or len(axes) < real.ndim:
         return x
-    places = jnp.where(anything.reshape(-1, *[1] * (real.ndim - 1)), real, real[jnp.argmax(anything)])
+    places = jnp.where(anything.reshape(-1, *[1] * (real.ndim - 1)), real, _row(real, first))
     places = places.transpose(axes)  # of rows and positions, or the other way round
     places = places.reshape(places.shape + (1,) * (x.ndim - places.ndim))
     if what == SHIFT:
         # Minus infinity takes a place away; NaN says nothing.
         places = places | ~jnp.isnan(x)
     return jnp.where(places, x, jnp.zeros_like(x))
+
+
+def _row(real: Array, first: Array) -> Array:
+    return (real & first.reshape(-1, *[1] * (real.ndim - 1))).any(0)
 
 
 def _without_silent_rows(inputs: Tree, weights: Array) -> Tree:

@@ -52,7 +52,7 @@ ROWS_INTERACT = Refusal(
     "batch or token",
 )  # fmt: skip
 NOT_FINITE = Refusal(
-    fj.RejectedBatchError, ("not finite",),
+    fj.RejectedBatchError, ("NaN or infinite",),
     "without `Batch.real` every position is real and counts in `A`, also where it has no loss: pass `real=`",
 )  # fmt: skip
 PLACES = Refusal(

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax._support import rejection
+from fisher_jax._support import meshes, rejection
 from fisher_jax._support.dtypes import wide_dtype
 from fisher_jax._support.errors import RejectedBatchError
 from fisher_jax.batch.batch import Batch, row_ids
@@ -202,7 +202,7 @@ def unit_ids(unit: str, units: Any, num_rows: int) -> Array:
         return jnp.zeros(num_rows, jnp.int32)
     if units is None:
         raise ValueError("unit='document' needs units (Batch.units): one integer id per row")
-    return row_ids(units, num_rows).astype(jnp.int32)
+    return meshes.with_all_rows(row_ids(units, num_rows).astype(jnp.int32))
 
 
 def has_weight(batch: Batch) -> bool:

@@ -12,6 +12,7 @@ import tempfile
 import time
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -51,7 +52,7 @@ def one_draw(name: str, column: str):
 def measure(row: Row, case: cases.Case, column: str = "") -> tuple:
     """One step from an empty state, read; and whether the state was donated.
 
-    For a checkpoint the state is saved, restored and gone on with.
+    For a checkpoint the state is saved and restored, and must go on as the one that was saved.
     """
     state = None if row.begin is None else row.begin(case)
     begun = [x for x in jax.tree.leaves(state) if isinstance(x, jax.Array) and x.ndim]
@@ -59,9 +60,11 @@ def measure(row: Row, case: cases.Case, column: str = "") -> tuple:
     if column.startswith("checkpoint"):
         with tempfile.TemporaryDirectory() as folder:
             fj.checkpoint.save(f"{folder}/state", state)
-            state = fj.checkpoint.restore(f"{folder}/state", like=state if "like" in column else None)
+            restored = fj.checkpoint.restore(f"{folder}/state", like=state if "like" in column else None)
         if row.begin is not None:
-            state = row.step(case, state)
+            on, wanted = (row.read(case, row.step(case, x)) for x in (restored, state))
+            np.testing.assert_array_equal(on, wanted)
+        state = restored
     return row.read(case, state), any(x.is_deleted() for x in begun)
 
 

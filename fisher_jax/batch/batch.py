@@ -95,7 +95,7 @@ def next_token_batch(
             f"{list(tokens.shape)}"
         )
     real = None if mask is None else _same_shape("mask", mask, tokens)
-    whole = jnp.ones(tokens.shape, bool) if real is None else real != 0
+    whole = jnp.ones(tokens.shape, bool) if real is None else real.astype(bool)
     weights = (whole[:, 1:] & whole[:, :-1]).astype(jnp.float32)
     if loss_mask is not None:
         weights = weights * _same_shape("loss_mask", loss_mask, tokens)[:, 1:].astype(jnp.float32)

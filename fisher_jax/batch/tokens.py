@@ -94,9 +94,9 @@ def weights_of(batch: Batch, lead: tuple[int, ...], dtype: Any) -> tuple[Array, 
         raise ValueError(
             f"real has one value per row, or per position of a row, shape {list(lead)}, found {list(real.shape)}"
         )
-    odd = ~jnp.all((real == 0) | (real == 1))
+    odd = jnp.any(real != real.astype(bool).astype(real.dtype))
     # Of outputs for whole rows a row counts in which anything is real.
-    real = (real != 0).reshape(*real.shape[:number], -1).any(-1).reshape(*lead[:number], *[1] * (len(lead) - number))
+    real = real.astype(bool).reshape(*real.shape[:number], -1).any(-1).reshape(*lead[:number], *[1] * (len(lead) - number))
     if batch.weights is None:
         return jnp.where(real, weights, 0), bad | rejection.reason_mask(not_real_or_not=odd)
     scored = jnp.any((weights > 0) & ~real)

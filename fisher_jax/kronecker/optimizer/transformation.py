@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array
 
 from fisher_jax._support import rejection
-from fisher_jax._support.dtypes import is_floating
+from fisher_jax._support.dtypes import is_floating, wide
 from fisher_jax._support.jax_internals import zeros
 from fisher_jax._support.placement import mesh_of
 from fisher_jax.batch import Batch
@@ -123,9 +123,14 @@ def scale_by_kfac(
         if clip is None:
             return found, new
         share = jnp.where(bad == 0, trusted(found, updates, clip), 0)
-        return jax.tree.map(lambda x: (share * x).astype(x.dtype) if is_floating(x) else x, found), new
+        return jax.tree.map(lambda x: _times(share, x) if is_floating(x) else x, found), new
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _times(share: Array, x: Array) -> Array:
+    product = wide(x)
+    return (share.astype(product.dtype) * product).astype(x.dtype)
 
 
 def _limit(kl_clip: Any, power: float) -> Any:

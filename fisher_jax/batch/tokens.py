@@ -96,7 +96,8 @@ def weights_of(batch: Batch, lead: tuple[int, ...], dtype: Any) -> tuple[Array, 
         )
     odd = jnp.any(real != real.astype(bool).astype(real.dtype))
     # Of outputs for whole rows a row counts in which anything is real.
-    real = real.astype(bool).reshape(*real.shape[:number], -1).any(-1).reshape(*lead[:number], *[1] * (len(lead) - number))
+    anything = real.astype(bool).reshape(*real.shape[:number], -1).any(-1)
+    real = anything.reshape(*lead[:number], *[1] * (len(lead) - number))
     if batch.weights is None:
         return jnp.where(real, weights, 0), bad | rejection.reason_mask(not_real_or_not=odd)
     scored = jnp.any((weights > 0) & ~real)

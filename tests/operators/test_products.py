@@ -172,8 +172,9 @@ def test_new_numbers_do_not_recompile():
             found = run(matvec, v)
             assert jax.tree.structure(found) == jax.tree.structure(v)
             if scale > 1:
-                # Making an operator looks at the shapes of the outputs once; a product traces nothing any more.
-                assert len(traces) == outside <= before + 1
+                # Making an operator looks at the shapes of the outputs once, with micro-batches also at the program
+                # of one row; a product traces nothing any more.
+                assert len(traces) == outside <= before + (3 if "microbatch_size" in options else 1)
             before = len(traces)
 
 

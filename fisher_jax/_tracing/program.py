@@ -154,7 +154,7 @@ def trace(
     check_parameters(params)
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [jax.tree_util.keystr(path) for path, _ in with_paths]
-    leaves = [_parameter(path, x) for path, (_, x) in zip(paths, with_paths, strict=True)]
+    leaves = [_array(x) for _, x in with_paths]
     flat, args_tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
     for path, x in flat:
         if not isinstance(x, _SCALARS + _ARRAYS) or (
@@ -186,16 +186,12 @@ def trace(
 
 
 def check_parameters(params: Tree) -> None:
-    """Raise for a leaf that is no array, as the functions of a whole module are."""
+    """Raise for a leaf that is no array, as the functions of a whole module are, and for a complex one."""
     for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
         if not _is_array(x):
-            raise ValueError(no_array(jax.tree_util.keystr(path), x))
-
-
-def _parameter(path: str, x: Any) -> Any:
-    x = _array(x)
-    check_not_complex(path, x)
-    return x
+            raise ValueError(no_array(name, x))
+        check_not_complex(name, x)
 
 
 def _name(path: tuple) -> str:

@@ -46,8 +46,10 @@ class Asking(NamedTuple):
     way_out: str
 
 
-def rows_alone(asking: Asking, params: Tree, inputs: Tree, values: tuple[Tree, Tree] | None = None) -> Alone:
-    """The programs of a batch and of one row, where rows do not depend on each other.
+def rows_alone(
+    asking: Asking, params: Tree, inputs: Tree, values: tuple[Tree, Tree] | None = None, number: int = 1
+) -> Alone:
+    """The programs of a batch and of one row, or a ``number`` of them, where rows do not depend on each other.
 
     Args:
         values: parameters and inputs to look at, where those to trace have none.
@@ -75,16 +77,23 @@ def rows_alone(asking: Asking, params: Tree, inputs: Tree, values: tuple[Tree, T
     if links and links[0].certain and not asking.independent:
         raise _refusal(asking, links[0])
     try:
-        row = trace(asking.apply_fn, params, (jax.tree.map(_one, inputs),), None, asking.structures, None)
+        row = trace(
+            asking.apply_fn,
+            params,
+            (jax.tree.map(functools.partial(_first, number), inputs),),
+            None,
+            asking.structures,
+            None,
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{asking.who}, and this model cannot run one row: take the number of rows from the inputs, or "
+            f"{asking.who}, and this model cannot run {_rows(number)}: take the number of rows from the inputs, or "
             f"{asking.way_out}; the model said: {error}"
         ) from error
     shape = row.structure.outputs[0].shape
-    if shape != (1, *out.shape[1:]):
+    if shape != (number, *out.shape[1:]):
         raise ValueError(
-            f"one row of the batch alone gives outputs of shape {list(shape)} where each of the {rows} rows together "
+            f"{_rows(number)} of the batch alone gives outputs of shape {list(shape)} where each of {rows} together "
             f"has {list(out.shape[1:])}: observations of rows run every row alone, so take the number of rows from "
             "the inputs, or give taps= of the whole batch"
         )
@@ -109,10 +118,10 @@ def rows_apart(asking: Asking, params: Tree, inputs: Tree) -> Program:
     return batch
 
 
-def check_apart(asking: Asking, params: Tree, inputs: Tree) -> None:
+def check_apart(asking: Asking, params: Tree, inputs: Tree, number: int = 1) -> None:
     """Raise where `rows_alone` does, on shapes without the places on a mesh that arrays have."""
     shape_of = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)))
-    rows_alone(asking, shape_of(params), shape_of(inputs), values=(params, inputs))
+    rows_alone(asking, shape_of(params), shape_of(inputs), (params, inputs), number)
 
 
 def _ask_values(asking: Asking, link: Link, params: Tree, inputs: Tree, alone: bool) -> None:
@@ -139,9 +148,13 @@ def _refusal(asking: Asking, link: Link, shown: str = "") -> ValueError:
     )
 
 
-def _one(x: Any) -> jax.ShapeDtypeStruct:
+def _first(number: int, x: Any) -> jax.ShapeDtypeStruct:
     kind = x if isinstance(x, jax.ShapeDtypeStruct) else abstract(meshes.with_all_rows(jnp.asarray(x)))
-    return stacked(unstacked(kind), 1)
+    return stacked(unstacked(kind), number)
+
+
+def _rows(number: int) -> str:
+    return "one row" if number == 1 else f"{number} rows"
 
 
 def _of_numbers(batch: Program, row: Program) -> tuple[Link, ...]:

@@ -338,7 +338,9 @@ def _operator(
     products.chunks(part, microbatch_size)
     if microbatch_size is not None and microbatch_size < part.weights.shape[0]:
         who, way_out = "microbatch_size runs some rows of the batch at a time", "leave microbatch_size out"
-        check_apart(Asking(apply_fn, Structures(), rows_independent, who, way_out), params, part.inputs)
+        check_apart(
+            Asking(apply_fn, Structures(), rows_independent, who, way_out), params, part.inputs, microbatch_size
+        )
     require_usable(bad, part.total_weight)
     if not keep_linearization:
         return Partial(products.product, operator, params, batch)

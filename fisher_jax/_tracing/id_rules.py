@@ -13,13 +13,13 @@ from fisher_jax._support.jax_internals import (
     broadcast_axes,
     contraction,
     convolution,
-    lookup,
     named_axes,
     permutation,
     slice_bounds,
     unstacked_axis,
 )
-from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, compressed, joined
+from fisher_jax._tracing import index_rules
+from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, LostError, compressed, joined, placed
 
 __all__ = [
     "Carrying",
@@ -66,10 +66,6 @@ class Carrying(NamedTuple):
 
     ids: Carried
     gone: tuple[Any, ...] = ()
-
-
-class _LostError(Exception):
-    """Ids cannot be followed; the message says why."""
 
 
 def carried_through(
@@ -136,7 +132,7 @@ def _moved(
         return one
     try:
         values = _rule(eqn.primitive.name)(eqn, operand, one.values, output, loops, constant)
-    except _LostError as error:
+    except LostError as error:
         return Lost(one.kind, eqn.primitive.name, line(eqn), str(error))
     return None if values is None else Ids(one.kind, compressed(values))
 
@@ -207,7 +203,7 @@ def _rule(name: str) -> Callable:
 
 
 def _unknown(eqn, operand, values, output, loops, constant):
-    raise _LostError("nothing is known of what it does to rows and positions")
+    raise LostError("nothing is known of what it does to rows and positions")
 
 
 def _same(eqn, operand, values, output, loops, constant):
@@ -309,21 +305,12 @@ def _rev(eqn, operand, values, output, loops, constant):
 def _concatenate(eqn, operand, values, output, loops, constant):
     axis = int(eqn.params["dimension"])
     sizes = [x.aval.shape[axis] for x in eqn.invars]
-    return _placed(values, loops + axis, sum(sizes[:operand]), sizes[operand], sum(sizes))
+    return placed(values, loops + axis, sum(sizes[:operand]), sizes[operand], sum(sizes))
 
 
 def _stack(eqn, operand, values, output, loops, constant):
     axis = loops + int(eqn.params["axis"]) % len(eqn.outvars[0].aval.shape)
-    return _placed(np.expand_dims(values, axis), axis, operand, 1, len(eqn.invars))
-
-
-def _placed(values: np.ndarray, axis: int, start: int, size: int, whole: int) -> np.ndarray:
-    """Ids of a part of an axis, and of nobody in the rest."""
-    shape = list(values.shape)
-    shape[axis] = whole
-    found = np.full(shape, NOBODY, np.int32)
-    found[(slice(None),) * axis + (slice(start, start + size),)] = values
-    return found
+    return placed(np.expand_dims(values, axis), axis, operand, 1, len(eqn.invars))
 
 
 def _joining_axes(eqn: Any) -> Sequence[int]:
@@ -375,7 +362,7 @@ def _over_a_mesh(eqn, operand, values, output, loops, constant):
         return None
     axes = [i for i in eqn.params["axes"] if isinstance(i, int)]
     if len(axes) < len(eqn.params["axes"]):
-        raise _LostError("it is over a named axis")
+        raise LostError("it is over a named axis")
     return _summed(values, axes, loops)
 
 
@@ -385,7 +372,7 @@ def _summed(values: np.ndarray, axes: Sequence[int], loops: int) -> np.ndarray |
     if all(values.shape[i] == 1 for i in gone):
         return values.squeeze(gone)
     if any(n > 1 for i, n in enumerate(values.shape) if i not in gone):
-        raise _LostError("it sums over a part of them")
+        raise LostError("it sums over a part of them")
     return None
 
 
@@ -408,14 +395,14 @@ def _product(eqn, operand, values, output, loops, constant):
 
 def _sort(eqn, operand, values, output, loops, constant):
     if values.shape[loops + eqn.params["dimension"]] > 1:
-        raise _LostError("it sorts them")
+        raise LostError("it sorts them")
     return values
 
 
 def _top_k(eqn, operand, values, output, loops, constant):
     axis = eqn.params.get("axis", -1) % len(eqn.invars[0].aval.shape)
     if values.shape[loops + axis] > 1:
-        raise _LostError("it sorts them")
+        raise LostError("it sorts them")
     return values
 
 
@@ -426,7 +413,7 @@ def _of_last_axes(number: Callable[[Any], int]) -> Callable:
         ndim, mixed = len(eqn.invars[operand].aval.shape), number(eqn)
         lead = loops + ndim - mixed
         if any(n > 1 for n in values.shape[lead:]):
-            raise _LostError("it mixes them")
+            raise LostError("it mixes them")
         more = len(eqn.outvars[output].aval.shape) - (ndim - mixed)
         return values.reshape(*values.shape[:lead], *(1,) * more)
 
@@ -436,13 +423,13 @@ def _of_last_axes(number: Callable[[Any], int]) -> Callable:
 def _convolve(eqn, operand, values, output, loops, constant):
     conv = convolution(eqn.params)
     if operand or conv.batch_groups != 1:
-        raise _LostError("it mixes them")
+        raise LostError("it mixes them")
     batch, channels, *space = (values.shape[loops + i] for i in conv.inputs)
     if max([1, *space]) > 1:
-        raise _LostError("it is a convolution over them")
+        raise LostError("it is a convolution over them")
     if channels > 1:
         if batch > 1 or any(n > 1 for n in values.shape[:loops]):
-            raise _LostError("it sums over a part of them")
+            raise LostError("it sums over a part of them")
         return None
     shape = [1] * len(conv.outputs)
     shape[conv.outputs[0]] = batch
@@ -454,130 +441,12 @@ def _window(eqn, operand, values, output, loops, constant):
         return None
     sizes = eqn.params["window_dimensions"]
     if any(n > 1 and size > 1 for n, size in zip(values.shape[loops:], sizes, strict=True)):
-        raise _LostError("its windows hold several of them")
+        raise LostError("its windows hold several of them")
     strides, padding = eqn.params["window_strides"], eqn.params["padding"]
     for n, stride, pad in zip(values.shape[loops:], strides, padding, strict=True):
         if n > 1 and (stride != 1 or tuple(pad) != (0, 0)):
-            raise _LostError("its windows leave out some of them")
+            raise LostError("its windows leave out some of them")
     return values
-
-
-def _dynamic_slice(eqn, operand, values, output, loops, constant):
-    if operand:
-        return None
-    sizes = eqn.outvars[0].aval.shape
-    for i, (size, n) in enumerate(zip(sizes, eqn.invars[0].aval.shape, strict=True)):
-        if values.shape[loops + i] > 1 and size != n:
-            start = constant(1 + i)
-            if start is None:
-                raise _LostError("data say which of them are taken")
-            first = int(np.clip(start, 0, n - size))
-            values = values.take(range(first, first + size), loops + i)
-    return values
-
-
-def _dynamic_update_slice(eqn, operand, values, output, loops, constant):
-    if operand > 1:
-        return None
-    whole, part = (x.aval.shape for x in eqn.invars[:2])
-    cut = [i for i, (m, n) in enumerate(zip(whole, part, strict=True)) if m != n]
-    varying = {i for i in cut if values.shape[loops + i] > 1}
-    starts = {i: constant(2 + i) for i in (varying if operand == 0 else cut)}
-    if any(starts[i] is None for i in varying) or (operand == 0 and varying and len(cut) > 1):
-        raise _LostError("it replaces some of them")
-    for i, start in starts.items():
-        if start is None:
-            continue
-        first = int(np.clip(start, 0, whole[i] - part[i]))
-        if operand == 1:
-            values = _placed(values, loops + i, first, part[i], whole[i])
-        else:
-            values = values.copy()
-            values[(slice(None),) * (loops + i) + (slice(first, first + part[i]),)] = NOBODY
-    return values
-
-
-def _scatter(eqn, operand, values, output, loops, constant):
-    if operand:
-        raise _LostError("it writes into some of them")
-    return values
-
-
-def _gather(eqn, operand, values, output, loops, constant):
-    picked = lookup(eqn.params, eqn.invars[0].aval.shape)
-    ndim = len(eqn.outvars[0].aval.shape)
-    outer = [i for i in range(ndim) if i not in picked.offset]
-    if operand == 1:
-        shape = [1] * ndim
-        for axis, n in zip(outer, values.shape[loops:-1], strict=True):
-            shape[axis] = n
-        if values.shape[-1] > 1:
-            raise _LostError("indices along one axis belong to different ones")
-        return values.reshape(*values.shape[:loops], *shape)
-    own = values.shape[loops:]
-    if any(own[i] > 1 for i in picked.axes):
-        return _gathered(eqn, values, picked, outer, loops, constant)
-    shape = [1] * ndim
-    slices = [i for i in range(len(own)) if i not in (*picked.collapsed, *picked.batching)]
-    to = dict(zip(slices, picked.offset, strict=True))
-    to |= {i: outer[j] for i, j in zip(picked.batching, picked.index_batching, strict=True)}
-    for i, n in enumerate(own):
-        if n > 1 and i in to:
-            shape[to[i]] = n
-    order = sorted((i for i in range(len(own)) if own[i] > 1 and i in to), key=to.__getitem__)
-    rest = [i for i in range(len(own)) if i not in order]
-    moved = values.transpose([*range(loops), *(loops + i for i in (*order, *rest))])
-    return moved.reshape(*values.shape[:loops], *shape)
-
-
-def _gathered(eqn, values, picked, outer, loops, constant):
-    """A gather with indices that are constant where it matters, on the ids themselves."""
-    index = constant(1)
-    if index is None:
-        index = _index_of_axes(eqn, values.shape[loops:], picked, constant)
-    if any(n > 1 for n in values.shape[:loops]):
-        raise _LostError("it takes some of them inside of a loop over them")
-    operand = eqn.invars[0].aval.shape
-    own = values.reshape(values.shape[loops:])
-    lead = index.shape[:-1]
-    vectors = index.reshape(-1, index.shape[-1]).astype(np.int64)
-    batch = np.indices(lead).reshape(len(lead), -1)
-    sizes = [1 if own.shape[i] == 1 else n for i, n in enumerate(picked.sizes)]
-    inside = np.ones(len(vectors), bool)
-    places = []
-    for axis, size in enumerate(sizes):
-        start = np.zeros(len(vectors), np.int64)
-        if axis in picked.axes:
-            start = vectors[:, picked.axes.index(axis)]
-            last = operand[axis] - picked.sizes[axis]
-            if not picked.clips:
-                inside &= (start >= 0) & (start <= last)
-            start = np.clip(start, 0, last)
-        elif axis in picked.batching:
-            start = batch[picked.index_batching[picked.batching.index(axis)]]
-        if own.shape[axis] == 1:
-            start = np.zeros_like(start)
-        step = np.arange(size).reshape([-1 if i == axis else 1 for i in range(len(sizes))])
-        places.append(start.reshape(-1, *(1,) * len(sizes)) + step)
-    found = own[tuple(np.broadcast_arrays(*places))]
-    found = np.where(inside.reshape(-1, *(1,) * len(sizes)), found, NOBODY)
-    gone = tuple(1 + i for i in (*picked.collapsed, *picked.batching))
-    found = found.squeeze(gone).reshape(*lead, *(n for i, n in enumerate(sizes) if 1 + i not in gone))
-    found = np.moveaxis(found, range(found.ndim), (*outer, *picked.offset))
-    return found.reshape(*values.shape[:loops], *found.shape)
-
-
-def _index_of_axes(eqn, own, picked, constant):
-    """Constant indices into the axes that the ids vary over, and 0 into the others."""
-    shape = eqn.invars[1].aval.shape
-    index = np.zeros(shape, np.int64)
-    for part, axis in enumerate(picked.axes):
-        if own[axis] > 1:
-            known = constant(1, part)
-            if known is None:
-                raise _LostError("data say which of them are taken")
-            index[..., part] = known
-    return index
 
 
 def _drawn(eqn, operand, values, output, loops, constant):
@@ -585,7 +454,7 @@ def _drawn(eqn, operand, values, output, loops, constant):
     before, after = (len(x.aval.shape) for x in (eqn.invars[operand], eqn.outvars[output]))
     own = values.shape[loops:]
     if any(n > 1 for n in own[after:]):
-        raise _LostError("it mixes them")
+        raise LostError("it mixes them")
     return values.reshape(*values.shape[:loops], *own[:after], *(1,) * (after - min(before, after)))
 
 
@@ -610,12 +479,12 @@ _RULES: dict[str, Callable] = {
     "reduce_window_max": _window,
     "reduce_window_sum": _window,
     "reduce_window_min": _window,
-    "dynamic_slice": _dynamic_slice,
-    "dynamic_update_slice": _dynamic_update_slice,
-    "gather": _gather,
-    "scatter": _scatter,
-    "scatter-add": _scatter,
-    "scatter_add": _scatter,
+    "dynamic_slice": index_rules.dynamic_slice,
+    "dynamic_update_slice": index_rules.dynamic_update_slice,
+    "gather": index_rules.gather,
+    "scatter": index_rules.scatter,
+    "scatter-add": index_rules.scatter,
+    "scatter_add": index_rules.scatter,
     **dict.fromkeys(("pmax", "pmin", "psum", "psum_invariant"), _over_a_mesh),
     "fft": _of_last_axes(lambda eqn: len(eqn.params["fft_lengths"])),
     **dict.fromkeys(("cholesky", "eigh", "householder_product", "lu", "qr", "svd"), _of_last_axes(lambda eqn: 2)),

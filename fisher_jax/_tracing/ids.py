@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["NOBODY", "Carried", "Ids", "Link", "Lost", "along", "compressed", "joined"]
+__all__ = ["NOBODY", "Carried", "Ids", "Link", "Lost", "LostError", "along", "compressed", "joined", "placed"]
 
 # Of an entry that belongs to no row: it agrees with any.
 NOBODY = -1
@@ -81,6 +81,19 @@ class Link:
     def __str__(self) -> str:
         place = f" at {self.where}" if self.where else ""
         return f"{self.operation}{place} {self.reason}"
+
+
+class LostError(Exception):
+    """Ids cannot be followed; the message says why."""
+
+
+def placed(values: np.ndarray, axis: int, start: int, size: int, whole: int) -> np.ndarray:
+    """Ids of a part of an axis, and of nobody in the rest."""
+    shape = list(values.shape)
+    shape[axis] = whole
+    found = np.full(shape, NOBODY, np.int32)
+    found[(slice(None),) * axis + (slice(start, start + size),)] = values
+    return found
 
 
 def along(kind: Any, values: np.ndarray, axes: Sequence[int], ndim: int, loops: int = 0) -> Ids:

@@ -38,6 +38,8 @@ from ._support.rejection import check as check
 from .uses.reading import mean as mean, standard_error as standard_error, interval as interval
 from .uses.group_sums import per_parameter as per_parameter
 
+from .cli.report.any_model import report as report
+
 # Capture
 from ._tracing.taps import (
     capture as capture,

@@ -24,7 +24,7 @@ _WAY_OUT = "use fj.lm_head.estimator(hidden_fn, head_fn), which is told hidden s
 
 
 def head_of(structure: Structure) -> Head:
-    """The head of a model whose outputs are ``soft_cap * tanh((hidden @ head.T + bias) / soft_cap)``.
+    """The head of a model whose outputs are ``soft_cap * tanh(scale * (hidden @ head.T + bias) / soft_cap)``.
 
     Raises:
         ValueError: outputs that come from anything else.
@@ -33,7 +33,7 @@ def head_of(structure: Structure) -> Head:
     if head is None or head.other is not None:
         found = structure.headless if head is None else head.other
         raise ValueError(
-            "estimator='head' follows the outputs back to hidden @ head (+ bias, capped by c * tanh(z / c)) and "
+            "estimator='head' follows the outputs back to s * (hidden @ head + bias), capped by c * tanh(z / c), and "
             f"found {found}; {_WAY_OUT}"
         )
     if head.use.kind != "dense" or any(head.use.operand.shape[i] != 1 for i in operand_axes(head.use)[0]):
@@ -43,7 +43,10 @@ def head_of(structure: Structure) -> Head:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """``outputs = hidden [..., H] @ head [V, H].T + bias [V]``, with ``head = factor * leaf + constant``."""
+    """``outputs = hidden [..., H] @ head [V, H].T + bias [V]``, with ``head = factor * leaf + constant``.
+
+    A scale of the outputs is in the hidden states and the bias.
+    """
 
     hidden: Array
     head: Array
@@ -69,6 +72,8 @@ def parts(program: Program) -> Parts:
     if bias is not None and bias.size != out.shape[-1]:
         raise ValueError(f"the bias of the outputs has shape {list(bias.shape)}, not [{out.shape[-1]}]; {_WAY_OUT}")
     flat = None if bias is None else bias.reshape(-1)
+    if head.scale != 1:
+        tokens, flat = head.scale * tokens, None if flat is None else head.scale * flat
     return Parts(tokens.reshape(*out.shape[:-1], width), matrix, flat, head.use.factor)
 
 

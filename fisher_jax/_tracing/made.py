@@ -1,6 +1,7 @@
 """The product of a parameter that an array comes from, entry by entry."""
 
 import dataclasses
+import math
 
 from fisher_jax._tracing.ids import Ids
 from fisher_jax._tracing.uses import Data, Use
@@ -20,8 +21,8 @@ class Made:
         loops: number of axes before those of its output, for the iterations of loops that it is in.
         bias: leaf of the bias that was added to it.
         after: whether anything but a bias followed.
-        cap: how far ``c * tanh(z / c)`` has come, and ``c``.
-        other: an operation that followed and is no part of a soft cap.
+        scale, cap: it became ``cap * tanh(scale * z / cap)``, or ``scale * z`` where ``cap`` is ``None``.
+        other: an operation that followed and is no part of these.
     """
 
     leaf: int
@@ -31,7 +32,8 @@ class Made:
     met: int
     bias: int | None = None
     after: bool = False
-    cap: tuple[str, float] | None = None
+    scale: float = 1.0
+    cap: float | None = None
     other: str | None = None
     loops: int = 0
 
@@ -42,14 +44,14 @@ class Made:
 
 
 def followed(made: Made, name: str, others: list, index: int) -> Made:
-    """A product after one more elementwise operation; what a soft cap is made of is recognised."""
-    stage, cap = made.cap or ("", 0.0)
+    """A product after one more elementwise operation; a scale and what a soft cap is made of are recognised."""
     number = float(others[0]) if len(others) == 1 and not isinstance(others[0], Data) else None
     if made.other is None:
-        if not made.after and number and (name == "mul" or (name == "div" and index == 0)):
-            return dataclasses.replace(made, after=True, cap=("scaled", number if name == "div" else 1 / number))
-        if stage == "scaled" and name == "tanh":
-            return dataclasses.replace(made, cap=("bounded", cap))
-        if stage == "bounded" and name == "mul" and number and abs(cap / number - 1) < 1e-6:
-            return dataclasses.replace(made, cap=("capped", number))
+        # A cap is symmetric, so the sign of a number is one of the scale.
+        if number and math.isfinite(number) and (name == "mul" or (name == "div" and index == 0)):
+            factor = number if name == "mul" else 1 / number
+            cap = None if made.cap is None else made.cap * abs(factor)
+            return dataclasses.replace(made, after=True, scale=made.scale * factor, cap=cap)
+        if made.cap is None and name == "tanh":
+            return dataclasses.replace(made, after=True, cap=1.0)
     return dataclasses.replace(made, after=True, other=made.other or name)

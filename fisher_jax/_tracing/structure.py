@@ -37,15 +37,16 @@ class Head:
         tokens: for every token of the outputs, ravelled, its token of the product (iterations of loops first), int32;
             ``None``: the same order.
         bias: leaf of the bias of the outputs.
-        soft_cap: ``c`` of ``c * tanh(z / c)``.
+        scale, soft_cap: the outputs are ``c * tanh(s * z / c)`` of ``z = hidden @ head.T + bias``, or ``s * z``.
         is_last: whether nothing but a bias follows the product.
-        other: an operation that follows and is neither bias nor soft cap.
+        other: an operation that follows and is neither bias, scale nor soft cap.
     """
 
     leaf: int
     use: Use
     tokens: np.ndarray | None
     bias: int | None
+    scale: float
     soft_cap: float | None
     is_last: bool
     other: str | None
@@ -326,11 +327,9 @@ def _head(outputs: Data) -> Head | None:
     if len(np.unique(found)) != found.size:
         return None
     in_order = np.array_equal(found, np.arange(_product(sizes[i] for i in tokens)))
-    stage, cap = made.cap or ("", None)
-    other = made.other or ("a product by a number that is no soft cap" if stage in ("scaled", "bounded") else None)
     return Head(
-        made.leaf, made.use, None if in_order else found.astype(np.int32), made.bias,
-        cap if stage == "capped" else None, not made.after, other,
+        made.leaf, made.use, None if in_order else found.astype(np.int32), made.bias, made.scale, made.cap,
+        not made.after, made.other,
     )  # fmt: skip
 
 

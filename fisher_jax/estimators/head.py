@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from fisher_jax._support import meshes, rejection
 from fisher_jax._support.dtypes import wide_dtype
 from fisher_jax._tracing.axes import in_leaf_order
 from fisher_jax._tracing.dense import matrices, operand_axes
-from fisher_jax._tracing.head import head_of, parts
+from fisher_jax._tracing.head import Parts, head_of, parts
 from fisher_jax._tracing.program import Program, Tap, check_parameters, trace
 from fisher_jax._tracing.reading import read
 from fisher_jax._tracing.structure import Head, Structures
@@ -29,7 +29,7 @@ from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.estimator import FisherEstimator
 from fisher_jax.welford.moments import Moments, map_values, reject_if
 
-__all__ = ["HeadProblem", "head_estimator", "head_groups"]
+__all__ = ["HeadProblem", "Met", "head_estimator", "head_groups", "met_by_head", "of_leaf"]
 
 Tree = Any
 
@@ -86,7 +86,7 @@ def head_estimator(problem: HeadProblem, example: Batch | None) -> FisherEstimat
         return welford.add(state, observe(params, batch, key, **given))
 
     def group_sizes(params):
-        found = head_of(_program(problem, params, known().inputs).structure)
+        found = head_of(_program(problem.apply_fn, problem.structures, params, known().inputs).structure)
         shapes = jax.eval_shape(lambda p, b: _sums(problem, p, b).mean, params, known())
         sizes = {k: jnp.full(x.shape, _group_size(problem.groups[k], found), jnp.float32) for k, x in shapes.items()}
         return _placed(problem, params, found, sizes)
@@ -94,8 +94,8 @@ def head_estimator(problem: HeadProblem, example: Batch | None) -> FisherEstimat
     return FisherEstimator(init, observe, update, welford.add, group_sizes)
 
 
-def _program(problem: HeadProblem, params: Tree, inputs: Any) -> Program:
-    found = trace(problem.apply_fn, params, (inputs,), None, problem.structures, None)
+def _program(apply_fn: Callable, structures: Structures, params: Tree, inputs: Any) -> Program:
+    found = trace(apply_fn, params, (inputs,), None, structures, None)
     check_outputs(found.shape)
     return found
 
@@ -107,20 +107,57 @@ def _group_size(group: str, found: Head) -> int:
 
 
 def _closed(problem: HeadProblem, params: Tree, batch: Batch) -> Moments:
-    found = head_of(_program(problem, params, batch.inputs).structure)
+    found = head_of(_program(problem.apply_fn, problem.structures, params, batch.inputs).structure)
     return map_values(_sums(problem, params, batch), lambda x: _placed(problem, params, found, x))
+
+
+class Met(NamedTuple):
+    """What the head of a model meets in a batch.
+
+    Attributes:
+        weights: of the tokens; bool where the batch says nothing of them but what is real, ``None`` where nothing.
+        bad: why the batch cannot be used.
+        tied: the leaf of the head is used elsewhere too.
+    """
+
+    head: Parts
+    soft_cap: float | None
+    weights: Array | None
+    bad: Array
+    tied: bool
+
+
+def met_by_head(
+    apply_fn: Callable, structures: Structures, params: Tree, batch: Batch, labels_matter: bool = True
+) -> Met:
+    """The head of a model whose outputs are ``soft_cap * tanh((hidden @ head.T + bias) / soft_cap)``, in a batch.
+
+    A scale of the outputs is in its hidden states and its bias.
+
+    Raises:
+        ValueError: outputs that come from anything else.
+    """
+    program = _program(apply_fn, structures, params, batch.inputs)
+    tokens, bad, _ = read(categorical, apply_fn, params, batch, labels_matter)
+    found = head_of(program.structure)
+    # Weights of which the batch says nothing are 0 or 1.
+    weights = batch.weights if batch.real is None else tokens.weights > 0 if batch.weights is None else tokens.weights
+    tied = len(program.structure.uses(found.leaf)) > 1
+    return Met(parts(program.on(tokens.inputs)), found.soft_cap, weights, bad, tied)
+
+
+def of_leaf(moments: Moments, factor: float) -> Moments:
+    """From moments of ``head = factor * leaf`` to those of the leaf."""
+    return map_values(_beside({None: moments}, moments.scale, factor**2), lambda x: x[None])
 
 
 def _sums(problem: HeadProblem, params: Tree, batch: Batch) -> Moments:
     """Moments of the head ``[V, H]``, a dict by group."""
-    program = _program(problem, params, batch.inputs)
-    tokens, bad, _ = read(categorical, problem.apply_fn, params, batch, problem.kind == "empirical")
-    head, soft_cap = parts(program.on(tokens.inputs)), head_of(program.structure).soft_cap
-    # Weights of which the batch says nothing are 0 or 1.
-    weights = batch.weights if batch.real is None else tokens.weights > 0 if batch.weights is None else tokens.weights
+    empirical = problem.kind == "empirical"
+    head, soft_cap, weights, bad, _ = met_by_head(problem.apply_fn, problem.structures, params, batch, empirical)
     found = _beside({
         name: lm_head.moments(
-            head.hidden, head.head, batch.targets if problem.kind == "empirical" else None, weights,
+            head.hidden, head.head, batch.targets if empirical else None, weights,
             groups=group, kind=problem.kind, unit=problem.unit,
             units=batch.units if problem.unit == "document" else None, bias=head.bias, soft_cap=soft_cap,
             temperature=problem.temperature, chunk_size=problem.chunk_size,
@@ -164,7 +201,7 @@ def _from_taps(problem: HeadProblem, params: Tree, batch: Batch, taps: list[Tap]
     """From ``d loss / d logits`` of a training step: a token's score is that times ``scale / w_t``."""
     if problem.kind != "empirical" or problem.unit == "token":
         raise ValueError("taps of a training step give the empirical Fisher by sequence, document or batch")
-    structure = _program(problem, params, batch.inputs).structure
+    structure = _program(problem.apply_fn, problem.structures, params, batch.inputs).structure
     found = head_of(structure)
     tap = _head_tap(found, params, taps)
     hidden, cotangents = (x[0] for x in matrices(tap.use, tap.inputs or (), jnp.asarray(tap.cotangents)))

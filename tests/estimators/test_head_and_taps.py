@@ -92,6 +92,27 @@ def capped(params, inputs):
     return (3 * jnp.tanh(logits / 3)).astype(jnp.float64)
 
 
+@pytest.mark.parametrize("scales", [(0.7,), (-2.0,), (0.5, 3.0), (1.5, None), (1.5, None, 2.0), (1.5, None, -2.0)])
+def test_head_behind_scales_and_caps_of_every_order(scales):
+    """A number multiplies or divides; ``None`` is tanh."""
+
+    def scaled(params, inputs):
+        logits = jnp.tanh(params["embed"][inputs]) @ params["head"].T + params["bias"][None, None, :]
+        for i, scale in enumerate(scales):
+            logits = jnp.tanh(logits) if scale is None else logits / scale if i % 2 else logits * scale
+        return logits
+
+    with jax.enable_x64(True):
+        params, batch = problem()
+        params = {"embed": params["embed"], "head": params["embed"] * 3, "bias": jnp.linspace(-1.0, 1.0, V)}
+        options = {"groups": "row", "example": batch}
+        found = jax.jit(fj.group_fisher(scaled, estimator="head", **options).observe)(params, batch)
+        wanted = jax.jit(fj.group_fisher(scaled, estimator="exact", unit="sequence", **options).observe)(
+            params, batch
+        )
+        assert_close(fj.welford.mean(found)["head"], fj.welford.mean(wanted)["head"], 1e-9)
+
+
 def test_head_behind_casts_reshapes_a_transpose_and_a_soft_cap():
     with jax.enable_x64(True):
         _, batch = problem()

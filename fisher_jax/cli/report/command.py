@@ -79,18 +79,23 @@ def _measure_and_write(
         model_name=model.name,
         text_names=list(settings.text),
     )
+    tokens = _tokens(model)
     progress = store.begin(settings.task, fresh, overwrite=settings.overwrite)
     state = store.restore()[settings.task] if progress.batches_done else None
     if settings.overwrite and settings.task in store.runs:
-        ReportFolder(settings, model, store, store.restore(), tools).drop()
+        ReportFolder(settings, tokens, model, store, store.restore(), tools).drop()
     reading = Reading(settings, model, packed, tools)
     arrays = _stream(console, reading, store, progress, state)
-    folder = ReportFolder(settings, model, store, {**store.restore(), settings.task: arrays}, tools)
+    folder = ReportFolder(settings, tokens, model, store, {**store.restore(), settings.task: arrays}, tools)
     found = folder.part() or _findings(console, reading, progress, arrays)
     if not folder.is_current():
         with console.stage("report", "pictures and tables"):
             folder.write(found if isinstance(found, Findings) else None)
     return found
+
+
+def _tokens(model: LanguageModel) -> list[str]:
+    return [model.tokenizer.token_text(i) for i in range(model.config.vocab_size)]
 
 
 def _after_interrupt(store: ReportStore | None, settings: ReportSettings) -> str:
@@ -166,9 +171,12 @@ def _findings(
     return Findings(
         settings=settings,
         model_name=model.name,
+        dtype=settings.dtype,
+        text=describe_sources(settings.text),
+        choice=packed.choice,
+        held_out=_held_out(packed, pruning),
         tied=model.config.tied,
-        tokens=[model.tokenizer.token_text(i) for i in range(model.config.vocab_size)],
-        packed=packed,
+        tokens=_tokens(model),
         main=main,
         other=other,
         loss=progress.log_loss / max(progress.tokens, 1),
@@ -179,6 +187,14 @@ def _findings(
         timings=console.seconds,
         rate=progress.tokens / max(progress.seconds, 1e-9),
     )
+
+
+def _held_out(packed: Packed, pruning: PruningResult | None) -> str:
+    if pruning is None:
+        return ""
+    if packed.whole_documents_held_out:
+        return f"{pruning.num_tokens:,} tokens of {pruning.num_documents} documents that were not used above"
+    return f"the last {pruning.num_tokens:,} tokens, which were not used above but stand next to them"
 
 
 def _prune(reading: Reading, arrays: dict[str, Any], by_entry: np.ndarray | None) -> PruningResult:

@@ -10,7 +10,6 @@ from fisher_jax.cli.report.importance import Importance
 from fisher_jax.cli.report.layers import MODEL, Layers
 from fisher_jax.cli.report.pruning import Curve, PruningResult
 from fisher_jax.cli.report.settings import ReportSettings
-from fisher_jax.text.packing import Packed
 
 
 @dataclass
@@ -21,7 +20,10 @@ class Findings:
     model_name: str
     tied: bool
     tokens: list[str]  # by id, as they are in the text
-    packed: Packed
+    dtype: str
+    text: str  # where it comes from
+    choice: str  # of the tokens, in a sentence
+    held_out: str  # what pruning was measured on
     main: Importance
     other: Importance
     loss: float

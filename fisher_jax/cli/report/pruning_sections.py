@@ -15,7 +15,7 @@ def pruning_blocks(found: Findings) -> list[Sketch]:
     """Both curves in pictures and tables, or a sentence saying that they were not measured."""
     result = found.pruning
     if result is None:
-        return [Heading("Pruning"), Paragraph("Not measured: no tokens were held out (--held-out-tokens 0).")]
+        return [Heading("Pruning"), Paragraph("Not measured: no tokens were held out.")]
     return [
         Heading("What pruning costs"),
         Paragraph(_how(found, result)),
@@ -43,16 +43,11 @@ def pruning_blocks(found: Findings) -> list[Sketch]:
 
 
 def _how(found: Findings, result: PruningResult) -> str:
-    whose = (
-        f"{result.num_tokens:,} tokens of {result.num_documents} documents that were not used above"
-        if found.packed.whole_documents_held_out
-        else f"the last {result.num_tokens:,} tokens, which were not used above but stand next to them"
-    )
     saliency = (
         "Saliency is ½ Σ F·w² over the entries of the row."
         if found.by_column is not None
         else "Saliency is ½·F·|w|²/D for a row of D columns, which takes its information as spread evenly over "
-        "them; --groups param measures it entry by entry."
+        "them; the command measures it entry by entry with --groups param."
     )
     bands = (
         "Bands are ±1.96 standard errors of the change in loss, over documents; for random, over repetitions."
@@ -61,7 +56,7 @@ def _how(found: Findings, result: PruningResult) -> str:
     )
     return (
         "Rows of the head are pruned in the head's use only, least important first, and the loss is measured on "
-        f"{whose}. {saliency} Equal scores (such as a frequency of 0) are put in random order, seed "
+        f"{found.held_out}. {saliency} Equal scores (such as a frequency of 0) are put in random order, seed "
         f"{found.settings.seed}. {bands}"
     )
 

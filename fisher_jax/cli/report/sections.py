@@ -10,7 +10,6 @@ from fisher_jax.cli.report.findings import Findings
 from fisher_jax.cli.report.layer_sections import layer_blocks
 from fisher_jax.cli.report.pruning_sections import pruning_blocks
 from fisher_jax.cli.run.progress import duration
-from fisher_jax.text.corpora import describe_sources
 
 KIND_NAMES = {"empirical": "empirical Fisher", "true": "exact true Fisher"}
 FREQUENT = 20
@@ -20,11 +19,11 @@ _UNITS = {
     "intervals that treat them as independent are far too narrow. They answer: how different could this number "
     "be, had other documents of the same kind been read?",
     "sequence": "Intervals take rows of text as independent. Rows of one document are not, so these intervals "
-    "are too narrow for conclusions about other documents; --unit document is the honest choice.",
+    "are too narrow for conclusions about other documents; whole documents as units are the honest choice.",
     "token": "Intervals take single tokens as independent. They are not, so these intervals are far too narrow "
-    "for conclusions about other documents; --unit document is the honest choice.",
+    "for conclusions about other documents; whole documents as units are the honest choice.",
     "batch": "Intervals take batches as independent. Neighbouring batches share documents, so these intervals "
-    "are too narrow for conclusions about other documents; --unit document is the honest choice.",
+    "are too narrow for conclusions about other documents; whole documents as units are the honest choice.",
 }
 
 
@@ -123,9 +122,9 @@ def _method(found: Findings) -> list[Sketch]:
     s = found.settings
     passes = "forward pass" if found.layers is None else "two forward passes, one backward pass"
     rows = [
-        ["model", f"{found.model_name}, {s.dtype}"],
-        ["text", f"{describe_sources(s.text)}; task {s.task}"],
-        ["tokens", found.packed.choice],
+        ["model", f"{found.model_name}, {found.dtype}"],
+        ["text", f"{found.text}; task {s.task}"],
+        ["tokens", found.choice],
         ["rows", f"{s.row_length} tokens each, {s.batch_size} in a batch; a row sees nothing before it"],
         ["loss", f"{found.loss:.3f} nats per token, perplexity {_perplexity(found.loss)}"],
         ["observations", found.units],
@@ -144,8 +143,8 @@ def _reading(found: Findings) -> list[Sketch]:
     if not found.main.has_intervals:
         parts.append(
             Paragraph(
-                f"There is only one {s.unit} here, so there are no intervals. Give more documents, or "
-                "--split-documents blank-line, or --unit sequence."
+                f"There is only one {s.unit} here, so there are no intervals. Give more documents (the command's "
+                "--split-documents blank-line makes them of paragraphs), or take sequences as units."
             )
         )
     parts.append(

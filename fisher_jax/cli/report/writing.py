@@ -22,7 +22,8 @@ class ReportFolder(NamedTuple):
     """All that the page and the tables are made from."""
 
     settings: ReportSettings
-    model: LanguageModel
+    tokens: list[str]  # by id, as they are in the text
+    model: LanguageModel | None  # None: layers are not told of
     store: ReportStore
     states: dict[str, dict[str, Any]]  # of every task
     tools: Tools
@@ -30,10 +31,6 @@ class ReportFolder(NamedTuple):
     @property
     def parts(self) -> PartStore:
         return PartStore(self.settings.out, self.store.runs)
-
-    @property
-    def tokens(self) -> list[str]:
-        return [self.model.tokenizer.token_text(i) for i in range(self.model.config.vocab_size)]
 
     def part(self) -> Part | None:
         """That of the task at hand, if it was made from its state and with the settings of this call."""
@@ -92,10 +89,10 @@ class ReportFolder(NamedTuple):
         both = (layers[0], layers[1]) if layers[0] is not None and layers[1] is not None else None
         comparison = compare(task, here, other, there)
         vocabulary = [readable(token) for token in self.tokens]
-        return Pair(comparison, here, there, vocabulary, both, columns(self.model.config))
+        return Pair(comparison, here, there, vocabulary, both, columns(self.model.config) if self.model else [])
 
     def _layers(self, task: str, level: float) -> Layers | None:
-        if "layers" not in self.states[task]:
+        if self.model is None or "layers" not in self.states[task]:
             return None
         settings = layer_settings(self.store.runs[task], level)
         return read_layers(self.states[task]["layers"], self.model, settings)

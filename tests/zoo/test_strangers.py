@@ -79,6 +79,19 @@ def test_exact_is_a_loop_of_gradients(name):
         close(x, np.tensordot(weights, s**2, 1) / weights.sum(), 1e-4)
 
 
+def tied_block(apply_fn, params, batch, gradient):
+    """Of a table that looks up the token and is the head: the head's gradients squared, and the trace of those of the
+    lookup spread evenly over the columns of its row. No cross terms."""
+    logits = np.asarray(apply_fn(params, batch.inputs), np.float64).ravel()
+    of_logits = np.eye(logits.size)[int(batch.targets.item())] - np.exp(logits) / np.exp(logits).sum()
+    gradient, looked_up = gradient.reshape(logits.size, -1), int(batch.inputs.item())
+    other = (looked_up + 1) % logits.size
+    head = np.outer(of_logits, gradient[other] / of_logits[other])
+    rows = np.zeros(logits.size)
+    rows[looked_up] = np.square(gradient[looked_up] - head[looked_up]).mean()
+    return np.outer(head, head) + np.diag(np.repeat(rows, gradient.shape[1]))
+
+
 @pytest.mark.parametrize("name", STRANGERS)
 def test_kfac_is_a_dense_inverse(name):
     """One row of one position: the block of a kernel and its bias is the square of their gradient."""
@@ -98,8 +111,11 @@ def test_kfac_is_a_dense_inverse(name):
     for block in factors.plan:
         leaves = [block.leaf] if block.bias is None else [block.leaf, block.bias]
         s, v = (np.concatenate([x[i].ravel() for i in leaves]) for x in ([x[0] for x in each], given))
-        kernel = block.kind != "diagonal"
-        wanted = np.linalg.solve(np.outer(s, s) + DAMPING * np.eye(s.size), v) if kernel else v / (s**2 + DAMPING)
+        if block.kind == "diagonal":
+            wanted = v / (s**2 + DAMPING)
+        else:
+            matrix = tied_block(apply_fn, params, one, s) if block.kind == "tied" else np.outer(s, s)
+            wanted = np.linalg.solve(matrix + DAMPING * np.eye(s.size), v)
         close(np.concatenate([found[i].ravel() for i in leaves]), wanted, 1e-3)
 
 

@@ -25,10 +25,10 @@ def read_llama(read: Settings, tied: bool) -> DecoderConfig:
     )
 
 
-def llama_switches(read: Settings, size: dict[str, Any]) -> dict[str, Any]:
-    """What Llama, Mistral and Qwen have in common."""
+def llama_switches(read: Settings, size: dict[str, Any], *, base: float = 10_000.0) -> dict[str, Any]:
+    """What Llama and its closest kin have in common; ``base`` is that of rotary positions where none is said."""
     read.must("hidden_act", "silu")
-    return {"norm_eps": epsilon(read), **rotary(read, size["head_size"], size["max_positions"])}
+    return {"norm_eps": epsilon(read), **rotary(read, size["head_size"], size["max_positions"], base=base)}
 
 
 def write_switches(config: DecoderConfig) -> dict[str, Any]:

@@ -2,24 +2,21 @@
 
 from typing import Any
 
-from fisher_jax.models.checked_settings import MOST_INDEX, Settings
+from fisher_jax.models.checked_settings import Settings
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.families.family import Family
 from fisher_jax.models.families.layout import LLAMA_NAMES, Layout
 from fisher_jax.models.families.llama import llama_switches, write_switches
-from fisher_jax.models.families.reading import sizes, windows
+from fisher_jax.models.families.reading import sizes, window, windows
 
 __all__ = ["MISTRAL"]
 
 
 def read_mistral(read: Settings, tied: bool) -> DecoderConfig:
     size = sizes(read, num_kv_heads=8)
-    default = None if "sliding_window" in read.values else 4096  # a window of null is none
-    window = read.integer("sliding_window", 1, MOST_INDEX, default)
     everywhere = (True,) * size["num_layers"]
-    return DecoderConfig(
-        **size, **llama_switches(read, size), **windows(window, everywhere, size["max_positions"]), tied=tied
-    )
+    local = windows(window(read, 4096), everywhere, size["max_positions"])
+    return DecoderConfig(**size, **llama_switches(read, size), **local, tied=tied)
 
 
 def write_mistral(config: DecoderConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.families.family import Family
 from fisher_jax.models.families.layout import LLAMA_NAMES, Layout
 from fisher_jax.models.families.llama import llama_switches, write_switches
-from fisher_jax.models.families.reading import sizes, window_layers, windows, write_layer_types
+from fisher_jax.models.families.reading import sizes, window, window_layers, windows, write_layer_types
 
 __all__ = ["QWEN2", "QWEN3", "qwen_windows"]
 
@@ -33,12 +33,11 @@ def read_qwen3(read: Settings, tied: bool) -> DecoderConfig:
 
 def qwen_windows(read: Settings, size: dict[str, Any]) -> dict[str, Any]:
     """Where they are switched on: in the layers that ``layer_types`` names, else from ``max_window_layers`` on."""
-    default = None if "sliding_window" in read.values else 4096
-    window = read.integer("sliding_window", 1, MOST_INDEX, default)
+    local = window(read, 4096)
     first, number = read.integer("max_window_layers", 0, MOST_INDEX, 28), size["num_layers"]
     layers = window_layers(read, number, [i >= first for i in range(number)])
     used = read.boolean("use_sliding_window", False)
-    return windows(window if used else None, layers, size["max_positions"])
+    return windows(local if used else None, layers, size["max_positions"])
 
 
 def write_qwen2(config: DecoderConfig) -> dict[str, Any]:

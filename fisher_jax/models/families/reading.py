@@ -1,13 +1,17 @@
 """Settings that many families share, read and written."""
 
+from collections.abc import Callable
 from typing import Any
 
 from fisher_jax._support.errors import InputError
 from fisher_jax.models.checked_settings import MOST_HEAD, MOST_INDEX, MOST_LAYERS, Settings
 from fisher_jax.models.config import DecoderConfig
-from fisher_jax.models.number_ranges import EPSILON
+from fisher_jax.models.number_ranges import EPSILON, MULTIPLIER
 
-__all__ = ["activation", "epsilon", "share", "sizes", "window_layers", "windows", "write_sizes"]
+__all__ = [
+    "ACTIVATIONS", "activation", "epsilon", "inverse", "or_none", "share", "sizes", "soft_cap", "window",
+    "window_layers", "windows", "write_activation", "write_layer_types", "write_sizes",
+]  # fmt: skip
 
 # By the names of transformers; the first name of each is written.
 ACTIVATIONS = {
@@ -68,6 +72,30 @@ def activation(read: Settings, key: str, default: str) -> str:
     return ACTIVATIONS[read.text(key, default)]
 
 
+def write_activation(config: DecoderConfig) -> str:
+    return next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
+
+
+def or_none(read: Settings, key: str, default: Any, take: Callable[..., Any], **limits: float) -> Any:
+    """A setting whose ``null`` means none, and is not the same as its absence: ``take(key, default=...)``."""
+    return take(key, default=None if key in read.values else default, **limits)
+
+
+def window(read: Settings, default: int | None = None) -> int | None:
+    """``sliding_window``, where ``null`` means none."""
+    return or_none(read, "sliding_window", default, read.integer, low=1, high=MOST_INDEX)
+
+
+def soft_cap(read: Settings, key: str, default: float | None) -> float | None:
+    return or_none(read, key, default, read.number, **MULTIPLIER)
+
+
+def inverse(number: float) -> float:
+    """``1 / number`` as a file would say it, such that its own inverse is the number again where possible."""
+    neat = round(1 / number, 10)
+    return neat if neat and 1 / neat == number else 1 / number
+
+
 def window_layers(read: Settings, num_layers: int, default: list[bool]) -> tuple[bool, ...]:
     """Which layers have a window, by ``layer_types`` where there are any."""
     types = read.texts("layer_types", None)
@@ -78,11 +106,11 @@ def window_layers(read: Settings, num_layers: int, default: list[bool]) -> tuple
     return tuple(kind == "sliding_attention" for kind in types)
 
 
-def windows(window: int | None, layers: tuple[bool, ...], max_positions: int) -> dict[str, Any]:
+def windows(size: int | None, layers: tuple[bool, ...], max_positions: int) -> dict[str, Any]:
     """The decoder's windows; one that no layer has, or no row exceeds, is none."""
-    if window is None or not any(layers) or window >= max_positions:
+    if size is None or not any(layers) or size >= max_positions:
         return {}
-    return {"window": window, "window_layers": None if all(layers) else layers}
+    return {"window": size, "window_layers": None if all(layers) else layers}
 
 
 def write_layer_types(config: DecoderConfig) -> list[str]:

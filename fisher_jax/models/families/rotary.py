@@ -15,43 +15,49 @@ KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def rotary(
-    read: Settings, head_size: int, max_positions: int, *, base: float = 10_000.0, part: float | None = None
-) -> dict[str, Any]:
+    read: Settings, head_size: int, max_positions: int, *, base: float = 10_000.0, part: float | None = None,
+    original: int | None = None, outer: tuple[str, str] = ("rope_theta", "partial_rotary_factor"),
+) -> dict[str, Any]:  # fmt: skip
     """The decoder's switches, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``.
 
-    ``base`` and ``part`` (how much of a head turns) are taken where the settings are absent; ``part=None``: the
-    family always turns the whole head.
+    ``base``, ``part`` (how much of a head turns) and ``original`` (positions before they were stretched) are taken
+    where the settings are absent; ``part=None``: the family always turns the whole head. ``outer`` are the names of
+    the base and the part outside of the rotary settings.
     """
     scaling = read.inner("rope_parameters") or read.inner("rope_scaling") or Settings({}, read.label)
     if by_layer := [key for key, value in scaling.values.items() if isinstance(value, dict)]:
         raise InputError(f"{scaling.label} differs between kinds of layers ({shown(by_layer)}), which is not read")
-    base = agreed(read, scaling, "rope_theta", base, ROPE_BASE)
+    bases = [settings.number(key, None, **ROPE_BASE) for settings, key in ((read, outer[0]), (scaling, "rope_theta"))]
+    base = agreed(read, outer[0], *bases, base)
     if part is None:
         read.must("partial_rotary_factor", 1.0, 1)
         scaling.must("partial_rotary_factor", 1.0, 1)
         size = head_size
     else:
-        part = agreed(read, scaling, "partial_rotary_factor", part, {"low": 0.0, "high": 1.0})
+        places = ((read, outer[1]), (scaling, "partial_rotary_factor"))
+        part = agreed(
+            read, outer[1], *(settings.number(key, None, low=0.0, high=1.0) for settings, key in places), part
+        )
         size = int(head_size * part)
         if size < 2 or size % 2:
             raise InputError(
-                f"{read.label} turns {size} of {head_size} coordinates of a head (partial_rotary_factor {part:g}), "
+                f"{read.label} turns {size} of {head_size} coordinates of a head ({outer[1]} {part:g}), "
                 "but it must be an even number of them, at least 2"
             )
     whole = {} if size == head_size else {"rope_size": size}
-    return {"rope_base": base, **whole, **scaled(read, scaling, base, size, max_positions)}
+    return {"rope_base": base, **whole, **scaled(read, scaling, base, size, max_positions, original)}
 
 
-def agreed(read: Settings, scaling: Settings, key: str, default: float, limits: dict[str, float]) -> float:
-    """A number that may stand inside and outside of the rotary settings; both must be one."""
-    inner = scaling.number(key, None, **limits)
-    outer = read.number(key, None, **limits)
-    if inner is not None and outer is not None and inner != outer:
-        read.refuse(key, f"the {inner:g} of its rope_parameters")
-    return default if inner is outer is None else outer if inner is None else inner
+def agreed(read: Settings, key: str, outside: Any, inside: Any, default: Any) -> Any:
+    """A number that may stand outside and inside of the rotary settings; both must be one."""
+    if None not in (inside, outside) and inside != outside:
+        read.refuse(key, f"the {inside:g} of its rope_parameters")
+    return next((number for number in (outside, inside) if number is not None), default)
 
 
-def scaled(read: Settings, scaling: Settings, base: float, size: int, max_positions: int) -> dict[str, Any]:
+def scaled(
+    read: Settings, scaling: Settings, base: float, size: int, max_positions: int, original: int | None = None
+) -> dict[str, Any]:
     """Divisors and amplitude of the ``size / 2`` frequencies."""
     kind = scaling.text("rope_type", None) or scaling.text("type", "default")
     if kind == "default":
@@ -72,9 +78,9 @@ def scaled(read: Settings, scaling: Settings, base: float, size: int, max_positi
         )
         return {"rope_divisors": divisors}
     if kind in ("yarn", "longrope"):
-        # Where it stands outside, transformers passes over the one inside.
-        inside = scaling.integer("original_max_position_embeddings", 1, MOST_SIZE, max_positions)
-        original = read.integer("original_max_position_embeddings", 1, MOST_SIZE, inside)
+        key = "original_max_position_embeddings"
+        told = [settings.integer(key, 1, MOST_SIZE, None) for settings in (read, scaling)]
+        original = agreed(read, key, *told, original or max_positions)
         factor = scaling.number("factor", None, **ROPE_FACTOR) or max_positions / original
         if kind == "yarn":
             return yarn(scaling, factor, original, base, size)

@@ -147,9 +147,9 @@ def _name_of(path: str, names: Any, number: int) -> str:
 
 
 def _hugging_face(keys: tuple, path: str, shape: tuple[int, ...]) -> _Place:
-    from fisher_jax.models.weight_names import HF_NAMES
+    from fisher_jax.models.families import LLAMA_NAMES
 
-    if path not in HF_NAMES:
+    if path not in LLAMA_NAMES:
         raise ValueError(
             f"{path or 'array'} is no leaf of a Llama decoder of fj.models; leave names=None, or give a dict of names"
         )
@@ -157,7 +157,7 @@ def _hugging_face(keys: tuple, path: str, shape: tuple[int, ...]) -> _Place:
     if stacked and not shape:
         raise ValueError(f"{path} has no axis of layers, from which names of layers could be given")
     number = shape[0] if stacked else 1
-    return _Place(keys, tuple(HF_NAMES[path].format(i) for i in range(number)), stacked, transposed)
+    return _Place(keys, tuple(LLAMA_NAMES[path].format(i) for i in range(number)), stacked, transposed)
 
 
 def _check_names(places: list[_Place]) -> None:

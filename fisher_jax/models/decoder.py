@@ -9,33 +9,41 @@ from fisher_jax.models.config import DecoderConfig
 
 __all__ = ["Decoder"]
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
 normal = nnx.initializers.normal(0.02)
 
 
 class Norm(nnx.Module):
-    """Over the last axis, in float32: ``x / sqrt(mean(x^2) + eps) * scale``; with ``norm="layer"`` the mean
-    is subtracted first and a bias added last. The result has the dtype of ``x``."""
+    """Over the last axis, in float32: ``x / sqrt(mean(x^2) + eps) * scale``, or ``* (1 + scale)``; with
+    ``norm="layer"`` the mean is subtracted first and a bias added last. The result has the dtype of ``x``."""
 
-    def __init__(self, size: int, config: DecoderConfig, dtype):
-        self.eps = config.norm_eps
-        self.scale = nnx.Param(jnp.ones((size,), dtype))
-        self.bias = nnx.Param(jnp.zeros((size,), dtype)) if config.norm == "layer" else None
+    def __init__(self, shape: tuple[int, ...], config: DecoderConfig, dtype):
+        self.config = config
+        # What multiplies is one at first.
+        start = jnp.zeros if config.norm_plus_one else jnp.ones
+        self.scale = nnx.Param(start(shape, dtype)) if config.norm_scale else None
+        self.bias = nnx.Param(jnp.zeros(shape, dtype)) if config.norm == "layer" and config.norm_bias else None
 
     def __call__(self, x):
         y = x.astype(jnp.float32)
-        if self.bias is not None:
+        if self.config.norm == "layer":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        y = y * along_last(self.scale[...].astype(jnp.float32), y)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.config.norm_eps)
+        if self.scale is not None:
+            scale = along_last(self.scale[...].astype(jnp.float32), y)
+            y = y * (1 + scale if self.config.norm_plus_one else scale)
         if self.bias is not None:
             y = y + along_last(self.bias[...].astype(jnp.float32), y)
         return y.astype(x.dtype)
 
 
 def along_last(vector, like):
-    """A vector with leading axes of size one, so that it works under ``jax_numpy_rank_promotion="raise"``."""
-    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+    """An array with leading axes of size one, so that it works under ``jax_numpy_rank_promotion="raise"``."""
+    return vector.reshape((1,) * (like.ndim - vector.ndim) + vector.shape)
 
 
 def dense(size_in: int, size_out: int, bias: bool, dtype, rngs: nnx.Rngs) -> nnx.Linear:
@@ -46,28 +54,45 @@ class Attention(nnx.Module):
     """Causal attention with grouped key and value heads; logits and softmax in float32."""
 
     def __init__(self, config: DecoderConfig, dtype, rngs: nnx.Rngs):
-        self.head_size = config.head_size
+        self.config = config
         q_size, kv_size = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
         self.q = dense(config.width, q_size, config.qkv_bias, dtype, rngs)
         self.k = dense(config.width, kv_size, config.qkv_bias, dtype, rngs)
         self.v = dense(config.width, kv_size, config.qkv_bias, dtype, rngs)
         self.o = dense(q_size, config.width, config.out_bias, dtype, rngs)
-        self.q_norm = Norm(config.head_size, config, dtype) if config.qk_norm else None
-        self.k_norm = Norm(config.head_size, config, dtype) if config.qk_norm else None
+        self.q_norm = self.qk_norm(config.num_heads, dtype)
+        self.k_norm = self.qk_norm(config.num_kv_heads, dtype)
 
-    def __call__(self, x, rotary):
+    def qk_norm(self, num_heads: int, dtype) -> Norm | None:
+        size = self.config.head_size
+        shapes = {"head": (size,), "heads": (num_heads, size), "width": (num_heads * size,)}
+        return Norm(shapes[self.config.qk_norm_scope], self.config, dtype) if self.config.qk_norm else None
+
+    def __call__(self, x, rotary, window):
         rows, length, _ = x.shape
-        q, k, v = (proj(x).reshape(rows, length, -1, self.head_size) for proj in (self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        config = self.config
+
+        def heads(x, norm=None):
+            whole = config.qk_norm_scope == "width"
+            x = norm(x) if norm is not None and whole else x
+            x = x.reshape(rows, length, -1, config.head_size)
+            return norm(x) if norm is not None and not whole else x
+
+        q, k, v = heads(self.q(x), self.q_norm), heads(self.k(x), self.k_norm), heads(self.v(x))
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        return self.o(causal_attention(q, k, v).reshape(rows, length, -1))
+        mixed = causal_attention(
+            q, k, v, scale=config.attention_scale, soft_cap=config.attention_soft_cap, window=window
+        )
+        return self.o(mixed.reshape(rows, length, -1))
 
 
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, *, scale: float | None = None, soft_cap: float | None = None, window=None):
     """``softmax(q k^T / sqrt(head_size)) v`` over the present and the past; q ``[B, S, N, H]``, k and v
     ``[B, S, K, H]`` with ``N`` a multiple of ``K``; the result has the shape and dtype of q.
+
+    ``scale`` stands in for ``1 / sqrt(head_size)``, ``soft_cap`` bounds the logits, and ``window`` (a number or a
+    scalar of the loop over layers) is how many positions are seen, the present one included.
 
     Queries go in at most eight blocks of 128 or more, each against the keys up to its own end, so most of the
     masked triangle is never computed; the query heads of one key head are rows of one product. On two CPU
@@ -83,8 +108,12 @@ def causal_attention(q, k, v):
         end = min(start + block, length)
         queries = q[:, :, :, start:end].reshape(rows, num_kv_heads, group * (end - start), head_size)
         logits = jnp.einsum("bkqh,bksh->bkqs", queries, k[:, :, :end], preferred_element_type=jnp.float32)
-        seen = np.tile(np.arange(end)[None, :] <= np.arange(start, end)[:, None], (group, 1))
-        logits = jnp.where(seen[None, None], logits * head_size**-0.5, -1e30)
+        logits = logits * (head_size**-0.5 if scale is None else scale)
+        if soft_cap is not None:
+            logits = soft_cap * jnp.tanh(logits / soft_cap)
+        past = np.tile(np.arange(start, end)[:, None] - np.arange(end)[None, :], (group, 1))
+        seen = past >= 0 if window is None else (past >= 0) & (past < window)
+        logits = jnp.where(seen[None, None], logits, -1e30)
         # Softmax does not change with the shift, so neither do its derivatives of any order.
         shift = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
         weights = jnp.exp(logits - shift)
@@ -96,24 +125,36 @@ def causal_attention(q, k, v):
     return joined.reshape(rows, length, num_heads, head_size).astype(v.dtype)
 
 
-def rotary_tables(config: DecoderConfig, length: int):
-    """``cos`` and ``sin`` of ``position * frequency``, ``[1, length, 1, head_size / 2]`` float32.
+def rotary_tables(config: DecoderConfig, length: int, *, local: bool = False):
+    """``cos`` and ``sin`` of ``position * frequency``, ``[1, length, 1, rope_size / 2]`` float32.
 
-    ``frequency_i = base^(-2 i / head_size) / divisor_i``; the angles are taken in float64 on the host,
-    since in float32 they would be off by 5e-4 at position 8,192.
+    ``frequency_i = base^(-2 i / rope_size) / divisor_i``; the angles are taken in float64 on the host,
+    since in float32 they would be off by 5e-4 at position 8,192. ``local``: the table of layers with a window.
     """
-    frequencies = config.rope_base ** (-2.0 * np.arange(config.head_size // 2) / config.head_size)
-    if config.rope_divisors is not None:
-        frequencies = frequencies / np.array(config.rope_divisors)
+    size, base = config.rotary_size, config.rope_base
+    if local and config.local_rope_base is not None:
+        base = config.local_rope_base
+    divisors = config.rope_divisors
+    if config.rope_original_positions is not None and length > config.rope_original_positions:
+        divisors = config.rope_divisors_long
+    frequencies = base ** (-2.0 * np.arange(size // 2) / size)
+    if divisors is not None and not local:
+        frequencies = frequencies / np.array(divisors)
     angles = (np.arange(length)[:, None] * frequencies[None, :])[None, :, None, :]
-    return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    amplitude = 1.0 if local else config.rope_amplitude
+    return tuple(jnp.asarray(amplitude * f(angles), jnp.float32) for f in (np.cos, np.sin))
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding, half-split form: coordinates ``i`` and ``i + head_size / 2`` turn by one angle."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    """Rotary embedding, half-split form: coordinates ``i`` and ``i + rope_size / 2`` turn by one angle, and those
+    from ``rope_size`` on stay."""
+    half = cos.shape[-1]
+    y = x.astype(jnp.float32)
+    first, second = y[..., :half], y[..., half : 2 * half]
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    if x.shape[-1] > 2 * half:
+        parts.append(y[..., 2 * half :])
+    return jnp.concatenate(parts, axis=-1).astype(x.dtype)
 
 
 class Mlp(nnx.Module):
@@ -132,24 +173,45 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, or both at once; norms where the configuration says."""
 
     def __init__(self, config: DecoderConfig, dtype, rngs: nnx.Rngs):
-        self.attention_norm = Norm(config.width, config, dtype)
-        self.attention = Attention(config, dtype, rngs)
-        self.mlp_norm = Norm(config.width, config, dtype)
-        self.mlp = Mlp(config, dtype, rngs)
+        self.config = config
 
-    def __call__(self, x, rotary):
-        x = x + self.attention(self.attention_norm(x), rotary)
-        return x + self.mlp(self.mlp_norm(x))
+        def norm(wanted: bool) -> Norm | None:
+            return Norm((config.width,), config, dtype) if wanted else None
+
+        before, after = (config.norm_placement in (place, "around") for place in ("before", "after"))
+        self.attention_norm = norm(before)
+        self.attention = Attention(config, dtype, rngs)
+        self.attention_post_norm = norm(after)
+        self.mlp_norm = norm(before and config.residual != "parallel_one_norm")
+        self.mlp = Mlp(config, dtype, rngs)
+        self.mlp_post_norm = norm(after)
+
+    def __call__(self, x, rotary, window):
+        def normed(norm, x):
+            return x if norm is None else norm(x)
+
+        def added(norm, x):
+            x, multiplier = normed(norm, x), self.config.residual_multiplier
+            return x if multiplier == 1.0 else x * multiplier
+
+        first = normed(self.attention_norm, x)
+        mixed = added(self.attention_post_norm, self.attention(first, rotary, window))
+        if self.config.residual == "sequential":
+            x = x + mixed
+            return x + added(self.mlp_post_norm, self.mlp(normed(self.mlp_norm, x)))
+        second = first if self.mlp_norm is None else self.mlp_norm(x)
+        return x + mixed + added(None, self.mlp(second))
 
 
 class Decoder(nnx.Module):
-    """Tokens ``[B, S]`` to the final-normed hidden states ``[B, S, D]`` that the head multiplies.
+    """Tokens ``[B, S]`` to the hidden states ``[B, S, D]`` that the head multiplies: final-normed, times
+    ``logit_multiplier``.
 
     ``layers`` holds one `Layer` whose parameters have a leading axis of ``num_layers``; it is scanned, so
-    compile time does not grow with depth.
+    compile time does not grow with depth. What differs between layers beside their parameters is scanned too.
     """
 
     def __init__(self, config: DecoderConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
@@ -160,16 +222,48 @@ class Decoder(nnx.Module):
         self.positions = nnx.Param(normal(rngs.params(), shape, dtype)) if learned else None
         make_layer = nnx.vmap(lambda keys: Layer(config, dtype, nnx.Rngs(keys)))
         self.layers = make_layer(jax.random.split(rngs.params(), config.num_layers))
-        self.final_norm = Norm(config.width, config, dtype)
+        self.final_norm = Norm((config.width,), config, dtype)
         head = None if config.tied else nnx.Param(normal(rngs.params(), (config.vocab_size, config.width), dtype))
         self.head = head
+        self.head_bias = nnx.Param(jnp.zeros((config.vocab_size,), dtype)) if config.head_bias else None
 
     def __call__(self, tokens):
-        length = tokens.shape[1]
+        config, length = self.config, tokens.shape[1]
         x = jnp.take(self.embedding[...], tokens, axis=0)
+        if config.embedding_multiplier != 1.0:
+            x = x * config.embedding_multiplier
         if self.positions is not None:
             x = x + self.positions[...][None, :length]
-        rotary = rotary_tables(self.config, length) if self.config.positions == "rotary" else None
         graphdef, stacked = nnx.split(self.layers)
-        x, _ = jax.lax.scan(lambda x, layer: (nnx.merge(graphdef, layer)(x, rotary), None), x, stacked)
-        return self.final_norm(x)
+        tables = rotary_choices(config, length) if config.positions == "rotary" else []
+
+        def step(x, scanned):
+            layer, kinds = scanned
+            rotary = tables[0] if tables else None
+            if "other_rotary" in kinds and tables:
+                rotary = tuple(jnp.where(kinds["other_rotary"], b, a) for a, b in zip(*tables, strict=True))
+            return nnx.merge(graphdef, layer)(x, rotary, kinds.get("window", config.window)), None
+
+        x, _ = jax.lax.scan(step, x, (stacked, layer_kinds(config)))
+        x = self.final_norm(x)
+        return x if config.logit_multiplier == 1.0 else x * config.logit_multiplier
+
+
+def rotary_choices(config: DecoderConfig, length: int):
+    """The tables of most layers and those of the others, which turn by another base or not at all."""
+    tables = rotary_tables(config, length)
+    if config.local_rope_base is not None:
+        return [tables, rotary_tables(config, length, local=True)]
+    return [tables, (jnp.ones_like(tables[0]), jnp.zeros_like(tables[1]))]
+
+
+def layer_kinds(config: DecoderConfig) -> dict[str, jax.Array]:
+    """What differs between layers, ``[L]`` each: the window, and whether the other rotary tables are theirs."""
+    kinds, windows = {}, np.array(config.window_layers or (True,) * config.num_layers)
+    if config.window is not None and not windows.all():
+        kinds["window"] = jnp.asarray(np.where(windows, config.window, np.iinfo(np.int32).max), jnp.int32)
+    if config.local_rope_base is not None:
+        kinds["other_rotary"] = jnp.asarray(windows)
+    elif config.rope_layers is not None:
+        kinds["other_rotary"] = ~jnp.asarray(config.rope_layers)
+    return kinds

@@ -28,8 +28,9 @@ class DecoderFunctions:
 
     ``params`` is a nested dict: ``embedding`` ``[V, D]``; ``layers`` with kernels ``[L, in, out]`` under
     ``attention/{q,k,v,o}/kernel`` and ``mlp/{gate,up,down}/kernel`` and scales under ``attention_norm/scale``
-    and ``mlp_norm/scale``; ``final_norm/scale``; ``head`` ``[V, D]`` where it is not tied; ``positions``
-    ``[P, D]`` and biases for GPT-2.
+    and ``mlp_norm/scale`` (norms of outputs: ``attention_post_norm``, ``mlp_post_norm``); ``final_norm/scale``;
+    ``head`` ``[V, D]`` where it is not tied; ``head_bias`` ``[V]``, ``positions`` ``[P, D]`` and ``bias`` beside
+    kernels and scales where the configuration has them.
 
     Tokens are integers ``[B, S]``, padded on the right: attention is causal, so what follows a position never
     changes it. Raises ``InputError`` for another rank, for more tokens than ``config.max_positions`` and for
@@ -44,12 +45,13 @@ class DecoderFunctions:
         return outline(self)
 
     def hidden(self, params: Any, tokens: Int[ArrayLike, "rows positions"]) -> Float[Array, "rows positions width"]:
-        """Final-normed hidden states ``[B, S, D]``, what the head multiplies, in the parameters' dtype."""
+        """Final-normed hidden states ``[B, S, D]``, what the head multiplies, in the parameters' dtype; times
+        ``logit_multiplier``."""
         tokens = self.checked(tokens)
         return nnx.merge(self.graphdef, nnx.State(jax.tree.map(nnx.Param, params)))(tokens)
 
     def apply(self, params: Any, tokens: Int[ArrayLike, "rows positions"]) -> Float[Array, "rows positions vocab"]:
-        """Logits ``[B, S, V]``, float32: ``hidden head^T``, soft-capped where the configuration says so."""
+        """Logits ``[B, S, V]``, float32: ``hidden head^T + head_bias``, soft-capped where there is a cap."""
         head = self.head(params)
         logits = jnp.einsum(
             "bsd,vd->bsv",
@@ -58,6 +60,8 @@ class DecoderFunctions:
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
+        if (bias := self.head_bias(params)) is not None:
+            logits = logits + bias.astype(jnp.float32)[None, None]
         cap = self.config.logit_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -66,7 +70,7 @@ class DecoderFunctions:
         return params["embedding"] if self.config.tied else params["head"]
 
     def head_bias(self, params: Any) -> Float[Array, " vocab"] | None:
-        """The head's bias ``[V]`` or ``None``; ``None`` for every family here."""
+        """The head's bias ``[V]``, or ``None`` where it has none."""
         return params.get("head_bias")
 
     def checked(self, tokens: Any) -> Int[Array, "rows positions"]:
@@ -125,7 +129,8 @@ def abstract_params(config: DecoderConfig, dtype: Any = "float32") -> dict[str, 
 
 
 def init_params(config: DecoderConfig, key: Key[Array, ""], dtype: Any = "float32") -> dict[str, Any]:
-    """Random parameters: matrices normal with standard deviation 0.02, scales one, biases zero.
+    """Random parameters: matrices normal with standard deviation 0.02, biases zero, scales such that norms
+    multiply by one.
 
     All matrices are cut from one draw, which compiles in a tenth of the time of one draw each.
 
@@ -142,11 +147,12 @@ def init_params(config: DecoderConfig, key: Key[Array, ""], dtype: Any = "float3
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
     kinds = [path[-1].key for path, _ in leaves]
-    drawn = sum(leaf.size for kind, (_, leaf) in zip(kinds, leaves, strict=True) if kind not in ("scale", "bias"))
+    constants = {"scale": not config.norm_plus_one, "bias": 0, "head_bias": 0}
+    drawn = sum(leaf.size for kind, (_, leaf) in zip(kinds, leaves, strict=True) if kind not in constants)
     noise, start, values = 0.02 * jax.random.normal(key, (drawn,)), 0, []
     for kind, (_, leaf) in zip(kinds, leaves, strict=True):
-        if kind in ("scale", "bias"):
-            values.append(jnp.full(leaf.shape, kind == "scale", leaf.dtype))
+        if kind in constants:
+            values.append(jnp.full(leaf.shape, constants[kind], leaf.dtype))
         else:
             values.append(noise[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype))
             start += leaf.size

@@ -9,14 +9,15 @@ import numpy as np
 from fisher_jax._support.errors import InputError, shown
 from fisher_jax.models.checked_settings import MOST_HEAD, MOST_INDEX, MOST_LAYERS, REQUIRED, Settings
 from fisher_jax.models.config import DecoderConfig, linear_divisors
+from fisher_jax.models.families.gguf_layouts import GGUF_LAYOUTS
+from fisher_jax.models.families.reading import windows
 from fisher_jax.models.gguf_header import read_header
 from fisher_jax.models.number_ranges import EPSILON, ROPE_BASE, ROPE_FACTOR
 from fisher_jax.models.optional_packages import optional
-from fisher_jax.models.weight_names import GGUF_NAMES, assemble, check_entries, undo_interleaving
+from fisher_jax.models.weight_names import assemble, check_entries
 
 __all__ = ["GgufFile"]
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # What may stand under "llama." without changing the computation, beside what `GgufFile.config` reads.
 READ = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
@@ -45,10 +46,10 @@ class GgufFile:
         self.names = frozenset(self.tensors)
         self.settings = GgufSettings(header.metadata, self.label)
         self.architecture = self.settings.text("general.architecture")
-        if self.architecture not in ARCHITECTURES:
+        if self.architecture not in GGUF_LAYOUTS:
             raise InputError(
                 f"{path.name} has the architecture {shown(self.architecture)}; "
-                f"supported from GGUF files: {', '.join(ARCHITECTURES)}"
+                f"supported from GGUF files: {', '.join(GGUF_LAYOUTS)}"
             )
         if self.settings.integer("split.count", 0, MOST_INDEX, 1) > 1:
             raise InputError(f"{path.name} is one part of a split GGUF file; join the parts first")
@@ -70,18 +71,19 @@ class GgufFile:
             if (found := read.size(key, head_size)) != head_size:
                 raise InputError(f"{self.label} has {key} {found}, but only the head size {head_size} is supported")
         max_positions = read.integer("context_length", 1, MOST_INDEX)
+        num_layers = read.integer("block_count", 1, MOST_LAYERS)
+        window = read.integer("attention.sliding_window", 0, MOST_INDEX, 0)
         bias = {part: f"blk.0.{part}.bias" in self.names for part in ("attn_q", "attn_output", "ffn_down")}
         config = DecoderConfig(
             vocab_size=read.size("vocab_size", self.shape("token_embd.weight")[0]),
             width=width,
-            num_layers=read.integer("block_count", 1, MOST_LAYERS),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=read.size("attention.head_count_kv", num_heads),
             head_size=head_size,
             mlp_size=read.size("feed_forward_length"),
-            max_positions=min(
-                max_positions, read.integer("attention.sliding_window", 0, MOST_INDEX, 0) or max_positions
-            ),
+            max_positions=max_positions,
+            **windows(window or None, (True,) * num_layers, max_positions),
             norm_eps=read.number("attention.layer_norm_rms_epsilon", **EPSILON),
             rope_base=read.number("rope.freq_base", 10_000.0, **ROPE_BASE),
             rope_divisors=self.rope_divisors(read, head_size),
@@ -135,15 +137,12 @@ class GgufFile:
     def params(self, config: DecoderConfig, dtype) -> dict:
         """The decoder's parameters as NumPy arrays, layers stacked."""
 
-        def orient(path: str, tensor: np.ndarray) -> np.ndarray:
-            heads = {"layers/attention/q/": config.num_heads, "layers/attention/k/": config.num_kv_heads}
-            number = heads.get(path[: len("layers/attention/q/")], 0) if self.architecture == "llama" else 0
-            # Rows that the heads cannot share are refused by their shape.
-            if number and tensor.shape[0] == number * config.head_size:
-                tensor = undo_interleaving(tensor, number)
-            return tensor.T if path.endswith("/kernel") else tensor
+        layout = GGUF_LAYOUTS[self.architecture]
 
-        return assemble(self, config, GGUF_NAMES, dtype, orient, ignored={"rope_freqs.weight"})
+        def orient(path: str, tensor: np.ndarray) -> np.ndarray:
+            return layout.parameter(config, path, tensor)
+
+        return assemble(self, config, layout.names, dtype, orient, ignored={"rope_freqs.weight"})
 
 
 class GgufSettings(Settings):

@@ -9,19 +9,16 @@ import numpy as np
 from fisher_jax._support.errors import InputError, shown
 from fisher_jax.models.checked_settings import Settings
 from fisher_jax.models.config import DecoderConfig
+from fisher_jax.models.families import FAMILIES
 from fisher_jax.models.hf_config import config_from_hf
 from fisher_jax.models.json_files import MOST_BYTES, is_there, read_json, read_text
 from fisher_jax.models.safetensors_file import StoredTensor, open_safetensors, read_header
 from fisher_jax.models.tokenizer import Tokenizer
-from fisher_jax.models.weight_names import GPT2_NAMES, HF_NAMES, assemble, check_entries
+from fisher_jax.models.weight_names import assemble, check_entries
 
 __all__ = ["INDEX", "ONLY", "HfFolder", "shards_of"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-# Buffers that old checkpoints carry and that follow from the configuration.
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-
-
 INDEX, ONLY = "model.safetensors.index.json", "model.safetensors"
 # Endings of files that hold weights.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
@@ -38,7 +35,10 @@ class HfFolder:
         self.path, self.label = path, path.name
         refuse_adapter(path)
         self.settings = self.json("config.json")
-        self.gpt2 = self.settings.get("model_type") == "gpt2"
+        kind = self.settings.get("model_type")
+        # Others are refused when their configuration is asked for; their tokenizer can be read.
+        self.family = FAMILIES.get(kind) if isinstance(kind, str) else None
+        prefix = self.family.layout.prefix if self.family else ""
         self.files = self.weight_files()
         self.unread = tuple(name for name in weights_in(path) if name not in {file.name for file in self.files})
         self.places: dict[str, tuple[Path, str]] = {}
@@ -46,7 +46,7 @@ class HfFolder:
         self.opened: dict[Path, Any] = {}
         for file in self.files:
             for name, tensor in read_header(file).items():
-                ours = name.removeprefix("transformer.") if self.gpt2 else name
+                ours = name.removeprefix(prefix)
                 if ours in self.places:
                     raise InputError(f"{self.label} holds the tensor {shown(name)} twice")
                 self.places[ours], self.stored[ours] = (file, name), tensor
@@ -90,7 +90,7 @@ class HfFolder:
 
     def config(self) -> DecoderConfig:
         """The decoder's shape, from ``config.json``."""
-        config = config_from_hf(self.settings, self.label, has_head="lm_head.weight" in self.names)
+        config = config_from_hf(self.settings, self.label, has_head=self.head_name() in self.names)
         check_entries(self, config)
         return config
 
@@ -105,27 +105,23 @@ class HfFolder:
             self.opened[file] = open_safetensors(file)
         return self.opened[file].get_tensor(stored_name)
 
+    def head_name(self) -> str:
+        return self.family.layout.names["head"] if self.family else "lm_head.weight"
+
     def params(self, config: DecoderConfig, dtype) -> dict:
         """The decoder's parameters as NumPy arrays, layers stacked."""
-        ignored = {name for name in self.names if name.endswith(BUFFERS)}
-        if config.tied and "lm_head.weight" in self.names:
-            embedding = "wte.weight" if self.gpt2 else "model.embed_tokens.weight"
-            if embedding in self.names and not np.array_equal(self.read("lm_head.weight"), self.read(embedding)):
-                raise InputError(
-                    f"{self.label} says tie_word_embeddings, but its lm_head.weight differs from {embedding}"
-                )
-            ignored.add("lm_head.weight")
+        layout = FAMILIES[self.settings["model_type"]].layout
+        ignored = {name for name in self.names if name.endswith(layout.buffers)}
+        embedding, head = layout.names["embedding"], layout.names["head"]
+        if config.tied and head in self.names:
+            if embedding in self.names and not np.array_equal(self.read(head), self.read(embedding)):
+                raise InputError(f"{self.label} says tie_word_embeddings, but its {head} differs from {embedding}")
+            ignored.add(head)
 
         def orient(path: str, tensor: np.ndarray) -> np.ndarray:
-            if not self.gpt2:
-                return tensor.T if path.endswith("/kernel") else tensor
-            if (part := path.removeprefix("layers/attention/")[:2]) in ("q/", "k/", "v/"):
-                third = tensor.shape[-1] // 3  # c_attn is [in, 3 out]: q, k and v side by side
-                start = third * ("q/", "k/", "v/").index(part)
-                return tensor[..., start : start + third]
-            return tensor
+            return layout.parameter(config, path, tensor)
 
-        return assemble(self, config, GPT2_NAMES if self.gpt2 else HF_NAMES, dtype, orient, ignored)
+        return assemble(self, config, layout.names, dtype, orient, ignored)
 
     def tokenizer(self, rows: int = 2**18) -> Tokenizer:
         """From ``tokenizer.json``, for a head of at most so many rows."""

@@ -1,5 +1,6 @@
 """Write a model as a Hugging Face folder: ``config.json``, ``model.safetensors``, ``tokenizer.json``."""
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -11,11 +12,11 @@ import numpy as np
 
 from fisher_jax._support.errors import InputError
 from fisher_jax.models.config import DecoderConfig
-from fisher_jax.models.hf_config import ARCHITECTURES
+from fisher_jax.models.families import FAMILIES, Family
+from fisher_jax.models.hf_config import config_from_hf, family_of
 from fisher_jax.models.optional_packages import optional
-from fisher_jax.models.rotary_scaling import linear_scaling, llama3_scaling
+from fisher_jax.models.rotary_scaling import TOLERANCE
 from fisher_jax.models.tokenizer import Tokenizer
-from fisher_jax.models.weight_names import GPT2_NAMES, HF_NAMES, flatten
 
 __all__ = ["hf_settings", "hf_tensors", "save"]
 
@@ -58,7 +59,7 @@ def save(
     """
     safetensors = optional("safetensors.numpy", "writing a model")
     written = hf_settings(config, settings) | {"dtype": np.dtype(params["embedding"].dtype).name}
-    tensors = hf_tensors(config, params)
+    tensors = hf_tensors(config, params, family_of(written, "this model"))
     for name, tensor in tensors.items():
         if not np.all(np.isfinite(tensor)):
             raise InputError(f"{name} has values that are NaN or infinite in {tensor.dtype}, so nothing was written")
@@ -84,98 +85,61 @@ def json_text(content: Mapping[str, Any]) -> str:
 
 
 def hf_settings(config: DecoderConfig, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The content of a ``config.json`` for this decoder; ``settings`` win."""
+    """The content of a ``config.json`` for this decoder; ``settings`` win.
+
+    The family is the one that ``model_type`` in ``settings`` names, else the first one that computes what this
+    decoder does. What is written is read back: it must say this decoder again.
+    """
     given = dict(settings or {})
-    if config.logit_soft_cap is not None:
-        raise InputError(
-            "a model with a soft cap on its logits has no counterpart among the families that are written"
-        )
-    kind = family(config)
-    shared = {
-        "model_type": kind,
-        "architectures": [ARCHITECTURES[kind]],
+    kind = given.get("model_type")
+    families = FAMILIES.values() if kind is None else [family_of(given, "what is to be written")]
+    reasons = []
+    for family in families:
+        written = family_settings(family, config) | given
+        try:
+            again = config_from_hf(written, "this model", has_head=not config.tied)
+        except InputError as error:
+            reasons.append(str(error))
+            continue
+        if not (different := differences(config, again)):
+            return written
+        reasons.append(f"{family.architecture} differs in {', '.join(different)}")
+    told = f"{reasons[0]}" if len(reasons) == 1 else f"switches: {switches(config)}"
+    raise InputError(f"no family of models that is written computes this decoder, so nothing was written ({told})")
+
+
+def family_settings(family: Family, config: DecoderConfig) -> dict[str, Any]:
+    """Without what the caller knows better."""
+    return {
+        "model_type": family.kind,
+        "architectures": [family.architecture],
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tied,
         "bos_token_id": None,
         "eos_token_id": None,
+        **family.write(config),
     }
-    if kind == "gpt2":
-        return (
-            shared
-            | {
-                "n_embd": config.width,
-                "n_layer": config.num_layers,
-                "n_head": config.num_heads,
-                "n_inner": config.mlp_size,
-                "n_positions": config.max_positions,
-                "layer_norm_epsilon": config.norm_eps,
-                "activation_function": "gelu_new",
-            }
-            | given
-        )
-    attention_bias = {} if kind == "qwen2" else {"attention_bias": config.qkv_bias}
-    scaled = {"rope_scaling", "rope_parameters"} & given.keys()
-    rotary = {"rope_theta": config.rope_base} if scaled else rotary_settings(config)
-    return shared | attention_bias | rotary | {
-        "hidden_size": config.width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
-        "intermediate_size": config.mlp_size,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
-        **({"mlp_bias": config.mlp_bias} if kind == "llama" else {}),
-    } | given  # fmt: skip
 
 
-def family(config: DecoderConfig) -> str:
-    """The family that computes what this decoder does; Mistral is Llama within its window."""
-    style = (config.norm, config.positions, config.activation, config.gated)
-    biases = (config.qkv_bias, config.out_bias, config.mlp_bias)
-    plain = config.num_kv_heads * config.head_size == config.width and not config.qk_norm
-    if style == ("layer", "learned", "gelu_tanh", False) and all(biases) and plain:
-        return "gpt2"
-    if style == ("rms", "rotary", "silu", True):
-        if config.qk_norm and config.qkv_bias == config.out_bias and not config.mlp_bias:
-            return "qwen3"
-        if not config.qk_norm and config.qkv_bias == config.out_bias:
-            return "llama"
-        if not config.qk_norm and biases == (True, False, False):
-            return "qwen2"
-    raise InputError(f"no family that is written computes this decoder: {config.to_json()}")
+def differences(config: DecoderConfig, again: DecoderConfig) -> list[str]:
+    """Fields in which the decoders differ; divisors count as equal to the rounding of float32, in which GGUF files
+    keep them."""
+
+    def same(one: Any, two: Any) -> bool:
+        divisors = all(isinstance(x, tuple) and isinstance(x[0], float) for x in (one, two))
+        return one == two or (divisors and len(one) == len(two) and np.allclose(one, two, rtol=TOLERANCE, atol=0))
+
+    names = [field.name for field in dataclasses.fields(config)]
+    return [name for name in names if not same(getattr(config, name), getattr(again, name))]
 
 
-def rotary_settings(config: DecoderConfig) -> dict[str, Any]:
-    base, divisors = {"rope_theta": config.rope_base}, config.rope_divisors
-    if divisors is None:
-        return base
-    scaling = linear_scaling(divisors) or llama3_scaling(divisors, config.rope_base)
-    if scaling is None:
-        raise InputError(
-            "this model divides its rotary frequencies neither by one number nor as Llama 3 does; no config.json of "
-            "Hugging Face's families can say that, so nothing was written; a rope_scaling in settings= would win"
-        )
-    return base | {"rope_scaling": scaling}
+def switches(config: DecoderConfig) -> str:
+    """What is not as in Llama."""
+    fields = [field for field in dataclasses.fields(config) if field.default is not dataclasses.MISSING]
+    told = [f"{f.name}={getattr(config, f.name)!r}" for f in fields if getattr(config, f.name) != f.default]
+    return ", ".join(told) or "none"
 
 
-def hf_tensors(config: DecoderConfig, params: Any) -> dict[str, np.ndarray]:
-    """The weights under Hugging Face's names and in their orientation, one tensor for each layer."""
-    gpt2 = family(config) == "gpt2"
-    names, flat = (GPT2_NAMES if gpt2 else HF_NAMES), flatten(params)
-    tensors: dict[str, np.ndarray] = {}
-    for path in [path for path in names if path in flat]:  # in the order of the names, q before k before v
-        values = np.asarray(flat[path])
-        for i, tensor in enumerate(values if path.startswith("layers/") else values[None]):
-            name = names[path].format(i)
-            turned = tensor.T if path.endswith("/kernel") and not gpt2 else tensor
-            # GPT-2 keeps q, k and v side by side in one tensor.
-            tensors[name] = np.concatenate([tensors[name], turned], axis=-1) if name in tensors else turned
-    if left := flat.keys() - names.keys():
-        raise InputError(f"no name is known for {', '.join(sorted(left))}")
-    prefix = "transformer." if gpt2 else ""
-    return {
-        (name if name == "lm_head.weight" else prefix + name): np.ascontiguousarray(tensor)
-        for name, tensor in tensors.items()
-    }
+def hf_tensors(config: DecoderConfig, params: Any, family: Family) -> dict[str, np.ndarray]:
+    """The weights under the family's names and in its orientation, one tensor for each layer."""
+    return family.layout.tensors(config, params)

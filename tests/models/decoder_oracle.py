@@ -27,7 +27,8 @@ def hidden_row(config, params, row, interleaved):
     for i in range(config.num_layers):
         layer = pick(params["layers"], i)
         normed = [norm(config, layer["attention_norm"], x) for x in xs]
-        mixed = attention(config, layer["attention"], normed, interleaved)
+        windowed = config.window is not None and (config.window_layers is None or config.window_layers[i])
+        mixed = attention(config, layer["attention"], normed, interleaved, config.window if windowed else len(xs))
         xs = [x + m for x, m in zip(xs, mixed, strict=True)]
         xs = [x + mlp(config, layer["mlp"], norm(config, layer["mlp_norm"], x)) for x in xs]
     return np.stack([norm(config, params["final_norm"], x) for x in xs])
@@ -49,7 +50,7 @@ def dense(params, x):
     return x @ params["kernel"] + params.get("bias", 0.0)
 
 
-def attention(config, params, xs, interleaved):
+def attention(config, params, xs, interleaved, window):
     size, group = config.head_size, config.num_heads // config.num_kv_heads
 
     def heads(name, t, count):
@@ -67,8 +68,9 @@ def attention(config, params, xs, interleaved):
     for t in range(len(xs)):
         mixed = []
         for n in range(config.num_heads):
-            scores = [math.exp(q[t][n] @ k[s][n // group] / math.sqrt(size)) for s in range(t + 1)]
-            mixed.append(sum(w * v[s][n // group] for s, w in enumerate(scores)) / sum(scores))
+            seen = range(max(0, t + 1 - window), t + 1)
+            scores = [math.exp(q[t][n] @ k[s][n // group] / math.sqrt(size)) for s in seen]
+            mixed.append(sum(w * v[s][n // group] for s, w in zip(seen, scores, strict=True)) / sum(scores))
         out.append(dense(params["o"], np.concatenate(mixed)))
     return out
 

@@ -1,6 +1,7 @@
 """The decoder against slow references, and what every causal decoder must satisfy."""
 
 import dataclasses
+import json
 
 import decoder_oracle as oracle
 import jax
@@ -176,3 +177,11 @@ def test_impossible_shapes_are_refused(change, sentence):
 def test_configuration_survives_json():
     for config in CONFIGS.values():
         assert DecoderConfig.from_json(config.to_json()) == config
+
+
+def test_a_configuration_of_fewer_switches_opens_with_their_defaults():
+    """As checkpoints hold them that were written before a switch existed."""
+    sizes = {field.name for field in dataclasses.fields(DecoderConfig) if field.default is dataclasses.MISSING}
+    old = sizes | {"norm", "norm_eps", "rope_base", "rope_divisors", "qk_norm", "qkv_bias", "tied"}
+    fields = {name: value for name, value in json.loads(tiny.QWEN3.to_json()).items() if name in old}
+    assert DecoderConfig.from_json(json.dumps(fields)) == tiny.QWEN3

@@ -10,7 +10,7 @@ import tiny_models as tiny
 
 from fisher_jax import models
 from fisher_jax._support.errors import InputError
-from fisher_jax.models.weight_names import undo_interleaving
+from fisher_jax.models.families import undo_interleaving
 
 
 def assert_logits(model, config, params, **options):
@@ -91,10 +91,12 @@ def test_files_that_cannot_be_read_exactly_are_refused(tmp_path, options, senten
         models.load(file)
 
 
-def test_a_sliding_window_limits_the_positions(tmp_path):
-    params, window = tiny.random_params(tiny.LLAMA), {"llama.attention.sliding_window": 7}
+def test_a_sliding_window_is_that_of_every_layer(tmp_path):
+    params, window = tiny.random_params(tiny.LLAMA), {"llama.attention.sliding_window": 4}
     model = models.load(tiny.write_gguf(tmp_path / "tiny.gguf", tiny.LLAMA, params, metadata=window))
-    assert model.config.max_positions == 7
+    config = dataclasses.replace(tiny.LLAMA, window=4)
+    assert model.config == config
+    assert_logits(model, config, params, interleaved=True)
 
 
 @pytest.mark.parametrize("kept", [6, 40, 3000, 0.5, 0.999])

@@ -56,7 +56,7 @@ FAMILIES = {
         {"rope_base": 50.0},
         {"rope_theta": None, "rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}},
     ),
-    "window": ({"max_positions": 9}, {"model_type": "mistral", "architectures": None, "sliding_window": 9}),
+    "window": ({"window": 4}, {"model_type": "mistral", "architectures": None, "sliding_window": 4}),
 }  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def test_without_the_setting_a_head_in_the_files_decides_about_tying(tmp_path):
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*'silu'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rotary scaling 'yarn'.*llama3"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic'.*llama3"),
         ({"rope_scaling": {"rope_type": "linear"}}, "no factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "no hidden_size"),

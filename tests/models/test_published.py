@@ -141,24 +141,26 @@ def test_qwen3_without_a_head_size_has_128(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "positions"),
+    ("settings", "layers"),
     [
-        ({"max_window_layers": 2}, 16),  # the first two of two layers see everything
-        ({"max_window_layers": 28}, 16),
-        ({"layer_types": ["full_attention"] * 2, "max_window_layers": 0}, 16),
-        ({"max_window_layers": 1}, 8),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, 8),
-        ({"use_sliding_window": False, "max_window_layers": 0}, 16),
+        ({"max_window_layers": 2}, None),  # the first two of two layers see everything
+        ({"max_window_layers": 28}, None),
+        ({"layer_types": ["full_attention"] * 2, "max_window_layers": 0}, None),
+        ({"max_window_layers": 1}, (False, True)),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, (False, True)),
+        ({"use_sliding_window": False, "max_window_layers": 0}, None),
     ],
 )
-def test_a_window_counts_only_where_a_layer_uses_it(tmp_path, settings, positions):
+def test_a_window_counts_only_where_a_layer_uses_it(tmp_path, settings, layers):
     import dataclasses
 
     config = dataclasses.replace(tiny.LLAMA, qkv_bias=True)
     folder = qwen(
         tmp_path / "model", "qwen2", config, **{"use_sliding_window": True, "sliding_window": 8, **settings}
     )
-    assert models.load(folder).config.max_positions == positions
+    found = models.load(folder).config
+    assert (found.window, found.window_layers) == (layers and 8, layers)
+    assert found.max_positions == 16
 
 
 def test_mistral_without_a_window_setting_has_4096_and_null_means_none(tmp_path):
@@ -166,9 +168,9 @@ def test_mistral_without_a_window_setting_has_4096_and_null_means_none(tmp_path)
 
     config = dataclasses.replace(tiny.LLAMA, max_positions=8192)
     mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    assert models.load(llama_folder(tmp_path / "a", config, **mistral)).config.max_positions == 4096
+    assert models.load(llama_folder(tmp_path / "a", config, **mistral)).config.window == 4096
     without = llama_folder(tmp_path / "b", config, **mistral, sliding_window=None)
-    assert models.load(without).config.max_positions == 8192
+    assert models.load(without).config.window is None
 
 
 def test_a_gguf_with_rotary_factors_of_llama3_is_written_with_its_scaling(tmp_path):

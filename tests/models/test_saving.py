@@ -16,7 +16,10 @@ CONFIGS = {
     "llama": tiny.LLAMA,
     "llama with biases": dataclasses.replace(tiny.LLAMA, qkv_bias=True, out_bias=True, mlp_bias=True, tied=False),
     "linear rotary scaling": dataclasses.replace(tiny.LLAMA, rope_divisors=(4.0,) * 3),
+    "any divisors": dataclasses.replace(tiny.LLAMA, rope_divisors=(1.0, 2.0, 4.0), rope_amplitude=1.5),
+    "mistral": dataclasses.replace(tiny.LLAMA, window=4),
     "qwen2": dataclasses.replace(tiny.LLAMA, qkv_bias=True),
+    "qwen2 with a window": dataclasses.replace(tiny.LLAMA, qkv_bias=True, window=4, window_layers=(False, True)),
     "qwen3": dataclasses.replace(tiny.QWEN3, qkv_bias=False, rope_divisors=None),
     "gpt2": tiny.GPT2,
 }
@@ -48,6 +51,12 @@ def test_tensors_have_the_names_and_orientation_of_the_independent_writer(tmp_pa
         assert all(np.array_equal(written[key], expected[key]) for key in expected)
 
 
+def test_settings_that_say_another_decoder_are_refused_before_a_file_is_written(tmp_path):
+    with pytest.raises(InputError, match=r"LlamaForCausalLM differs in rope_base"):
+        saved(tmp_path / "out", tiny.LLAMA, settings={"model_type": "llama", "rope_theta": 7.0})
+    assert not (tmp_path / "out").exists()
+
+
 def test_bfloat16_stays_and_settings_win(tmp_path):
     settings = {"eos_token_id": 1, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
     config = CONFIGS["linear rotary scaling"]
@@ -62,8 +71,7 @@ def test_bfloat16_stays_and_settings_win(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"logit_soft_cap": 30.0}, "soft cap"),
-        ({"rope_divisors": (1.0, 2.0, 4.0)}, "neither by one number nor as Llama 3 does"),
+        ({"logit_soft_cap": 30.0}, "logit_soft_cap=30.0"),
         ({"qkv_bias": True, "mlp_bias": True}, "no family"),
     ],
 )

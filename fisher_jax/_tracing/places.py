@@ -29,12 +29,17 @@ class UnfollowedError(Exception):
 
 
 def input_token_axes(use: Use, ndim: int) -> tuple[int, ...]:
-    """Axes along which tokens lie in what a use meets (in its output, for a convolution), in `matrices`' order."""
+    """Axes along which tokens lie in what a use meets (in its output, for a convolution), in `matrices`' order.
+
+    For a scale or a bias these are the axes of the output along which it is broadcast: other axes may be among them.
+    """
     if use.kind == "dense":
         contracted, batch = (sides[1 - use.index] for sides in contraction(use.options))
         return tuple(i for i in range(ndim) if i not in (*contracted, *batch))
     if use.kind == "embedding":
         return tuple(range(ndim - 1))
+    if use.kind in ("scale", "bias"):
+        return tuple(i for i, n in enumerate(use.operand.shape or (1,) * ndim) if n == 1)
     return token_axes(use, ndim)
 
 

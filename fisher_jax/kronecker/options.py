@@ -45,7 +45,8 @@ class Curvature:
             ``None`` for a use without tokens: all that it meets counts.
         temperature: labels are drawn from outputs divided by it.
         diagonal: ``diagonal(path)`` says which leaves get, in place of a block, the diagonal
-            ``(sum_t s_t)**2 / W`` of the batch (scales and biases: squares summed over positions).
+            ``(sum_t s_t)**2 / W`` of the batch (scales and biases: squares of the gradient of every position, which
+            is the sum over all that the parameter meets there, summed).
         eigenvalue_correction: EK-FAC. Of every kernel and embedding ``a_j g_i`` becomes
             ``sum_t (p_j . a_t)**2 (v_i . g_t)**2 / W``, the diagonal of the second moment of ``vec(g_t a_t^T)`` in
             the same basis: the best one in Frobenius norm. With columns ``U`` the sum is over the tokens that they

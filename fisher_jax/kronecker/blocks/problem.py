@@ -65,9 +65,9 @@ def _with_positions(program: Program, told: dict[str, tuple[int, ...] | None], l
 
     def change(spec: Spec) -> Use:
         use, path = spec.use, program.paths[spec.leaf]
-        if path not in told or use.kind not in ("dense", "embedding", "conv"):
+        if path not in told or use.kind == "generic":
             return use
-        met = spec.output if use.kind == "conv" else spec.inputs[0]
+        met = spec.inputs[0] if use.kind in ("dense", "embedding") else spec.output
         try:
             ids = places.told(use, met.shape[len(use.loops) :], told[path], lead)
         except UnfollowedError as error:

@@ -67,7 +67,7 @@ def statistic(tap: Tap, block: Block, masks: Masks, rules: Rules) -> Tree:
     assert tap.inputs is not None
     assert tap.cotangents is not None
     if block.kind == "diagonal":
-        return _diagonal(tap)
+        return _diagonal(tap, masks.weights.ndim)
     if tap.leaf != block.leaf:  # a bias: its statistics are those of its kernel
         return {}
     if tap.kind == "embedding":
@@ -271,13 +271,13 @@ def _beside(U: Array, axis: int) -> Array:
     return moved.reshape(*moved.shape[:-2], -1)
 
 
-def _diagonal(tap: Tap) -> Tree:
-    """Squares of a scale or a bias, summed over positions; of any other use the gradient of the batch."""
+def _diagonal(tap: Tap, lead: int) -> Tree:
+    """Of scales and biases the squares of every token's gradient, summed; of other uses the gradient of the batch."""
     assert tap.cotangents is not None
     use, g = tap.use, wide(tap.cotangents)
     if tap.kind in ("scale", "bias"):
-        per_position = g * wide(tap.inputs[0]) if tap.kind == "scale" and tap.inputs else g
-        return {"squares": _back(use.segments[-1], _unbroadcast(per_position**2, use.operand.shape))}
+        by_entry = g * wide(tap.inputs[0]) if tap.kind == "scale" and tap.inputs else g
+        return {"squares": _back(use.segments[-1], _squares(tap, by_entry, lead))}
     if use.apply is not None:
         apply, inputs = use.apply, tap.inputs or ()
         _, pullback = jax.vjp(lambda w: apply(w, *inputs), jnp.zeros(use.operand.shape, use.operand.dtype))
@@ -285,9 +285,25 @@ def _diagonal(tap: Tap) -> Tree:
     return {"gradient": _back(use.segments[-1], wide(g))}
 
 
-def _unbroadcast(x: Array, shape: tuple[int, ...]) -> Array:
-    axes = tuple(i for i, (m, n) in enumerate(zip(x.shape, shape, strict=True)) if m != n)
-    return x.sum(axes, keepdims=True)
+def _squares(tap: Tap, x: Array, lead: int) -> Array:
+    """Of an operand that was broadcast: a token's gradient is the sum over all of its entries, such as heads.
+
+    Where rows and positions are lost, the axes are theirs if there are no more than the ``lead`` ones of the loss.
+    """
+    use = tap.use
+    broadcast = {i for i in input_token_axes(use, x.ndim) if x.shape[i] > 1}
+    lost = next((one for one in use.ids if isinstance(one, Lost)), None)
+    tokens = {i - len(use.loops) for one in use.ids if not isinstance(one, Lost) for i in one.axes} & broadcast
+    if lost is not None:
+        if len(broadcast) > lead and len(tokens) < lead:
+            raise ValueError(
+                f"the gradient of {tap.path}{_place(tap)} is summed over axes {sorted(broadcast)} of its output "
+                f"{list(x.shape)}, and which of them are rows and positions is lost in {lost}; say with "
+                f"fj.Curvature(positions={{{tap.path!r}: axes}}) which they are"
+            )
+        tokens = broadcast
+    by_token = x.sum(tuple(broadcast - tokens), keepdims=True)
+    return jnp.sum(by_token**2, tuple(tokens), keepdims=True).reshape(use.operand.shape)
 
 
 def _back(segment: Segment, x: Array) -> Array:

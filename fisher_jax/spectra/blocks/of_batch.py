@@ -44,9 +44,10 @@ def block_spectrum(
     """Eigenvalues and capacity of every block of the Fisher matrix ``F = sum_t w_t s_t s_t^T / sum_t w_t``.
 
     ``s_t = d log p(y_t) / d params`` restricted to the block. With ``unit="sequence"`` the scores of a row are summed
-    first, ``F = sum_u (sum_{t in u} w_t s_t)(...)^T / w_u / sum_t w_t``: another matrix, which contains the
-    correlation of a sequence's scores. To take a subsample of tokens give the others weight 0: the mean is over
-    those that remain.
+    first, ``F = sum_u (sum_{t in u} w_t s_t)(...)^T / sum_t w_t``: another matrix, which contains the correlation of
+    a sequence's scores. The trace is the sum of `fj.group_fisher`'s values, by tokens or by
+    ``estimator="sequence"``. To take a subsample of tokens give the others weight 0: the mean is over those that
+    remain.
 
     For ``N`` scores of ``P`` parameters it is the smallest of the covariance (``P x P``), the Gram matrix of the
     scores (``N x P`` and ``N x N``) and, where a row has one score, the Gram matrix from taps, for which no gradient

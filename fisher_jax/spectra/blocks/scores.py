@@ -1,5 +1,6 @@
 """Scores of tokens or sequences, a chunk at a time, from backward passes through one row or several."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ Tree = Any
 
 
 class Scoring(NamedTuple):
-    """What is scored, and how. A score is ``sqrt(w_t) s_t``, or ``sum_t w_t s_t / sqrt(w_u)`` of a sequence."""
+    """What is scored, and how. A score is ``sqrt(w_t) s_t``, or ``sum_t w_t s_t`` of a sequence."""
 
     apply_fn: Callable
     likelihood: Likelihood
@@ -119,12 +120,10 @@ def row_loss(problem: Scoring, params: Tree, moving: Tree, part: Tokens, key: Ar
     """The scalar whose gradient is the score of a row."""
     outputs = problem.apply_fn(problem.selection.join(moving, params), part.inputs)
     targets, weights = _targets(problem, outputs, part, key), part.weights
-    total = weights.sum() * problem.num_samples
-    scale = jnp.where(total > 0, 1 / jnp.sqrt(jnp.where(total > 0, total, 1)), 0)
-    if problem.unit == "sequence":
-        # Each of several samples stands for a share of the sequence's weight.
-        return scale * jnp.sum(weights * log_probs(problem.likelihood, outputs, targets, weights))
-    return jnp.sum(jnp.sqrt(weights / problem.num_samples) * log_probs(problem.likelihood, outputs, targets, weights))
+    # Each of several samples stands for a share of the weight.
+    factors = weights if problem.unit == "sequence" else jnp.sqrt(weights)
+    total = jnp.sum(factors * log_probs(problem.likelihood, outputs, targets, weights))
+    return total / math.sqrt(problem.num_samples)
 
 
 def _by_token(problem: Scoring, params: Tree, row: Callable, number: int, absorb: Callable, carry: Any) -> Any:

@@ -54,8 +54,7 @@ def scores(rows, length, unit="token"):
     if unit == "token":
         x = np.sqrt(weights.ravel())[:, None] * found
     else:
-        sums = np.einsum("bs,bsp->bp", weights, found.reshape(rows, length, -1))
-        x = sums / np.sqrt(np.maximum(weights.sum(1), 1e-300))[:, None]
+        x = np.einsum("bs,bsp->bp", weights, found.reshape(rows, length, -1))
     x = x[np.abs(x).sum(1) > 0]
     edges = np.cumsum([0, *(int(np.prod(SHAPES[name])) for name in LEAVES)])
     return {name: x[:, a:b] for name, a, b in zip(LEAVES, edges[:-1], edges[1:], strict=True)}, weights.sum()
@@ -157,10 +156,22 @@ def test_sequences_of_a_language_model_come_from_taps():
         wide = jax.tree.map(jnp.asarray, params)
         s = oracle_curvature.scores(model, "categorical", wide, tokens, batch.targets).reshape(3, 4, -1)
     w = np.asarray(batch.weights, np.float64)
-    x = np.einsum("bs,bsp->bp", w, s) / np.sqrt(w.sum(1))[:, None]
+    x = np.einsum("bs,bsp->bp", w, s)
     for name, part in (("embed", x[:, :400]), ("head", x[:, 400:])):
         assert found[path(name)].method == "taps"
         assert_spectrum(found[path(name)], np.linalg.eigvalsh(part @ part.T / w.sum())[::-1])
+
+
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+def test_the_trace_is_the_sum_of_the_group_fisher_of_the_same_unit(unit):
+    """Rows of unequal weight."""
+    params, batch = jax.tree.map(jnp.asarray, draw_params("float32")), batch_of(4, 5)
+    estimator = "exact" if unit == "token" else "sequence"
+    fisher = fj.group_fisher(apply_fn, estimator=estimator, unit="sequence", groups="tensor", example=batch)
+    sums = fj.welford.mean(jax.jit(fisher.observe)(params, batch))
+    found = fj.block_spectrum(apply_fn, fj.categorical, params, batch, unit=unit)
+    for name in LEAVES:
+        np.testing.assert_allclose(found[path(name)].capacity.trace, sums[name], rtol=1e-5)
 
 
 def layered(params, x):

@@ -24,9 +24,11 @@ def joined(x):
 
 def recurrent(p, x):
     """Each position by itself in a loop."""
-    return jnp.swapaxes(
-        jax.lax.scan(lambda c, y: (c, joined(jnp.tanh(heads(y) * p["a"]))), 0.0, jnp.swapaxes(x, 0, 1))[1], 0, 1
-    )
+
+    def step(carry, position):
+        return carry, joined(jnp.tanh(heads(position) * p["a"]))
+
+    return jnp.swapaxes(jax.lax.scan(step, 0.0, jnp.swapaxes(x, 0, 1))[1], 0, 1)
 
 
 # What the head meets, and the shape of the parameter ``a``.
@@ -39,7 +41,9 @@ MODELS = {
     "a scale of every head": (lambda p, x: joined(jnp.tanh(heads(x) * p["a"])), (SIZE,)),
     "a bias of every head": (lambda p, x: joined(jnp.tanh(heads(x) + p["a"])), (SIZE,)),
     "one scale a head": (lambda p, x: joined(jnp.tanh(heads(x) * p["a"])), (HEADS, 1)),
-    "folded rows": (lambda p, x: joined(jnp.tanh(heads(x.reshape(-1, HEADS * SIZE)) * p["a"])).reshape(x.shape), (SIZE,)),
+    "folded rows": (
+        lambda p, x: joined(jnp.tanh(heads(x.reshape(-1, HEADS * SIZE)) * p["a"])).reshape(x.shape), (SIZE,)
+    ),
     "heads before positions": (
         lambda p, x: joined(jnp.moveaxis(jnp.tanh(jnp.moveaxis(heads(x), 2, 1) * p["a"]), 1, 2)), (SIZE,)
     ),

@@ -63,7 +63,7 @@ TESTS = {
         "**/test_ids.py", "**/test_structures.py", "**/test_capture_edges.py", "**/test_head_and_taps.py",
         "**/test_positions.py", "**/test_convolutions.py", "**/test_capture_zoo.py", "**/test_capture_sharded.py",
     ),
-    "_tracing/heads.py": ("**/test_groups.py",),
+    "_tracing/heads.py": ("**/test_groups.py", "**/test_heads.py"),
     "kronecker/factors": (
         "**/test_damped_inverse.py", "**/test_factors.py", "**/test_corrected.py", "**/test_kfac_operator.py",
         "kronecker/test_kfac.py",
@@ -81,7 +81,7 @@ TESTS = {
     "_support/outline.py": ("test_names.py", "**/test_shift.py", "**/test_decisions.py"),
     "_support/passes.py": ("**/test_many_tokens.py", "**/test_estimators.py", "**/test_block_spectra.py"),
     "_support/placement.py": ("**/test_averaging.py", "**/test_prune_masks.py", "**/test_kfac_sharded.py"),
-    "_support/printable.py": ("**/test_hf_folder.py", "cli/test_odd_files.py", "cli/test_bad_input.py"),
+    "_support/printable.py": ("cli/test_names.py", "**/test_hf_folder.py", "cli/test_odd_files.py", "cli/test_bad_input.py"),
     "_support/rejection.py": ("**/test_rejection.py", "**/test_tokens.py"),
     "_support/selection.py": ("**/test_products.py", "**/test_block_spectra.py"),
 }  # fmt: skip

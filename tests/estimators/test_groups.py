@@ -351,3 +351,22 @@ def test_rows_of_layers_that_are_unpacked(unpack):
     entries, rows = mean("param"), mean("row")
     np.testing.assert_allclose(rows["w"], entries["w"].sum(1), rtol=1e-5)
     np.testing.assert_allclose(rows["b"], entries["b"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("layout", "axis"), [((2, 3), 1), ((3, 2), 2)])
+def test_heads_by_name_of_a_kernel_with_axes_of_heads_and_units(layout, axis):
+    """A kernel of two heads of size 3 in no attention that the program shows, in either order."""
+    rng = np.random.default_rng(0)
+    params = {"q": {"kernel": jnp.asarray(rng.normal(size=(4, *layout)), jnp.float32)}}
+    batch = fj.Batch(jnp.asarray(rng.normal(size=(5, 4)), jnp.float32), jnp.asarray(rng.integers(0, 6, 5)))
+
+    def apply_fn(params, x):
+        return jnp.einsum("bd,dmn->bmn", x, params["q"]["kernel"]).reshape(len(x), 6)
+
+    def mean(group):
+        fisher = fj.group_fisher(apply_fn, groups=group, example=batch, unit="batch", estimator="exact")
+        return fj.welford.mean(jax.jit(fisher.observe)(params, batch))["q"]["kernel"]
+
+    entries = np.asarray(mean(fj.groups.param))
+    found = mean(fj.groups.head(2, head_dim=3))
+    np.testing.assert_allclose(found, entries.sum(tuple({0, 1, 2} - {axis})), rtol=1e-5)

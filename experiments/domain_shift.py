@@ -72,7 +72,7 @@ def null(rows, scores, kind, splits, sizes, guard):
     found = []
     for _ in range(splits):
         mixed = rng.permutation(documents)
-        cut = int(len(mixed) * sizes)
+        cut = max(2, int(len(mixed) * sizes))  # an error of the mean needs two
         halves = (state(rows, scores, kind, part) for part in (mixed[:cut], mixed[cut:]))
         shift = fj.importance_shift(*halves, guard=guard)
         tested = shift.testable

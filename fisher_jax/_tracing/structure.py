@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisher_jax._support.jax_internals import is_traced, opened, struct, walk
+from fisher_jax._support.jax_internals import is_traced, opened, struct, user_line, walk
 from fisher_jax._tracing.dense import operand_axes, token_axes
 from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Link, Lost, along, compressed
 from fisher_jax._tracing.made import Made
@@ -179,8 +179,7 @@ def _surveyed(
     outputs = tuple(struct(var.aval) for var in body.results)
     head, other = (None, "several arrays")
     if len(outs) == 1 and isinstance(outs[0], Data):
-        maker = outs[0].maker
-        head, other = _head(outs[0]), "an input" if maker is None else maker.primitive.name
+        head, other = _head(outs[0]), _named(outs[0].maker)
     learned = survey.findings.learned
     single = head is not None and not head.use.loops
     of_outputs = [(head.use.order, _token_ids(head, survey))] if head and single else _tokens_of_parts(outs, survey)
@@ -190,6 +189,15 @@ def _surveyed(
     ids = tuple(x.ids if isinstance(x, Data) else () for x in outs)
     links = rows_of([x for x in outs if isinstance(x, Data)], given, lead)
     return Structure(survey, outputs, ids, head, other, survey.findings.biases, tuple(axes), links)
+
+
+def _named(maker: Any) -> str:
+    """An operation and its line."""
+    if maker is None:
+        return "an input"
+    line = user_line(maker)
+    of = ", neither side of which is a parameter as it is" if maker.primitive.name == "dot_general" else ""
+    return f"{maker.primitive.name}{f' at {line}' if line else ''}{of}"
 
 
 def _are_swapped(outs: list) -> bool:

@@ -125,6 +125,12 @@ def test_head_behind_casts_reshapes_a_transpose_and_a_soft_cap():
         with pytest.raises(ValueError, match=r"follows the outputs back .* use fj\.lm_head\.estimator"):
             fj.group_fisher(lambda p, x: jnp.exp(capped(p, x)), estimator="head", **options).init(params)
 
+        def merged(p, x):
+            return p["embed"][x] @ jnp.tanh(p["head"]).T
+
+        with pytest.raises(ValueError, match=r"found dot_general at .*neither side of which is a parameter as it is"):
+            fj.group_fisher(merged, estimator="head", **options).init(params)
+
 
 @pytest.mark.parametrize(
     ("estimator", "group", "unit"),

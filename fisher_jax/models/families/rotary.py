@@ -34,9 +34,8 @@ def rotary(
         scaling.must("partial_rotary_factor", 1.0, 1)
         size = head_size
     else:
-        part = agreed(
-            read, outer[1], *(settings.number(key, None, low=0.0, high=1.0) for settings, key in places), part
-        )
+        inner = scaling.number("partial_rotary_factor", None, low=0.0, high=1.0)
+        part = agreed(read, outer[1], read.number(outer[1], None, low=0.0, high=1.0), inner, part)
         size = int(head_size * part)
         if size < 2 or size % 2:
             raise InputError(

@@ -20,6 +20,8 @@ from fisher_jax.models.tokenizer import Tokenizer
 
 __all__ = ["hf_settings", "hf_tensors", "save"]
 
+SCALING = ("rope_scaling", "rope_parameters", "original_max_position_embeddings")
+
 
 def save(
     folder: Path,
@@ -95,7 +97,10 @@ def hf_settings(config: DecoderConfig, settings: Mapping[str, Any] | None = None
     families = FAMILIES.values() if kind is None else [family_of(given, "what is to be written")]
     reasons = []
     for family in families:
-        written = family_settings(family, config) | given
+        written = family_settings(family, config)
+        if given.keys() & {"rope_scaling", "rope_parameters"}:  # the caller says all of it
+            written = {key: value for key, value in written.items() if key not in SCALING}
+        written |= given
         try:
             again = config_from_hf(written, "this model", has_head=not config.tied)
         except InputError as error:
@@ -117,6 +122,7 @@ def family_settings(family: Family, config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
         **family.write(config),
     }
 

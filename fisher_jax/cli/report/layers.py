@@ -11,6 +11,8 @@ import fisher_jax as fj
 from fisher_jax.cli.page.csv_text import csv_text
 from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.models import DecoderConfig, LanguageModel
+from fisher_jax.models.functions import abstract_params
+from fisher_jax.models.weight_names import flatten
 from fisher_jax.welford.estimator import FisherEstimator
 
 ESTIMATORS = {"empirical": "signs", "true": "sampled"}
@@ -41,6 +43,12 @@ class Layers(NamedTuple):
     wholes: dict[str, Measured]  # such a node in all layers, and the model: []
     units: float
     tokens: float
+
+
+_COLUMNS = (
+    *(f"attention/{name}" for name in "qkvo"), "mlp/gate", "mlp/up", "mlp/down", "attention/q_norm",
+    "attention/k_norm", "attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm",
+)  # fmt: skip
 
 
 def layer_estimator(model: LanguageModel, settings: ReportSettings) -> FisherEstimator:
@@ -127,10 +135,9 @@ def part_name(path: str) -> str:
 
 
 def columns(config: DecoderConfig) -> list[str]:
-    """Nodes of a layer: matrices in the order in which data meets them, then norms."""
-    found = [*(f"attention/{name}" for name in "qkvo"), *(["mlp/gate"] if config.gated else []), "mlp/up", "mlp/down"]
-    found += ["attention/q_norm", "attention/k_norm"] if config.qk_norm else []
-    return [f"layers/{name}" for name in (*found, "attention_norm", "mlp_norm")]
+    """Nodes of a layer that the decoder has: matrices in the order in which data meets them, then norms."""
+    there = {path.rsplit("/", 1)[0] for path in flatten(abstract_params(config))}
+    return [node for node in (f"layers/{name}" for name in _COLUMNS) if node in there]
 
 
 def several(found: Layers) -> list[str]:

@@ -30,8 +30,8 @@ Tree = Any
 _BASIS_BYTES = 10 * 2**30
 _SCORE_BYTES = 4 * 2**30
 _ORDER = (
-    "embedding", "positions", "attention_norm", "q_norm", "k_norm", "/q/", "/k/", "/v/", "/o/", "mlp_norm", "/gate/",
-    "/up/", "/down/", "final_norm", "head",
+    "embedding", "positions", "attention_norm", "q_norm", "k_norm", "/q/", "/k/", "/v/", "/o/",
+    "attention_post_norm", "mlp_norm", "/gate/", "/up/", "/down/", "mlp_post_norm", "final_norm", "head",
 )  # fmt: skip
 _BLOCK_CHUNK = 4  # backward passes at a time
 _OPERATORS = {

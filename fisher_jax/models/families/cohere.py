@@ -1,4 +1,4 @@
-"""Cohere (Command R): one layer norm before attention and MLP side by side, neighbouring coordinates turn as pairs."""
+"""Cohere (Command R): one layer norm before attention and MLP side by side; neighbouring coordinates turn."""
 
 from typing import Any
 

@@ -61,7 +61,7 @@ def write_gptj(config: DecoderConfig) -> dict[str, Any]:
         "n_positions": config.max_positions,
         "rotary_dim": config.rotary_size,
         "layer_norm_epsilon": config.norm_eps,
-        "activation_function": write_activation(config),
+        "activation_function": write_activation(config, "gelu_new"),
     }
 
 

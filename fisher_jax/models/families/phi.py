@@ -50,7 +50,7 @@ def write_phi(config: DecoderConfig) -> dict[str, Any]:
     left = ("rms_norm_eps", "head_dim")
     return {"partial_rotary_factor": 1.0} | {k: v for k, v in write_switches(config).items() if k not in left} | {
         "layer_norm_eps": config.norm_eps,
-        "hidden_act": write_activation(config),
+        "hidden_act": write_activation(config, "gelu_new"),
         "qk_layernorm": config.qk_norm,
     }  # fmt: skip
 

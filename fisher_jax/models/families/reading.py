@@ -72,8 +72,9 @@ def activation(read: Settings, key: str, default: str) -> str:
     return ACTIVATIONS[read.text(key, default)]
 
 
-def write_activation(config: DecoderConfig) -> str:
-    return next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
+def write_activation(config: DecoderConfig, default: str = "silu") -> str:
+    """By the name that the family uses, where that is the activation."""
+    return next(name for name in (default, *ACTIVATIONS) if ACTIVATIONS[name] == config.activation)
 
 
 def or_none(read: Settings, key: str, default: Any, take: Callable[..., Any], **limits: float) -> Any:

@@ -27,17 +27,15 @@ def rotary(
     scaling = read.inner("rope_parameters") or read.inner("rope_scaling") or Settings({}, read.label)
     if by_layer := [key for key, value in scaling.values.items() if isinstance(value, dict)]:
         raise InputError(f"{scaling.label} differs between kinds of layers ({shown(by_layer)}), which is not read")
-    bases = [settings.number(key, None, **ROPE_BASE) for settings, key in ((read, outer[0]), (scaling, "rope_theta"))]
-    base = agreed(read, outer[0], *bases, base)
+    inside = scaling.number("rope_theta", None, **ROPE_BASE)
+    base = agreed(read, outer[0], read.number(outer[0], None, **ROPE_BASE), inside, base)
     if part is None:
         read.must("partial_rotary_factor", 1.0, 1)
         scaling.must("partial_rotary_factor", 1.0, 1)
         size = head_size
     else:
-        places = ((read, outer[1]), (scaling, "partial_rotary_factor"))
-        part = agreed(
-            read, outer[1], *(settings.number(key, None, low=0.0, high=1.0) for settings, key in places), part
-        )
+        inner = scaling.number("partial_rotary_factor", None, low=0.0, high=1.0)
+        part = agreed(read, outer[1], read.number(outer[1], None, low=0.0, high=1.0), inner, part)
         size = int(head_size * part)
         if size < 2 or size % 2:
             raise InputError(
@@ -79,8 +77,8 @@ def scaled(
         return {"rope_divisors": divisors}
     if kind in ("yarn", "longrope"):
         key = "original_max_position_embeddings"
-        told = [settings.integer(key, 1, MOST_SIZE, None) for settings in (read, scaling)]
-        original = agreed(read, key, *told, original or max_positions)
+        inside = scaling.integer(key, 1, MOST_SIZE, None)
+        original = agreed(read, key, read.integer(key, 1, MOST_SIZE, None), inside, original or max_positions)
         factor = scaling.number("factor", None, **ROPE_FACTOR) or max_positions / original
         if kind == "yarn":
             return yarn(scaling, factor, original, base, size)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from fisher_jax._support.errors import InputError, shown
 from fisher_jax._support.outline import outline
@@ -154,7 +153,7 @@ def build(
         config=config,
         graphdef=from_config(config).graphdef,
         name=name,
-        params=jax.tree.map(jnp.asarray, params),
+        params=jax.device_put(params),
         tokenizer=tokenizer,
         fingerprint=fingerprint,
         unread=unread,

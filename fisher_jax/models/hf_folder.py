@@ -43,7 +43,7 @@ class HfFolder:
         self.places: dict[str, tuple[Path, str]] = {}
         self.stored_tensors: dict[str, StoredTensor] = {}
         for file in self.files:
-            for name, tensor in read_header(file).items():
+            for name, tensor in read_header(file)[0].items():
                 ours = name.removeprefix(prefix)
                 if ours in self.places:
                     raise InputError(f"{self.label} holds the tensor {shown(name)} twice")

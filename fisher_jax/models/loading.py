@@ -127,7 +127,9 @@ def load_gguf(path: Path, dtype) -> LanguageModel:
     tokenizer = tokenizer_from_gguf(file)
     params = file.params(config, dtype)
     model = build(path.stem, config, params, tokenizer, fingerprint)
-    weight_cache.write(fingerprint, dtype.name, weight_cache.Entry(flatten(params), config, tokenizer.to_json()))
+    weight_cache.write(
+        fingerprint, dtype.name, weight_cache.Entry(flatten(params), config, tokenizer.to_json()), path.name
+    )
     return model
 
 

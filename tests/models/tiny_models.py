@@ -49,7 +49,7 @@ def byte_alphabet_inverse():
 
 def write_gguf(
     path, config, params, *, arch="llama", metadata=None, tensors=None, token_list=TOKENS, merges=MERGES,
-    pre="smollm", model="gpt2", quantized=None,
+    pre="smollm", model="gpt2", types=None, scores=None, bos=0, quantized=None,
 ):  # fmt: skip
     """A GGUF file that holds ``params`` as they are: Q and K rows in whatever order the caller means.
 
@@ -69,9 +69,13 @@ def write_gguf(
     writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(token_list)
-    writer.add_token_types([3 if token in SPECIAL else 1 for token in token_list])
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(0)
+    writer.add_token_types(types or [3 if token in SPECIAL else 1 for token in token_list])
+    if scores is not None:
+        writer.add_token_scores(scores)
+    if merges is not None:
+        writer.add_token_merges(merges)
+    if bos is not None:
+        writer.add_bos_token_id(bos)
     for key, value in (metadata or {}).items():
         {bool: writer.add_bool, str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[
             type(value)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.machine import installed
+from fisher_jax.cli.cache.settings import CacheSettings
 from fisher_jax.cli.compare.settings import CompareSettings
 from fisher_jax.cli.doctor.settings import DoctorSettings
 from fisher_jax.cli.merge.settings import MergeSettings
@@ -31,6 +32,7 @@ _COMMANDS: dict[str, tuple[str, type[Settings]]] = {
     "train": ("train a small language model with K-FAC, AdamW and others", TrainSettings),
     "merge": ("one model from several that were fine-tuned from the same one", MergeSettings),
     "trim": ("a smaller vocabulary: embedding, head and tokenizer cut together", TrimSettings),
+    "cache": ("what is kept of dequantised weights, and away with it", CacheSettings),
     "doctor": ("whether this device and compiler compute what they should", DoctorSettings),
 }
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from fisher_jax._support.errors import InputError, shown
@@ -25,6 +26,10 @@ READ = {
     "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base", "rope.dimension_count",
     "rope.scaling.type", "rope.scaling.factor", "expert_count", "expert_used_count",
 }  # fmt: skip
+FLOATS = {
+    kind: np.dtype(dtype)
+    for kind, dtype in {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}.items()
+}
 HARMLESS = {"rope.scaling.original_context_length", "rope.scaling.finetuned"}
 
 
@@ -120,29 +125,41 @@ class GgufFile:
         return self.shapes[name]
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as float32, dequantised."""
+        """A tensor as numbers, dequantised to float32."""
+        return self.values(name, self.stored(name))
+
+    def stored(self, name: str) -> np.ndarray:
+        """A tensor as it lies in the file: numbers, or the bytes of each row."""
         tensor = self.tensors[name]
-        kind = self.kinds(tensor.kind)
-        raw = np.fromfile(self.path, np.uint8, tensor.size, offset=tensor.start)
-        if raw.size < tensor.size:
-            raise InputError(f"{name} in {self.label} ends early; the file became shorter while it was read")
         try:
-            values = self.dequantize(raw.reshape(*tensor.shape[:-1], -1), kind)
+            raw = np.memmap(self.path, np.uint8, "r", tensor.start, (tensor.size,)).view(np.ndarray)
+        except ValueError as error:
+            raise InputError(
+                f"{name} in {self.label} ends early; the file became shorter while it was read"
+            ) from error
+        dtype = FLOATS.get(self.kinds(tensor.kind).name)
+        return raw.reshape(*tensor.shape[:-1], -1) if dtype is None else raw.view(dtype).reshape(tensor.shape)
+
+    def values(self, name: str, rows: np.ndarray) -> np.ndarray:
+        if rows.dtype != np.uint8:
+            return rows
+        kind = self.kinds(self.tensors[name].kind)
+        try:
+            return self.dequantize(rows, kind)
         except NotImplementedError as error:
             raise InputError(
                 f"{shown(name)} in {self.label} is stored as {kind.name}, which cannot be read"
             ) from error
-        return values.reshape(tensor.shape)
 
     def params(self, config: DecoderConfig, dtype) -> dict:
         """The decoder's parameters as NumPy arrays, layers stacked."""
 
         layout = GGUF_LAYOUTS[self.architecture]
 
-        def orient(path: str, tensor: np.ndarray) -> np.ndarray:
-            return layout.parameter(config, path, tensor)
+        def select(path: str, stored: np.ndarray) -> np.ndarray:
+            return layout.selected(config, path, stored)
 
-        return assemble(self, config, layout.names, dtype, orient, ignored={"rope_freqs.weight"})
+        return assemble(self, config, layout.names, dtype, select, ignored={"rope_freqs.weight"})
 
 
 class GgufSettings(Settings):

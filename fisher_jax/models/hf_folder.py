@@ -12,13 +12,12 @@ from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.families import FAMILIES
 from fisher_jax.models.hf_config import config_from_hf
 from fisher_jax.models.json_files import MOST_BYTES, is_there, read_json, read_text
-from fisher_jax.models.safetensors_file import StoredTensor, open_safetensors, read_header
+from fisher_jax.models.safetensors_file import FLOATS, StoredTensor, mapped, read_header
 from fisher_jax.models.tokenizer import Tokenizer
-from fisher_jax.models.weight_names import assemble, check_entries
+from fisher_jax.models.weight_names import assemble, check_entries, same_values
 
 __all__ = ["INDEX", "ONLY", "HfFolder", "shards_of"]
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 INDEX, ONLY = "model.safetensors.index.json", "model.safetensors"
 # Endings of files that hold weights.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
@@ -42,16 +41,15 @@ class HfFolder:
         self.files = self.weight_files()
         self.unread = tuple(name for name in weights_in(path) if name not in {file.name for file in self.files})
         self.places: dict[str, tuple[Path, str]] = {}
-        self.stored: dict[str, StoredTensor] = {}
-        self.opened: dict[Path, Any] = {}
+        self.stored_tensors: dict[str, StoredTensor] = {}
         for file in self.files:
-            for name, tensor in read_header(file).items():
+            for name, tensor in read_header(file)[0].items():
                 ours = name.removeprefix(prefix)
                 if ours in self.places:
                     raise InputError(f"{self.label} holds the tensor {shown(name)} twice")
-                self.places[ours], self.stored[ours] = (file, name), tensor
+                self.places[ours], self.stored_tensors[ours] = (file, name), tensor
         self.names = frozenset(self.places)
-        self.shapes = {name: tensor.shape for name, tensor in self.stored.items()}
+        self.shapes = {name: tensor.shape for name, tensor in self.stored_tensors.items()}
         self.check_index()
 
     def json(self, name: str) -> dict:
@@ -94,16 +92,17 @@ class HfFolder:
         check_entries(self, config)
         return config
 
-    def read(self, name: str) -> np.ndarray:
+    def stored(self, name: str) -> np.ndarray:
         """A tensor in the dtype of its file."""
         file, stored_name = self.places[name]
-        if (kind := self.stored[name].kind) not in FLOATS:
+        if (kind := self.stored_tensors[name].kind) not in FLOATS:
             raise InputError(
                 f"{shown(stored_name)} in {self.label} is stored as {kind}; supported: {', '.join(FLOATS)}"
             )
-        if file not in self.opened:
-            self.opened[file] = open_safetensors(file)
-        return self.opened[file].get_tensor(stored_name)
+        return mapped(file, self.stored_tensors[name])
+
+    def values(self, name: str, rows: np.ndarray) -> np.ndarray:
+        return rows
 
     def head_name(self) -> str:
         return self.family.layout.names["head"] if self.family else "lm_head.weight"
@@ -114,14 +113,14 @@ class HfFolder:
         ignored = {name for name in self.names if name.endswith(layout.buffers)}
         embedding, head = layout.names["embedding"], layout.names["head"]
         if config.tied and head in self.names:
-            if embedding in self.names and not np.array_equal(self.read(head), self.read(embedding)):
+            if embedding in self.names and not same_values(self, head, embedding):
                 raise InputError(f"{self.label} says tie_word_embeddings, but its {head} differs from {embedding}")
             ignored.add(head)
 
-        def orient(path: str, tensor: np.ndarray) -> np.ndarray:
-            return layout.parameter(config, path, tensor)
+        def select(path: str, stored: np.ndarray) -> np.ndarray:
+            return layout.selected(config, path, stored)
 
-        return assemble(self, config, layout.names, dtype, orient, ignored)
+        return assemble(self, config, layout.names, dtype, select, ignored)
 
     def tokenizer(self, rows: int = 2**18) -> Tokenizer:
         """From ``tokenizer.json``, for a head of at most so many rows."""

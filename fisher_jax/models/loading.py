@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from fisher_jax._support.errors import InputError, shown
 from fisher_jax._support.outline import outline
@@ -128,7 +127,9 @@ def load_gguf(path: Path, dtype) -> LanguageModel:
     tokenizer = tokenizer_from_gguf(file)
     params = file.params(config, dtype)
     model = build(path.stem, config, params, tokenizer, fingerprint)
-    weight_cache.write(fingerprint, dtype.name, weight_cache.Entry(flatten(params), config, tokenizer.to_json()))
+    weight_cache.write(
+        fingerprint, dtype.name, weight_cache.Entry(flatten(params), config, tokenizer.to_json()), path.name
+    )
     return model
 
 
@@ -154,7 +155,7 @@ def build(
         config=config,
         graphdef=from_config(config).graphdef,
         name=name,
-        params=jax.tree.map(jnp.asarray, params),
+        params=jax.device_put(params),
         tokenizer=tokenizer,
         fingerprint=fingerprint,
         unread=unread,

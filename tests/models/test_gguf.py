@@ -66,8 +66,8 @@ def test_reordering_moves_row_2i_to_i_and_row_2i_plus_1_to_half_plus_i():
     ("options", "sentence"),
     [
         ({"arch": "gemma"}, "architecture 'gemma'.*llama, qwen2, qwen3"),
-        ({"model": "llama"}, "tokenizer of the kind 'llama'"),
-        ({"pre": "tekken"}, "pre-tokenizer 'tekken'.*smollm"),
+        ({"model": "t5"}, "tokenizer of the kind 't5'.*unigram"),
+        ({"pre": "bloom"}, "pre-tokenizer 'bloom'.*smollm"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "rotary scaling 'yarn'"),
         ({"metadata": {"llama.attention.clamp_kqv": 8.0}}, "not supported: attention.clamp_kqv"),
         ({"metadata": {"llama.expert_count": 8}}, "mixture of experts"),

@@ -49,9 +49,12 @@ def byte_alphabet_inverse():
 
 def write_gguf(
     path, config, params, *, arch="llama", metadata=None, tensors=None, token_list=TOKENS, merges=MERGES,
-    pre="smollm", model="gpt2",
+    pre="smollm", model="gpt2", types=None, scores=None, bos=0, quantized=None,
 ):  # fmt: skip
-    """A GGUF file that holds ``params`` as they are: Q and K rows in whatever order the caller means."""
+    """A GGUF file that holds ``params`` as they are: Q and K rows in whatever order the caller means.
+
+    Matrices whose rows fill blocks of the type ``quantized`` are stored in it.
+    """
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_positions)
@@ -66,16 +69,25 @@ def write_gguf(
     writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(token_list)
-    writer.add_token_types([3 if token in SPECIAL else 1 for token in token_list])
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(0)
+    writer.add_token_types(types or [3 if token in SPECIAL else 1 for token in token_list])
+    if scores is not None:
+        writer.add_token_scores(scores)
+    if merges is not None:
+        writer.add_token_merges(merges)
+    if bos is not None:
+        writer.add_bos_token_id(bos)
     for key, value in (metadata or {}).items():
         {bool: writer.add_bool, str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[
             type(value)
         ](key, value)
     for name, tensor in {**gguf_tensors(params), **(tensors or {})}.items():
-        if tensor is not None:
-            writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
+        if tensor is None:
+            continue
+        tensor = np.ascontiguousarray(tensor, np.float32)
+        if quantized is not None and tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+            writer.add_tensor(name, gguf.quants.quantize(tensor, quantized), raw_dtype=quantized)
+        else:
+            writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -67,16 +67,16 @@ class Layout:
     prefix: str = ""
     buffers: tuple[str, ...] = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
-    def parameter(self, config: DecoderConfig, path: str, tensor: np.ndarray) -> np.ndarray:
-        """The parameter of one layer in a file's tensor; what does not fit comes back in a shape of its own."""
-        kernel = path.endswith("/kernel")
-        rows = tensor.T if kernel and not self.turned else tensor  # [out, ...]
+    def selected(self, config: DecoderConfig, path: str, tensor: np.ndarray) -> np.ndarray:
+        """The rows ``[out, ...]`` of the parameter of one layer in a file's tensor; what does not fit comes back in a
+        shape of its own."""
+        rows = tensor.T if path.endswith("/kernel") and not self.turned else tensor
         fused = [other for other in self.names if self.names[other] == self.names[path]]
         if len(fused) > 1:
             rows = self.part(config, rows, [outputs(config, other) for other in fused], fused.index(path))
         if self.interleaved and part_of(path) in TURNED:
             rows = in_heads(undo_interleaving, config, rows)
-        return rows.T if kernel else rows
+        return rows
 
     def part(self, config: DecoderConfig, rows: np.ndarray, sizes: list[int], index: int) -> np.ndarray:
         """Of a fused tensor, which is refused by its shape where the parts do not fill it."""

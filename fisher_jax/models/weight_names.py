@@ -85,6 +85,13 @@ def check_entries(file: TensorFile, config: DecoderConfig) -> None:
             f"{wanted:,} numbers, but its files hold {there:,} in all"
         )
 
+    experts = (config.num_experts or 0) * config.num_layers * 3 * config.width * config.mlp_size
+    if experts > there:
+        raise InputError(
+            f"{file.label} asks in its configuration for {config.num_experts:,} experts in each layer, which are "
+            f"{experts:,} numbers, but its files hold {there:,} in all"
+        )
+
 
 def check_finite(file: TensorFile, name: str, tensor: np.ndarray) -> None:
     bad = tensor.size - int(np.count_nonzero(np.isfinite(tensor)))

@@ -70,6 +70,8 @@ class Layout:
     def parameter(self, config: DecoderConfig, path: str, tensor: np.ndarray) -> np.ndarray:
         """The parameter of one layer in a file's tensor; what does not fit comes back in a shape of its own."""
         kernel = path.endswith("/kernel")
+        if tensor.ndim > 2:  # experts side by side
+            return np.swapaxes(tensor, -1, -2) if kernel and self.turned else tensor
         rows = tensor.T if kernel and not self.turned else tensor  # [out, ...]
         fused = [other for other in self.names if self.names[other] == self.names[path]]
         if len(fused) > 1:

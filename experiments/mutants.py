@@ -81,7 +81,9 @@ TESTS = {
     "_support/outline.py": ("test_names.py", "**/test_shift.py", "**/test_decisions.py"),
     "_support/passes.py": ("**/test_many_tokens.py", "**/test_estimators.py", "**/test_block_spectra.py"),
     "_support/placement.py": ("**/test_averaging.py", "**/test_prune_masks.py", "**/test_kfac_sharded.py"),
-    "_support/printable.py": ("cli/test_names.py", "**/test_hf_folder.py", "cli/test_odd_files.py", "cli/test_bad_input.py"),
+    "_support/printable.py": (
+        "cli/test_names.py", "**/test_hf_folder.py", "cli/test_odd_files.py", "cli/test_bad_input.py",
+    ),
     "_support/rejection.py": ("**/test_rejection.py", "**/test_tokens.py"),
     "_support/selection.py": ("**/test_products.py", "**/test_block_spectra.py"),
 }  # fmt: skip

@@ -70,7 +70,10 @@ class Layout:
     def selected(self, config: DecoderConfig, path: str, tensor: np.ndarray) -> np.ndarray:
         """The rows ``[out, ...]`` of the parameter of one layer in a file's tensor; what does not fit comes back in a
         shape of its own."""
-        rows = tensor.T if path.endswith("/kernel") and not self.turned else tensor
+        turn = path.endswith("/kernel") and not self.turned
+        if tensor.ndim > 2:  # experts side by side
+            return np.swapaxes(tensor, -1, -2) if turn else tensor
+        rows = tensor.T if turn else tensor
         fused = [other for other in self.names if self.names[other] == self.names[path]]
         if len(fused) > 1:
             rows = self.part(config, rows, [outputs(config, other) for other in fused], fused.index(path))

@@ -31,9 +31,10 @@ class Batch:
         weights: per token, shaped like the leading axes of the outputs: 0 where there is no loss, and outputs and
             targets are never read. ``None``: 1 wherever something is real.
         real: per row, or per position of a row: 1, or 0 where it is padding, which is never read: a model that looks
-            there sees token 0, or numbers 0. A row in which nothing is real is as if it were not there. ``None``: all ones. A prompt is real and has no loss. Inputs
-            whose first axes are those of ``real``, in either order, are laid out as it is; one that the model
-            compares, or spreads over other places (a mask, a bias of attention), tells it what is padding, and stays.
+            there sees token 0, or numbers 0. A row in which nothing is real is as if it were not there. ``None``: all
+            ones. A prompt is real and has no loss. Inputs whose first axes are those of ``real``, in either order,
+            are laid out as it is; one that the model compares, or spreads over other places (a mask, a bias of
+            attention), tells it what is padding, and stays.
         units: per row ``[B]``, an integer id (say, of a document). Consecutive rows with one id, across batches
             too, form one observation. ``None``: each row is its own.
 

@@ -1,6 +1,7 @@
 """The decoder as pure functions of a plain nested dict of parameters."""
 
 import dataclasses
+from collections.abc import Set
 from typing import Any
 
 import jax
@@ -16,7 +17,15 @@ from fisher_jax._support.outline import outline
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.decoder import Decoder
 
-__all__ = ["DTYPES", "DecoderFunctions", "abstract_params", "from_config", "init_params", "weight_dtype"]
+__all__ = [
+    "DTYPES",
+    "DecoderFunctions",
+    "abstract_params",
+    "from_config",
+    "init_params",
+    "kept_dtype",
+    "weight_dtype",
+]
 
 DTYPES = ("float32", "bfloat16")
 
@@ -158,6 +167,12 @@ def init_params(config: DecoderConfig, key: Key[Array, ""], dtype: Any = "float3
             values.append(noise[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype))
             start += leaf.size
     return jax.tree.unflatten(treedef, values)
+
+
+def kept_dtype(kinds: Set[str]) -> str:
+    """The dtype of weights whose matrices a file stores as these kinds, such as ``{"F32", "Q8_0"}``: bfloat16 for
+    bfloat16, and where some are quantised; else float32, also for float16, which has more digits than bfloat16."""
+    return "bfloat16" if kinds == {"BF16"} or kinds - {"F64", "F32", "F16", "BF16"} else "float32"
 
 
 def weight_dtype(dtype) -> np.dtype:

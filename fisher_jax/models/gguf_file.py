@@ -12,7 +12,7 @@ from fisher_jax.models.checked_settings import MOST_EXPERTS, MOST_HEAD, MOST_IND
 from fisher_jax.models.config import DecoderConfig, linear_divisors
 from fisher_jax.models.families.gguf_layouts import GGUF_LAYOUTS
 from fisher_jax.models.families.reading import windows
-from fisher_jax.models.gguf_header import read_header
+from fisher_jax.models.gguf_parts import parts_of
 from fisher_jax.models.number_ranges import EPSILON, ROPE_BASE, ROPE_FACTOR
 from fisher_jax.models.optional_packages import optional
 from fisher_jax.models.weight_names import assemble, check_entries
@@ -34,7 +34,7 @@ HARMLESS = {"rope.scaling.original_context_length", "rope.scaling.finetuned"}
 
 
 class GgufFile:
-    """An open GGUF file; ``settings`` are its metadata, ``read(tensor)`` reads on demand.
+    """An open GGUF file, whole or in parts; ``settings`` are its metadata, tensors are read on demand.
 
     Raises ``InputError`` for files that are not GGUF, that are cut off or contradict themselves, or whose
     architecture, rotary scaling or tensor types are not supported.
@@ -45,19 +45,18 @@ class GgufFile:
         self.path, self.label = path, path.name
         self.kinds, self.dequantize = gguf.GGMLQuantizationType, gguf.quants.dequantize
         sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
-        header = read_header(path, sizes)
-        self.tensors = header.tensors
-        self.shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+        self.parts = parts_of(path, sizes)
+        self.tensors = {name: tensor for header in self.parts.values() for name, tensor in header.tensors.items()}
+        self.places = {name: part for part, header in self.parts.items() for name in header.tensors}
+        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         self.names = frozenset(self.tensors)
-        self.settings = GgufSettings(header.metadata, self.label)
+        self.settings = GgufSettings(next(iter(self.parts.values())).metadata, self.label)
         self.architecture = self.settings.text("general.architecture")
         if self.architecture not in GGUF_LAYOUTS:
             raise InputError(
                 f"{path.name} has the architecture {shown(self.architecture)}; "
                 f"supported from GGUF files: {', '.join(GGUF_LAYOUTS)}"
             )
-        if self.settings.integer("split.count", 0, MOST_INDEX, 1) > 1:
-            raise InputError(f"{path.name} is one part of a split GGUF file; join the parts first")
 
     def config(self) -> DecoderConfig:
         """The decoder's shape; an ``InputError`` for entries that would change it in unknown ways."""
@@ -122,6 +121,10 @@ class GgufFile:
             raise InputError(f"{self.label} lacks the tensor {name}")
         return self.shapes[name]
 
+    def kinds_of_matrices(self) -> set[str]:
+        """ggml's names of the types that its matrices are stored in."""
+        return {self.kinds(tensor.kind).name for tensor in self.tensors.values() if len(tensor.shape) > 1}
+
     def read(self, name: str) -> np.ndarray:
         """A tensor as numbers, dequantised to float32."""
         return self.values(name, self.stored(name))
@@ -130,7 +133,7 @@ class GgufFile:
         """A tensor as it lies in the file: numbers, or the bytes of each row."""
         tensor = self.tensors[name]
         try:
-            raw = np.memmap(self.path, np.uint8, "r", tensor.start, (tensor.size,)).view(np.ndarray)
+            raw = np.memmap(self.places[name], np.uint8, "r", tensor.start, (tensor.size,)).view(np.ndarray)
         except ValueError as error:
             raise InputError(
                 f"{name} in {self.label} ends early; the file became shorter while it was read"

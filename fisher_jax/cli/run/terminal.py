@@ -63,6 +63,10 @@ class Terminal(Console):
         """How long all of it took so far, as the beginning of a line."""
         return f"took {duration(time.monotonic() - self._began)}"
 
+    def say_weights(self, model: LanguageModel) -> None:
+        """In which dtype the weights are, and in which their files have them."""
+        self.print(f"  weights: {stored_and_kept(model)}")
+
     def say_unread(self, model: LanguageModel) -> None:
         """The first few files beside a model's weights that are not read, if there are any."""
         if model.unread:
@@ -82,6 +86,10 @@ class Terminal(Console):
         for line in lines:
             self.print(line)
         self.print(Text.assemble(f"{page[0]}: ", (printable(str(page[1].resolve())), "bold")))
+
+
+def stored_and_kept(model: LanguageModel) -> str:
+    return f"{model.dtype} (in its files {model.stored})" if model.stored else model.dtype
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], padding: int = 2) -> Table:

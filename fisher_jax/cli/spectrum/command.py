@@ -70,7 +70,9 @@ def _measure_and_write(
 def _setup(settings: SpectrumSettings, console: Terminal, tools: Tools) -> Setup:
     with console.stage("model", settings.model):
         model = tools.load(settings.model, dtype=settings.dtype)
+        console.say_weights(model)
         console.say_unread(model)
+        settings = replace(settings, dtype=model.dtype)
         length = row_length(settings.row_length, model.config.max_positions, model.name)
         settings = replace(settings, row_length=length)
         chosen = choose(model, settings.parameters)

@@ -66,7 +66,7 @@ class SpectrumSettings(Settings):
     block_tokens: int = option(
         32, count(1), "tokens whose scores the block spectra are of, spread over the text: one backward pass each"
     )
-    dtype: str = options.dtype()
+    dtype: str = options.dtype(default="float32")
     seed: int = options.seed("start vector, probes, drawn labels")
     out: Path = options.out("spectrum", group="where to keep it")
     resume: bool = options.resume()

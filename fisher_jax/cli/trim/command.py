@@ -38,8 +38,10 @@ def run(settings: TrimSettings, tools: Tools) -> int:
         if task is not None:
             console.say("state", task.place)
         console.say("model", settings.model)
-        model = tools.load(settings.model)
+        model = tools.load(settings.model, dtype=settings.dtype)
+        settings = dataclasses.replace(settings, dtype=model.dtype)
         console.print(f"  {describe(model)}")
+        console.say_weights(model)
         console.say_unread(model)
         origin = read_origin(settings.model)
         check_can_be_written(model.config, origin)

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-__all__ = ["Group", "Heads", "column", "head", "param", "resolve", "row", "tensor"]
+__all__ = ["Experts", "Group", "Heads", "column", "expert", "head", "param", "resolve", "row", "tensor"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,17 @@ column = Group("column")
 a scale its own."""
 tensor = Group("tensor")
 """The whole kernel is one group; of a stack of layers, the kernel of each layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts(Group):
+    """Experts of a mixture, see `expert`."""
+
+
+expert = Experts("expert")
+"""One group per expert of the kernels of a mixture of experts, after the axes of stacked layers; of any other
+parameter all of it, as in ``tensor``. The program says which kernels are experts' and which axis they lie along: what
+a router ranked (``top_k``, ``sort``, ``argmax``) decides over their outputs."""
 
 # What libraries put around an array: no names of it.
 _WRAPPERS = ("kernel", "w", "weight", "b", "bias", "value", "raw_value")

@@ -39,6 +39,7 @@ __all__ = [
     "has_constants",
     "inside",
     "is_literal",
+    "is_plain_ragged",
     "is_traced",
     "lookup",
     "loop",
@@ -304,6 +305,21 @@ def as_elementwise(eqn: Any, index: int) -> Any:
 
 def _at_line_of(eqn: Any, other: Any) -> Any:
     return other.replace(source_info=eqn.source_info)
+
+
+def is_plain_ragged(eqn: Any) -> bool:
+    """Whether a ``ragged_dot_general`` is ``ragged_dot``: rows ``[T, in]`` in groups, a matrix ``[E, in, out]`` each."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    contracted, batch = numbers.dot_dimension_numbers
+    found = [[tuple(x) for x in pair] for pair in (contracted, batch)]
+    groups = tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions)
+    shapes = [len(atom.aval.shape) for atom in eqn.invars]
+    return (
+        found == [[(1,), (1,)], [(), ()]]
+        and groups == ((0,), (0,))
+        and shapes == [2, 3, 1]
+        and eqn.params.get("group_offset") is None
+    )
 
 
 class Lookup(NamedTuple):

@@ -13,9 +13,10 @@ from jaxtyping import Array
 from fisher_jax import groups as groups_room
 from fisher_jax._support.jax_internals import is_traced
 from fisher_jax._tracing.axes import UntraceableError, roles_of_leaf
+from fisher_jax._tracing.experts import expert_axes
 from fisher_jax._tracing.heads import by_heads, by_program, named_part
 from fisher_jax._tracing.uses import Spec
-from fisher_jax.groups import Group, Heads
+from fisher_jax.groups import Experts, Group, Heads
 
 __all__ = ["Grouping", "groupings", "sizes"]
 
@@ -82,6 +83,8 @@ def groupings(groups: Any, params: Tree, specs: Callable[[], list[Spec]] | None)
         own = {k: _leaf(name, part[k], x, c, [s for s in found if s.leaf == i]) for k, c in choice.items()}
         heads += [(one.head_dim, one.path) for one in own.values() if one.head_dim is not None]
         result.append(_several(name, own) if several else own[""])
+    if any(isinstance(c, Experts) for choice in chosen for c in choice.values()):
+        _check_experts(found)
     if any(isinstance(c, Heads) for choice in chosen for c in choice.values()):
         _check_heads(dict(heads), leaves)
     return result
@@ -95,13 +98,13 @@ def _slashed(path: tuple) -> str:
 
 def _choose(groups: Any, path: tuple, x: Any) -> Any:
     """A `Group`, or the user's own reduction, of one leaf."""
-    if isinstance(groups, Heads):
+    if isinstance(groups, Heads | Experts):
         return groups
     if not callable(groups):
         return groups_room.resolve(groups)
     name = jax.tree_util.keystr(path)
     found = groups(name, tuple(x.shape))
-    if isinstance(found, Heads):
+    if isinstance(found, Heads | Experts):
         return found
     if isinstance(found, Group | str):
         return groups_room.resolve(found)
@@ -121,6 +124,8 @@ def _leaf(path: str, part: str | None, x: Any, choice: Any, specs: list[Spec]) -
     if not specs:
         # The loss does not use it: nothing tells its orientation, and its only value is zero.
         return Grouping(path, (), side="tensor")
+    if isinstance(choice, Experts):
+        return _experts(path, x, specs)
     shown = isinstance(choice, Heads) and any(spec.use.parts for spec in specs)
     if choice.name == "tensor" or (isinstance(choice, Heads) and not shown and part is None):
         return _kept(path, "tensor", _loops(specs, x.ndim))
@@ -133,6 +138,23 @@ def _leaf(path: str, part: str | None, x: Any, choice: Any, specs: list[Spec]) -
             f"group: it has no columns; {_WAYS_OUT}"
         )
     return _kept(path, choice.name, roles)
+
+
+def _experts(path: str, x: Any, specs: list[Spec]) -> Grouping:
+    try:
+        keep = expert_axes(specs)
+    except UntraceableError as error:
+        raise ValueError(f"the experts of parameter {path} cannot be told apart ({error}); {_WAYS_OUT}") from None
+    loops = [i for i, role in enumerate(_loops(specs, x.ndim)) if role == "loop"]
+    return Grouping(path, tuple(sorted({*loops, *keep})))
+
+
+def _check_experts(specs: list[Spec]) -> None:
+    if all(spec.use.experts is None for spec in specs):
+        raise ValueError(
+            "no parameter is an expert's: over none decides what was ranked by top_k, sort or argmax alone; "
+            "use fj.groups.tensor, or a function (path, shape) -> group or reduction"
+        )
 
 
 def _kept(path: str, group: str, roles: Roles) -> Grouping:

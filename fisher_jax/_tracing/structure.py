@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisher_jax._support.jax_internals import is_traced, opened, struct, user_line, walk
-from fisher_jax._tracing.dense import operand_axes, token_axes
+from fisher_jax._tracing.dense import experts_of, operand_axes, token_axes
 from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Link, Lost, along, compressed
 from fisher_jax._tracing.made import Made
 from fisher_jax._tracing.places import input_token_axes
+from fisher_jax._tracing.routing import Routed, routed_equations
 from fisher_jax._tracing.rows import SMALL, Rows, rows_of
 from fisher_jax._tracing.survey import Survey
 from fisher_jax._tracing.tracing import evaluate
-from fisher_jax._tracing.uses import Data, Spec, Use, View
+from fisher_jax._tracing.uses import Data, Experts, Spec, Use, View
 
 __all__ = ["Head", "Structure", "Structures"]
 
@@ -185,7 +186,7 @@ def _surveyed(
     of_outputs = [(head.use.order, _token_ids(head, survey))] if head and single else _tokens_of_parts(outs, survey)
     for order, one in of_outputs:
         learned[order] = (*learned.get(order, ()), one)
-    survey = _with_attention(_with_ids(survey, learned))
+    survey = _with_experts(_with_attention(_with_ids(survey, learned)), routed_equations(traced))
     ids = tuple(x.ids if isinstance(x, Data) else () for x in outs)
     links = rows_of([x for x in outs if isinstance(x, Data)], given, lead)
     return Structure(survey, outputs, ids, head, other, survey.findings.biases, tuple(axes), links)
@@ -311,6 +312,21 @@ def _with_attention(survey: Survey) -> Survey:
         return dataclasses.replace(one, use=use)
 
     return _everywhere(survey, spec)
+
+
+def _with_experts(survey: Survey, routed: dict[int, Routed]) -> Survey:
+    """The same survey, every dense use that gates let through with its axes of experts."""
+    equations = survey.findings.equations
+
+    def spec(one: Spec) -> Spec:
+        found = routed.get(equations[one.use.order])
+        if found is None or one.use.kind not in ("dense", "embedding"):
+            return one
+        ndim = len(one.output.shape) - len(one.lengths)
+        experts = experts_of(one.use, found, ndim) if one.use.kind == "dense" else Experts()
+        return dataclasses.replace(one, use=dataclasses.replace(one.use, experts=experts))
+
+    return _everywhere(survey, spec) if routed else survey
 
 
 def _head(outputs: Data) -> Head | None:

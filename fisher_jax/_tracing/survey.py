@@ -40,7 +40,7 @@ from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, along, joined
 from fisher_jax._tracing.made import Made, followed
 from fisher_jax._tracing.places import input_token_axes
 from fisher_jax._tracing.tracing import evaluate
-from fisher_jax._tracing.uses import Data, Spec, Use, View, constant_of, plain, shape_of, signature
+from fisher_jax._tracing.uses import Data, Experts, Spec, Use, View, constant_of, plain, shape_of, signature
 from fisher_jax._tracing.variation import everywhere
 
 __all__ = ["Findings", "Survey"]
@@ -58,6 +58,7 @@ class Findings:
         learned: ids of the tokens of a use that has none of its own, from what its output is added to; by its order.
         attention: what the products of parameters are in attentions.
         tokens: number of the tokens of a product, by its order.
+        equations: ``id`` of the equation of every use, by its order.
     """
 
     number: int = 0
@@ -65,11 +66,13 @@ class Findings:
     learned: dict[int, Carried] = dataclasses.field(default_factory=dict)
     attention: Attention = dataclasses.field(default_factory=Attention)
     tokens: dict[int, int] = dataclasses.field(default_factory=dict)
+    equations: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def copy(self) -> "Findings":
         return Findings(
-            self.number, self.biases.copy(), self.learned.copy(), self.attention.copy(), self.tokens.copy()
-        )
+            self.number, self.biases.copy(), self.learned.copy(), self.attention.copy(), self.tokens.copy(),
+            self.equations.copy(),
+        )  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -169,6 +172,7 @@ class Survey:
         self.met = None
         whose = _whose(kind, found, inputs)
         use = _facts(view, kind, eqn, index, apply, self.findings.number, whose, self.around)
+        self.findings.equations[use.order] = id(eqn)
         self.findings.number += 1
         spec = Spec(view.leaf, use, shape_of(found), tuple(map(shape_of, inputs)))
         self.own.append(spec)
@@ -185,6 +189,8 @@ class Survey:
             product = Made(view.leaf, use, places, sizes, met)
             tokens = self._own_tokens(view.leaf, use, sizes)
             return dataclasses.replace(found, made=product, units=units, tokens=tokens)
+        if kind == "ragged":
+            return found
         if kind == "bias" and inputs:
             self.findings.attention.added(use, _units_of(inputs[0]))
         made = next((x.made for x in inputs if isinstance(x, Data) and x.made is not None), None)
@@ -438,7 +444,10 @@ def _facts(view: View, kind: str, eqn: Any, index: int, apply: Any, order: int, 
         return Use(kind, name, where, *chain, operand, None, order=order)
     roles, key = _roles(eqn, kind, index), (index, *signature(eqn))
     numbers = view.factor, view.moved
-    return Use(kind, name, where, *chain, operand, apply, roles, index, eqn.params, key, order, *numbers, ids)
+    experts = Experts() if kind == "ragged" else None
+    return Use(
+        kind, name, where, *chain, operand, apply, roles, index, eqn.params, key, order, *numbers, ids, experts=experts
+    )  # fmt: skip
 
 
 def _roles(eqn: Any, kind: str, index: int) -> tuple[str, ...]:
@@ -457,4 +466,6 @@ def _roles(eqn: Any, kind: str, index: int) -> tuple[str, ...]:
         return tuple(
             "row" if i == out else "window" if i != inner else "grouped" if grouped else "column" for i in axes
         )
+    if kind == "ragged":
+        return "both", "column", "row"
     return ("both" if kind == "scale" else "row",) * len(axes)

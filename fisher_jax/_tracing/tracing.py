@@ -20,6 +20,7 @@ from fisher_jax._support.jax_internals import (
     bind,
     called,
     has_constants,
+    is_plain_ragged,
     lookup,
     loop,
     opened,
@@ -40,7 +41,7 @@ _LAYOUT = {
 # Where a parameter meets data: the kind of tap, by primitive.
 _USES = {
     "dot_general": "dense", "gather": "embedding", "mul": "scale", "add": "bias", "add_any": "bias", "sub": "bias",
-    "conv_general_dilated": "conv",
+    "conv_general_dilated": "conv", "ragged_dot_general": "ragged",
 }  # fmt: skip
 
 
@@ -156,6 +157,8 @@ def _fits(eqn: Any, index: int, values: list) -> bool:
         return index == 0 and lookup(eqn.params, eqn.invars[0].aval.shape).row is not None
     if name == "conv_general_dilated":
         return index == 1
+    if name == "ragged_dot_general":
+        return index == 1 and is_plain_ragged(eqn)
     return name == "dot_general" or not any(isinstance(v, Known) or _is_number(v) for v in others)
 
 

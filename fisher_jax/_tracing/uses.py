@@ -15,6 +15,7 @@ from fisher_jax._tracing.ids import Carried, Ids, Link
 
 __all__ = [
     "Data",
+    "Experts",
     "Known",
     "Part",
     "Segment",
@@ -91,6 +92,21 @@ class Part:
     attention: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """What is known of a dense use that gates let through, see `fisher_jax._tracing.routing`.
+
+    Attributes:
+        outputs, inputs: axes of the operand, beside those that the product keeps apart, along which experts lie:
+            among its output units, and among what it contracts.
+        by_input: whether a gate has gone over what it meets, and not over its output.
+    """
+
+    outputs: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = ()
+    by_input: bool = False
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Use:
     """Static facts of one use: how the parameter got there, and the operation that is linear in it.
@@ -99,7 +115,8 @@ class Use:
     same tree structure.
 
     Attributes:
-        kind: ``dense``, ``embedding``, ``scale``, ``bias``, ``conv`` or ``generic``.
+        kind: ``dense``, ``embedding``, ``scale``, ``bias``, ``conv``, ``ragged`` (a matrix for each group of rows)
+            or ``generic``.
         primitive, where: the JAX operation and the line of the user's code.
         segments: layout chains; between two of them lies a loop.
         loops: for every loop, outermost first, ``"stacked"`` (each iteration has its own slice: layers) or
@@ -119,6 +136,7 @@ class Use:
             convolution), see `fisher_jax._tracing.ids`. Not compared.
         parts: what it is in attentions. Not compared.
         follows: leaves whose products it meets (a bias: is added to), with no product between. Not compared.
+        experts: see `Experts`; ``None`` where no gate decides over it. Not compared.
     """
 
     kind: str
@@ -138,6 +156,7 @@ class Use:
     ids: Carried = ()
     parts: tuple[Part, ...] = ()
     follows: frozenset[int] = frozenset()
+    experts: Experts | None = None
 
     def __repr__(self) -> str:
         return outline(self)

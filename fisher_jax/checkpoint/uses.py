@@ -3,6 +3,7 @@
 A restored use arranges gradients as the saved one did. It cannot run the model: the operation itself is not kept.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisher_jax._support.jax_internals import PLACES, equation
-from fisher_jax._tracing.uses import Segment, Step, Use
+from fisher_jax._tracing.uses import Experts, Segment, Step, Use
 from fisher_jax.checkpoint.facts import DamagedError, check
 
 _TEXTS = ("kind", "primitive", "where")
@@ -43,6 +44,7 @@ def fields(use: Use) -> dict[str, Any]:
         "loops": use.loops, "operand": _shape(use.operand), "roles": use.roles, "index": use.index,
         "options": {name: _data(use.options[name]) for name in options if name in use.options},
         "signature": _data(use.signature),
+        **({} if use.experts is None else {"experts": dataclasses.asdict(use.experts)}),
     }  # fmt: skip
 
 
@@ -89,7 +91,8 @@ def rebuilt(found: dict[str, Any]) -> Use:
         options = {name: _value(x) for name, x in found["options"].items()}
         described: dict[str, Any] = {**texts, **tuples, "index": found["index"], "options": options}
         segments = tuple(map(_segment, found["segments"]))
-        use = Use(segments=segments, operand=_struct(found["operand"]), apply=None, **described)
+        experts = _experts(found["experts"]) if "experts" in found else None
+        use = Use(segments=segments, operand=_struct(found["operand"]), apply=None, experts=experts, **described)
         names = (*texts.values(), *use.loops, *use.roles)
         numbers = (use.index, *use.signature)
         known = all(type(x) is str for x in names) and all(type(x) in (int, str) for x in numbers)
@@ -97,6 +100,12 @@ def rebuilt(found: dict[str, Any]) -> Use:
         raise DamagedError(f"the use of a parameter is not described ({type(error).__name__})") from error
     check(known, "the use of a parameter is not described")
     return use
+
+
+def _experts(found: dict[str, Any]) -> Experts:
+    outputs, inputs, by_input = (found[name] for name in ("outputs", "inputs", "by_input"))
+    check(all(type(i) is int for i in (*outputs, *inputs)) and type(by_input) is bool, "experts are not described")
+    return Experts(tuple(outputs), tuple(inputs), by_input)
 
 
 def _segment(found: dict[str, Any]) -> Segment:

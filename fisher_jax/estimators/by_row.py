@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fisher_jax._support import meshes, rejection
+from fisher_jax._support import meshes, passes, rejection
 from fisher_jax._support.jax_internals import unstacked
 from fisher_jax._tracing.program import Program, differentiate
 from fisher_jax.batch import Batch
@@ -109,12 +109,12 @@ def _fold(
     def step(carry, part):
         folded, finite = carry
         rows, keys, weights, ids = part
-        totals, ok = jax.vmap(value)(rows, keys)
+        totals, ok = passes.mapped(value, rows, keys)
         folded, _ = jax.lax.scan(lambda c, x: (moments_room.fold(c, *x), None), folded, (totals, weights, ids))
         return (folded, finite & jnp.all(ok)), None
 
     parts = (rows, keys, weights, ids)
-    like = jax.eval_shape(lambda p: jax.vmap(value)(p[0], p[1])[0], parts)
+    like = jax.eval_shape(lambda p: passes.mapped(value, p[0], p[1])[0], parts)
     one = jax.tree.map(unstacked, like)
     first = (moments_room.start(zeros_like(one), problem.unit), jnp.ones((), bool))
     if chunk == num_rows:

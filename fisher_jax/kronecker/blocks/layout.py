@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from fisher_jax._support.jax_internals import broadcast_axes, named_axes, permutation, slice_bounds, unstacked_axis
 from fisher_jax._tracing.axes import trace_axes
-from fisher_jax._tracing.dense import operand_axes
+from fisher_jax._tracing.dense import block_axes
 from fisher_jax._tracing.uses import Segment, Step, Use
 from fisher_jax.kronecker.blocks.convolution import kernel_blocks
 
@@ -79,11 +79,11 @@ def _arranged(use: Use, leaf: Array, batch: tuple, out: tuple, inside: tuple) ->
 
 
 def kernel_matrices(use: Use, leaf: Array) -> Array:
-    """``[N, out, in]``: ``N`` layers of a stack times what a product or a grouped convolution keeps apart."""
+    """``[N, out, in]``: ``N`` layers of a stack times experts, or what a product or convolution keeps apart."""
     if use.kind == "conv":
         blocks = kernel_blocks(use, _operand(use, leaf))
         return blocks.reshape(-1, *blocks.shape[-2:])
-    batch, inside, out = operand_axes(use)
+    batch, inside, out = block_axes(use)
     return _arranged(use, leaf, batch, out, inside)
 
 

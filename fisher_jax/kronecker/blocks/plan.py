@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fisher_jax._support import jax_internals
 from fisher_jax._tracing.axes import UntraceableError, roles_of_leaf
-from fisher_jax._tracing.dense import operand_axes
+from fisher_jax._tracing.dense import block_axes, operand_axes
 from fisher_jax._tracing.places import is_at_outputs
 from fisher_jax._tracing.structure import Structure
 from fisher_jax._tracing.uses import Spec, Use
@@ -41,7 +41,7 @@ class Block:
         path, leaf: of the kernel.
         use: of the kernel; the dense one of a tied leaf.
         bias, bias_use: of the bias that makes the inputs homogeneous.
-        number: of matrices: layers of a stack times axes that a product keeps apart.
+        number: of matrices: layers of a stack times experts and axes that a product keeps apart.
         units, width: output and input size of each, the bias not counted.
         head: whether its outputs are the outputs of the model.
         low_rank: whether ``G`` is kept as columns; there are ``columns`` of them.
@@ -122,7 +122,7 @@ def _block(leaf: int, path: str, x: Any, uses: list[Spec], found: Structure, rul
         return Block("diagonal", path, leaf, uses[0].use)
     for spec in uses:
         _check(path, spec)
-    if set(kinds) in ({"dense"}, {"conv"}):
+    if set(kinds) in ({"dense"}, {"conv"}, {"ragged"}):
         return _dense(Block("dense", path, leaf, uses[0].use), x, uses, found, rules)
     if set(kinds) == {"embedding"}:
         return _embedding(Block("embedding", path, leaf, uses[0].use), uses, rules)
@@ -140,13 +140,18 @@ def _block(leaf: int, path: str, x: Any, uses: list[Spec], found: Structure, rul
 def _check(path: str, spec: Spec) -> None:
     use = spec.use
     place = f" at {use.where}" if use.where else ""
-    if use.kind not in ("dense", "embedding", "conv"):
+    if use.kind not in ("dense", "embedding", "conv", "ragged"):
         what = f"a use of kind {use.kind} ({use.primitive})"
         raise ValueError(f"K-FAC has no block for {path}: {what}{place}; {_way_out(path)}")
     if use.kind == "conv" and (groups := jax_internals.convolution(use.options).batch_groups) != 1:
         raise ValueError(
             f"K-FAC has no block for {path}: a convolution that groups examples (batch_group_count="
             f"{groups}){place}; {_way_out(path)}"
+        )
+    if use.kind == "embedding" and use.experts is not None and len(use.operand.shape) > 2:
+        raise ValueError(
+            f"K-FAC has no block for {path}: every token looks up the matrices of its experts{place}, which have "
+            f"no inputs there; multiply tokens by them in place (docs/models.md), or {_way_out(path)}"
         )
     if not is_rearrangement(use):
         raise ValueError(
@@ -177,8 +182,8 @@ def _dense(block: Block, x: Any, uses: list[Spec], found: Structure, rules: Rule
         loops = {spec.use.loops for spec in uses}
         if len({_roles(block.path, spec.use, x.ndim) for spec in uses}) > 1 or len(loops) > 1:
             raise ValueError(f"{block.path} is used both as it is and transposed; {_way_out(block.path)}")
-    apart, units, width = _sizes(first)
-    tokens = sum(_tokens(spec, apart, units) for spec in uses)
+    _, units, width = _sizes(first)
+    tokens = sum(map(_tokens, uses))
     head = all(is_at_outputs(spec.use) for spec in uses)
     if rules.shared == "reduce" and len(uses) > 1 and not head:
         raise ValueError(
@@ -194,16 +199,23 @@ def _sizes(use: Use) -> tuple[int, int, int]:
     """Matrices kept apart, and outputs and inputs of each."""
     if use.kind == "conv":
         return convolution.sizes(use)
-    batch, inside, out = operand_axes(use)
+    batch, inside, out = block_axes(use)
     apart, units, width = (math.prod(use.operand.shape[i] for i in axes) for axes in (batch, out, inside))
     return apart, units, width
 
 
-def _tokens(spec: Spec, apart: int, units: int) -> int:
+def _tokens(spec: Spec) -> int:
     """Columns that this use gives to each output factor."""
+    shape = spec.use.operand.shape
+    if spec.use.kind == "conv":
+        groups, out, _ = convolution.sizes(spec.use)
+        size = groups * out
+    else:
+        batch, _, outputs = operand_axes(spec.use)
+        size = math.prod(shape[i] for i in (*batch, *outputs))
     repeats = math.prod(n for n, loop in zip(spec.lengths, spec.use.loops, strict=True) if loop == "shared")
     stacks = math.prod(n for n, loop in zip(spec.lengths, spec.use.loops, strict=True) if loop == "stacked")
-    return math.prod(spec.output.shape) // (stacks * repeats * apart * units) * repeats
+    return math.prod(spec.output.shape) // (stacks * repeats * size) * repeats
 
 
 def _embedding(block: Block, uses: list[Spec], rules: Rules) -> Block:
@@ -232,6 +244,8 @@ def _with_bias(kernel: Block, bias: Block, uses: list[Spec]) -> Block | None:
     apart, units, _ = _sizes(kernel.use)
     if use.kind != "bias" or use.loops != kernel.use.loops or apart != 1 or kernel.use.index != 1:
         return None
+    if kernel.use.experts is not None and kernel.use.experts.by_input:
+        return None  # it is added for tokens that the kernel does not see
     try:
         own = unit_axes(use)
     except UntraceableError:

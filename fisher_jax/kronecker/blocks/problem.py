@@ -67,7 +67,7 @@ def _with_positions(program: Program, told: dict[str, tuple[int, ...] | None], l
         use, path = spec.use, program.paths[spec.leaf]
         if path not in told or use.kind == "generic":
             return use
-        met = spec.inputs[0] if use.kind in ("dense", "embedding") else spec.output
+        met = spec.inputs[0] if use.kind in ("dense", "embedding", "ragged") else spec.output
         try:
             ids = places.told(use, met.shape[len(use.loops) :], told[path], lead)
         except UnfollowedError as error:

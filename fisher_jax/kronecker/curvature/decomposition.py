@@ -97,7 +97,9 @@ def _parts(block: Block, sums: dict, weight: Array, seen: Observation, factor_dt
         return {}
     parts: dict[str, Any] = {}
     if block.kind == "dense" or block.kind == "tied":
-        parts["A"] = _share(sums["A"], sums["count"])
+        # Experts are given tokens of their own.
+        count = jnp.repeat(sums["count"], len(sums["A"]) // len(sums["count"]))
+        parts["A"] = sums["A"] / jnp.where(count > 0, count, 1)[:, None, None]
     if block.kind == "embedding" or block.kind == "tied":
         parts["frequency"] = _share(sums["frequency"], sums["positions"])
     if block.kind == "tied":

@@ -48,7 +48,7 @@ def _of_use(block: Block, tap: Tap, masks: Masks, rules: Rules, on_a: Array, on_
         a, g, mask = observations(whole, block, masks, rules)
         # At the head the weight of a token is in its output gradient already.
         on_a = product(a, on_a)
-        counts = (mask > 0).astype(on_a.dtype)[None, :, None]
+        counts = (mask > 0).astype(on_a.dtype)[..., None]
         squares = (product(g, on_g) ** 2, (on_a * counts) ** 2)
         return product(jnp.swapaxes(squares[0], 1, 2), squares[1])
 

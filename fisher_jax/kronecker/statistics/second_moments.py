@@ -15,7 +15,7 @@ from jaxtyping import Array
 from fisher_jax._support.dtypes import wide
 from fisher_jax._support.jax_internals import lookup
 from fisher_jax._support.placement import spec_of
-from fisher_jax._tracing.dense import matrices, operand_axes
+from fisher_jax._tracing.dense import by_expert, matrices, operand_axes, ragged_matrices
 from fisher_jax._tracing.ids import Lost
 from fisher_jax._tracing.places import (
     UnfollowedError,
@@ -73,20 +73,26 @@ def statistic(tap: Tap, block: Block, masks: Masks, rules: Rules) -> Tree:
     if tap.kind == "embedding":
         return _embedding(tap, block, masks, rules)
     a, g, mask = observations(tap, block, masks, rules)
-    A = jnp.einsum("bti,btj->bij", a * mask[None, :, None], a, precision=_HIGHEST)
-    met = jnp.swapaxes(a * (mask > 0).astype(a.dtype)[None, :, None], 1, 2)
-    return {"A": A, "count": mask.sum(), **_outputs(g, met, block, masks, rules)}
+    A = jnp.einsum("bti,btj->bij", a * mask[..., None], a, precision=_HIGHEST)
+    met = jnp.swapaxes(a * (mask > 0).astype(a.dtype)[..., None], 1, 2)
+    return {"A": A, "count": mask.sum(1), **_outputs(g, met, block, masks, rules)}
 
 
 def observations(tap: Tap, block: Block, masks: Masks, rules: Rules) -> tuple[Array, Array, Array]:
-    """Of a product or convolution: inputs ``[batch, T, in]`` and the bias's 1, output gradients, weights in ``A``."""
+    """Of a product or convolution: inputs ``[batch, T, in]`` and the bias's 1, output gradients, weights in ``A``
+    ``[batch, T]``. Of an expert only those of the tokens that it was given: its gradient is zero at all others."""
     assert tap.inputs is not None
     assert tap.cotangents is not None
-    rows = patches if tap.kind == "conv" else matrices
-    a, g = rows(tap.use, tuple(map(wide, tap.inputs)), wide(tap.cotangents))
-    mask = _mask(tap, masks).astype(a.dtype)
+    rows = {"conv": patches, "ragged": ragged_matrices}.get(tap.kind, matrices)
+    a, g = rows(tap.use, (wide(tap.inputs[0]), *tap.inputs[1:]), wide(tap.cotangents))
+    a, g = by_expert(tap.use, a, g) if tap.kind == "dense" else (a, g)
+    mask = jnp.broadcast_to(_mask(tap, masks).astype(a.dtype), a.shape[:2])
     # What does not count may be NaN, as an attention over nothing is.
-    a = jnp.where((mask > 0)[None, :, None], a, jnp.zeros_like(a))
+    a = jnp.where((mask > 0)[..., None], a, jnp.zeros_like(a))
+    if (experts := tap.use.experts) is not None:
+        given = jnp.any(g != 0, -1) & (jnp.any(a != 0, -1) if experts.by_input or experts.inputs else True)
+        mask = mask * given
+        a, g = (jnp.where(given[..., None], x, jnp.zeros_like(x)) for x in (a, g))
     if rules.shared == "reduce" and not is_at_outputs(tap.use):
         a, g, mask = _reduce(tap, a, g, mask, masks.rows)
     if block.bias is not None:
@@ -230,14 +236,14 @@ def _reduce(tap: Tap, a: Array, g: Array, mask: Array, rows: int) -> tuple[Array
             f'shared="reduce" needs the row of every token of {tap.path}{_place(tap)}: {error}; '
             + _say_positions(tap, (rows,))
         ) from None
-    count = _by_row(mask, row, rows)
-    mean = _by_row(a * mask[None, :, None], row, rows) / jnp.where(count > 0, count, 1)[None, :, None]
-    return mean, _by_row(g, row, rows), (count > 0).astype(mask.dtype)
+    count = _by_row(mask[..., None], row, rows)
+    mean = _by_row(a * mask[..., None], row, rows) / jnp.where(count > 0, count, 1)
+    return mean, _by_row(g, row, rows), (count > 0).astype(mask.dtype)[..., 0]
 
 
 def _by_row(x: Array, row: np.ndarray, rows: int) -> Array:
-    """Sums of the tokens of each row; tokens lie along the last axis, or the one before it where there are units."""
-    axis = max(0, x.ndim - 2)
+    """Sums of the tokens of each row; tokens lie along the last axis but one."""
+    axis = x.ndim - 2
     if np.array_equal(row, np.repeat(np.arange(rows), row.size // rows)):
         return x.reshape(*x.shape[:axis], rows, -1, *x.shape[axis + 1 :]).sum(axis + 1)
     shape = (*x.shape[:axis], rows, *x.shape[axis + 1 :])

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax._support import passes
 from fisher_jax._support.dtypes import wide, wide_dtype
 from fisher_jax._support.jax_internals import lookup
 from fisher_jax._support.meshes import replicating
@@ -92,7 +93,7 @@ def _taps(problem: Scoring, params: Tree, part: Tokens, keys: Array) -> list[Tap
     def row(part, bits):
         return capture(loss)(moving, params, jax.tree.map(lambda x: x[None], part), bits)[1]
 
-    return jax.vmap(row)(repeated, jax.random.key_data(keys))
+    return passes.mapped(row, repeated, jax.random.key_data(keys))
 
 
 def _gram(tap: Tap, block: ParameterBlock) -> Array:

@@ -110,7 +110,7 @@ def _by_row(problem: Scoring, params: Tree, row: Callable, number: int, absorb: 
 
     def step(carry, start):
         index = start + jnp.arange(chunk)
-        leaves, live = jax.vmap(score)(jnp.minimum(index, number - 1), index < number)
+        leaves, live = passes.mapped(score, jnp.minimum(index, number - 1), index < number)
         return absorb(carry, leaves, live), None
 
     return jax.lax.scan(step, carry, jnp.arange(0, number, chunk))[0]

@@ -308,7 +308,7 @@ def _at_line_of(eqn: Any, other: Any) -> Any:
 
 
 def is_plain_ragged(eqn: Any) -> bool:
-    """Whether a ``ragged_dot_general`` is ``ragged_dot``: rows ``[T, in]`` in groups, a matrix ``[E, in, out]`` each."""
+    """Whether a ``ragged_dot_general`` is a ``ragged_dot``: rows ``[T, in]`` in groups by ``[E, in, out]``."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     contracted, batch = numbers.dot_dimension_numbers
     found = [[tuple(x) for x in pair] for pair in (contracted, batch)]

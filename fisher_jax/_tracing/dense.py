@@ -13,7 +13,7 @@ __all__ = ["block_axes", "by_expert", "experts_of", "matrices", "operand_axes", 
 
 
 def operand_axes(use: Use) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Axes of the operand of a dense or ragged use, in `matrices`' order: kept apart (batch), inputs (contracted), outputs."""
+    """Axes of the operand of a dense or ragged use, in `matrices`' order: kept apart (batch), inputs, outputs."""
     if use.kind == "ragged":
         return (0,), (1,), (2,)
     contracted, batch = (sides[use.index] for sides in contraction(use.options))

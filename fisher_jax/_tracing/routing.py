@@ -211,7 +211,7 @@ class _Reach:
         self.reached: dict[int, frozenset[int]] = {}
 
     def back(self, traced: Any, wanted: Sequence[frozenset[int] | None]) -> list[frozenset[int] | None]:
-        """Of each argument the axes along which gates differ on its way to wanted results; ``None``: there is none."""
+        """Of each argument the axes along which gates differ on its way to wanted results; ``None``: no way."""
         body, _ = opened(traced)
         live: dict[Any, frozenset[int]] = {}
 
@@ -233,8 +233,11 @@ class _Reach:
         if (scan := loop(eqn)) is not None:
             return self._scanned(scan, outs)
         every: list[frozenset[int] | None] = [frozenset()] * len(eqn.invars)
-        if (several := branches(eqn)) is not None or (repeated := repetition(eqn)) is not None:
-            for part in several if several is not None else (repeated.condition, repeated.body):
+        parts = branches(eqn)
+        if parts is None and (repeated := repetition(eqn)) is not None:
+            parts = (repeated.condition, repeated.body)
+        if parts is not None:
+            for part in parts:
                 self.back(part, [frozenset()] * len(opened(part)[0].results))
             return every
         if (inner := inside(eqn)) is not None:
@@ -272,6 +275,7 @@ def _before(eqn: Any, operand: int, outs: list[frozenset[int] | None]) -> frozen
     for axis, n in enumerate(shapes[operand]):
         given = [tuple(i == operand and j == axis for j in range(len(s))) for i, s in enumerate(shapes)]
         results = varied(eqn, given, 0) if n > 1 else []
-        if any(axes and any(x and i in axes for i, x in enumerate(own)) for axes, own in zip(outs, results)):
+        pairs = zip(outs, results, strict=True) if results else ()
+        if any(axes and any(x and i in axes for i, x in enumerate(own)) for axes, own in pairs):
             found.add(axis)
     return frozenset(found)

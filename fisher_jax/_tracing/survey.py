@@ -446,7 +446,8 @@ def _facts(view: View, kind: str, eqn: Any, index: int, apply: Any, order: int, 
     numbers = view.factor, view.moved
     experts = Experts() if kind == "ragged" else None
     return Use(
-        kind, name, where, *chain, operand, apply, roles, index, eqn.params, key, order, *numbers, ids, experts=experts
+        kind, name, where, *chain, operand, apply, roles, index, eqn.params, key, order, *numbers, ids,
+        experts=experts,
     )  # fmt: skip
 
 

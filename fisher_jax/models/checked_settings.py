@@ -7,11 +7,11 @@ from typing import Any
 
 from fisher_jax._support.errors import InputError, shown
 
-__all__ = ["MOST_HEAD", "MOST_INDEX", "MOST_LAYERS", "MOST_SIZE", "REQUIRED", "Settings"]
+__all__ = ["MOST_EXPERTS", "MOST_HEAD", "MOST_INDEX", "MOST_LAYERS", "MOST_SIZE", "REQUIRED", "Settings"]
 
 REQUIRED: Any = object()
 # Bounds of what can be a decoder at all: far above every published one, far below what would fill a memory.
-MOST_SIZE, MOST_HEAD, MOST_LAYERS, MOST_INDEX = 2**24, 2**16, 2**14, 2**31 - 1
+MOST_SIZE, MOST_HEAD, MOST_LAYERS, MOST_EXPERTS, MOST_INDEX = 2**24, 2**16, 2**14, 2**14, 2**31 - 1
 MOST_FLOAT = sys.float_info.max
 
 

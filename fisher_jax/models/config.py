@@ -57,6 +57,10 @@ class DecoderConfig:
     - ``local_rope_base``: the base in layers with a window, whose frequencies are not divided;
     - ``rope_layers``: the layers where queries and keys are turned at all (``None``: all).
 
+    Experts: with ``num_experts`` every MLP, gated and without biases, is as many of them. A token goes to the
+    ``experts_per_token`` that its router gives most; their weights add up to one where ``norm_expert_weights``,
+    else to their share of the router's softmax.
+
     Head: ``tied``: it is the embedding. ``head_bias``: it has a bias. ``logit_soft_cap = c`` gives
     ``c tanh(logits / c)``.
 
@@ -95,6 +99,9 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    num_experts: int | None = None
+    experts_per_token: int | None = None
+    norm_expert_weights: bool = True
     head_bias: bool = False
     qk_norm: bool = False
     qk_norm_scope: str = "head"
@@ -117,8 +124,19 @@ class DecoderConfig:
                 "num_heads must be a multiple of num_kv_heads"
             )
         self.check_positions()
+        self.check_experts()
         if self.norm_placement != "before" and self.residual != "sequential":
             raise InputError(f"a {self.residual} residual needs norm_placement 'before'")
+
+    def check_experts(self) -> None:
+        if (self.num_experts is None) != (self.experts_per_token is None):
+            raise InputError("num_experts and experts_per_token must be given together")
+        if self.num_experts is None or self.experts_per_token is None:
+            return
+        if self.experts_per_token > self.num_experts:
+            raise InputError(f"a token goes to {self.experts_per_token} experts, but there are {self.num_experts}")
+        if self.mlp_bias or not self.gated:
+            raise InputError("experts are gated and have no biases")
 
     def check_positions(self) -> None:
         """Frequencies and layers, each as many as there are."""

@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from fisher_jax.models.config import DecoderConfig
+from fisher_jax.models.experts import Experts
 
 __all__ = ["Decoder"]
 
@@ -186,7 +187,9 @@ class Layer(nnx.Module):
         self.attention = Attention(config, dtype, rngs)
         self.attention_post_norm = norm(after)
         self.mlp_norm = norm(before and config.residual != "parallel_one_norm")
-        self.mlp = Mlp(config, dtype, rngs)
+        mixed = config.num_experts is not None
+        own = ACTIVATIONS[config.activation]
+        self.mlp = Experts(config, own, dtype, rngs) if mixed else Mlp(config, dtype, rngs)
         self.mlp_post_norm = norm(after)
 
     def __call__(self, x, rotary, window):

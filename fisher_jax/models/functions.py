@@ -29,8 +29,9 @@ class DecoderFunctions:
     ``params`` is a nested dict: ``embedding`` ``[V, D]``; ``layers`` with kernels ``[L, in, out]`` under
     ``attention/{q,k,v,o}/kernel`` and ``mlp/{gate,up,down}/kernel`` and scales under ``attention_norm/scale``
     and ``mlp_norm/scale`` (norms of outputs: ``attention_post_norm``, ``mlp_post_norm``); ``final_norm/scale``;
-    ``head`` ``[V, D]`` where it is not tied; ``head_bias`` ``[V]``, ``positions`` ``[P, D]`` and ``bias`` beside
-    kernels and scales where the configuration has them.
+    experts have kernels ``[L, E, in, out]`` under ``mlp/experts/{gate,up,down}/kernel`` and ``mlp/router/kernel``
+    ``[L, D, E]``; ``head`` ``[V, D]`` where it is not tied; ``head_bias`` ``[V]``, ``positions`` ``[P, D]`` and
+    ``bias`` beside kernels and scales where the configuration has them.
 
     Tokens are integers ``[B, S]``, padded on the right: attention is causal, so what follows a position never
     changes it. Raises ``InputError`` for another rank, for more tokens than ``config.max_positions`` and for

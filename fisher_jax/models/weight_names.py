@@ -147,6 +147,13 @@ def check_entries(file: TensorFile, config: DecoderConfig) -> None:
             f"{wanted:,} numbers, but its files hold {there:,} in all"
         )
 
+    experts = (config.num_experts or 0) * config.num_layers * 3 * config.width * config.mlp_size
+    if experts > there:
+        raise InputError(
+            f"{file.label} asks in its configuration for {config.num_experts:,} experts in each layer, which are "
+            f"{experts:,} numbers, but its files hold {there:,} in all"
+        )
+
 
 def listed(names: Set[str], most: int = 5) -> str:
     """Sorted names in a sentence, the first few and a count."""

@@ -92,7 +92,7 @@ def by_leaves(params, x):
 
 def by_capacity(params, x):
     """One-hot dispatch with room for all tokens."""
-    values, index, gates = routed(params, x)
+    _, _, gates = routed(params, x)
     flat, gates = x.reshape(-1, D), gates.reshape(-1, E)
     room = len(flat)
     place = (jnp.cumsum(gates > 0, 0) - 1) * (gates > 0)
@@ -118,7 +118,7 @@ def by_ragged(params, x):
 
 def by_gather(params, x):
     """The tokens of every expert by index, out of range where there are no more."""
-    values, index, gates = routed(params, x)
+    _, _, gates = routed(params, x)
     flat, gates = x.reshape(-1, D), gates.reshape(-1, E)
 
     def one(y, now):
@@ -143,6 +143,7 @@ def by_weights(params, x):
 FORMS = {
     f.__name__: f
     for f in (
-        by_einsum, by_weighted_sum, by_scan, by_vmap, by_loop, by_leaves, by_capacity, by_ragged, by_gather, by_weights
+        by_einsum, by_weighted_sum, by_scan, by_vmap, by_loop, by_leaves, by_capacity, by_ragged, by_gather,
+        by_weights,
     )
 }  # fmt: skip

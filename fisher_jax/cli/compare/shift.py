@@ -8,7 +8,7 @@ import numpy as np
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError
 from fisher_jax.cli.report.importance import Importance, importance
-from fisher_jax.cli.report.layers import Layers, on_parts, part_sizes, read_layers, several
+from fisher_jax.cli.report.layers import FAMILIES, Layers, on_parts, part_sizes, read_layers, several
 from fisher_jax.cli.report.task_state import LEVEL, Task, layer_settings
 from fisher_jax.models import LanguageModel
 from fisher_jax.uses.shift import MIN_EFFECTIVE
@@ -118,6 +118,7 @@ class LayerShift(NamedTuple):
     heads: dict[str, Change]
     parts: dict[str, Change]  # of every layer, that hold several tensors: [L]
     wholes: dict[str, Change]  # such parts in all layers, and the model: []
+    experts: dict[str, Change]
 
 
 def layer_shift(a: Task, b: Task, model: LanguageModel) -> LayerShift:
@@ -130,7 +131,7 @@ def layer_shift(a: Task, b: Task, model: LanguageModel) -> LayerShift:
     fields = [on_parts(x, sizes) for x in (*means, shift.difference, shift.standard_error, shift.z, shift.p)]
     wanted = {**sizes, "parts": several(before)}
     families = {}
-    for name in ("tensors", "heads", "parts", "wholes"):
+    for name in FAMILIES:
         q = fj.stats.q_values({path: fields[-1][name][path] for path in wanted[name]})
         families[name] = {path: Change._make([*(x[name][path] for x in fields), q[path]]) for path in q}
     return LayerShift(before, after, **families)

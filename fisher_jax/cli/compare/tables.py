@@ -9,7 +9,7 @@ from fisher_jax._support.printable import readable
 from fisher_jax.cli.compare.settings import CompareSettings
 from fisher_jax.cli.compare.shift import LayerShift, RowShift
 from fisher_jax.cli.page.csv_text import csv_text
-from fisher_jax.cli.report.layers import part_name
+from fisher_jax.cli.report.layers import FAMILIES, PLACE, place
 from fisher_jax.cli.report.task_state import Task
 
 
@@ -60,13 +60,13 @@ def layers_csv(found: Compared) -> str | None:
     if found.layers is None:
         return None
     header = (
-        ["family", "path", "layer", "part", "head", "importance_a", "importance_b", "difference", "standard_error",
+        ["family", "path", *PLACE, "importance_a", "importance_b", "difference", "standard_error",
          "z", "p", "q"]
     )  # fmt: skip
     rows: list[list[object]] = []
-    for family in ("tensors", "heads", "parts", "wholes"):
+    for family in FAMILIES:
         for path, change in getattr(found.layers, family).items():
             for index in np.ndindex(change.p.shape):
-                layer, head = (*index, "", "")[:2]
-                rows.append([family, path, layer, part_name(path), head, *(_number(x[index]) for x in change)])
+                where = place(path, index, family)
+                rows.append([family, path, *where, *(_number(x[index]) for x in change)])
     return csv_text(header, rows)

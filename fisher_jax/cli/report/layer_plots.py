@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from fisher_jax.cli.page.style import Theme, colour_bar, drawable, log_axis, log_ticks, panels
-from fisher_jax.cli.report.layers import Layers, part_name
+from fisher_jax.cli.report.layers import EXPERTS, Layers, Measured, part_name
 
 TOTAL = "Fisher information per token"
 AVERAGE = "Fisher information\nper token and parameter"
@@ -50,23 +50,35 @@ def model_figure(theme: Theme, found: Layers, columns: list[str], above: list[st
 
 def heads_figure(theme: Theme, found: Layers) -> Figure:
     """Layers x attention heads for the query, key, value and output kernels, on one scale."""
-    kernels = [f"layers/attention/{name}/kernel" for name in "qkvo"]
-    parts = [found.heads[path] for path in kernels]
+    names = {"q": "query", "k": "key", "v": "value", "o": "output"}
+    return _of_units(
+        theme, "head", {told: found.heads[f"layers/attention/{name}/kernel"] for name, told in names.items()}
+    )
+
+
+def experts_figure(theme: Theme, found: Layers) -> Figure:
+    """Layers x experts for the three kernels, on one scale."""
+    return _of_units(
+        theme, "expert", {name: found.experts[f"{EXPERTS}/{name}/kernel"] for name in ("gate", "up", "down")}
+    )
+
+
+def _of_units(theme: Theme, unit: str, shown_parts: dict[str, Measured]) -> Figure:
+    parts = list(shown_parts.values())
     num_layers = len(parts[0].mean)
     ratios = [max(2, part.mean.shape[1]) for part in parts]
-    figure, four = panels(_height(num_layers), 1, 4, sharey=True, width_ratios=ratios)
+    figure, panes = panels(_height(num_layers), 1, len(parts), sharey=True, width_ratios=ratios)
     shown = _Scale(theme, np.concatenate([part.mean.ravel() for part in parts]))
-    names = ("query", "key", "value", "output")
-    for axes, part, name in zip(four, parts, names, strict=True):
+    for axes, part, name in zip(panes, parts, shown_parts, strict=True):
         shown.grid(axes, part.mean)
         _ticks(axes, num_layers, {})
-        num_heads = part.mean.shape[1]
-        axes.set_xticks(range(0, num_heads, max(1, -(-num_heads // 9))))
+        number = part.mean.shape[1]
+        axes.set_xticks(range(0, number, max(1, -(-number // 9))))
         axes.tick_params(axis="x", labelsize=8)
-        axes.set_xlabel("head", fontsize=9)
+        axes.set_xlabel(unit, fontsize=9)
         axes.set_title(name, fontsize=10.5, loc="center")
-    four[0].set_ylabel("layer, from the input downwards")
-    shown.bar(figure, four, f"{TOTAL}, summed over a head's parameters")
+    panes[0].set_ylabel("layer, from the input downwards")
+    shown.bar(figure, panes, f"{TOTAL}, summed over the parameters of one {unit}")
     return figure
 
 

@@ -6,7 +6,7 @@ from fisher_jax.cli.page.blocks import Heading, Paragraph, Sketch, Table
 from fisher_jax.cli.page.style import picture
 from fisher_jax.cli.report import layer_plots
 from fisher_jax.cli.report.findings import Findings
-from fisher_jax.cli.report.layers import MODEL, Layers, Measured, part_name
+from fisher_jax.cli.report.layers import EXPERTS, MODEL, Layers, Measured, part_name
 
 _FIRST = ("embedding", "positions")
 
@@ -42,7 +42,25 @@ def layer_blocks(found: Findings) -> list[Sketch]:
             "layers-heads", "Heat maps of the Fisher information of every attention head of every layer",
             layer_plots.heads_figure, layers,
         ),
+        *_expert_blocks(layers),
         Paragraph("All numbers with their intervals are in layers.csv."),
+    ]  # fmt: skip
+
+
+def _expert_blocks(layers: Layers) -> list[Sketch]:
+    if not layers.experts:
+        return []
+    part = layers.experts[EXPERTS]
+    share = part.mean / np.maximum(part.mean.sum(1, keepdims=True), np.finfo(float).tiny)
+    layer, expert = np.unravel_index(int(np.argmax(share)), share.shape)
+    text = (
+        "The kernels of every expert. A token adds to those that its router gave it to; an expert that few tokens "
+        f"reach has a small number. The largest share of a layer is {100 * share.max():.0f}%, of expert {expert} in "
+        f"layer {layer}; an even one would be {100 / share.shape[1]:.0f}%."
+    )
+    told = "Heat maps of the Fisher information of every expert of every layer"
+    return [
+        Heading("Experts"), Paragraph(text), picture("layers-experts", told, layer_plots.experts_figure, layers)
     ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Every layer: squared scores of all parameters from one backward pass, summed over the parts of the model."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +17,16 @@ from fisher_jax.models.weight_names import flatten
 from fisher_jax.welford.estimator import FisherEstimator
 
 ESTIMATORS = {"empirical": "signs", "true": "sampled"}
+EXPERTS = "layers/mlp/experts"
+FAMILIES = ("tensors", "heads", "experts", "parts", "wholes")
+PLACE = ["layer", "part", "head", "expert"]  # columns that say where a number belongs
 MODEL = "model"  # the name of the sum over all parameters
 _LEAVES = ("kernel", "scale", "bias")
 
 
 class Measured(NamedTuple):
-    """Summed squared scores per token with their interval, arrays of one shape: ``[]``, ``[L]`` or ``[L, heads]``."""
+    """Summed squared scores per token with their interval, arrays of one shape: ``[]``, ``[L]``, or ``[L, n]`` of
+    heads or experts."""
 
     mean: np.ndarray
     lower: np.ndarray
@@ -43,11 +48,13 @@ class Layers(NamedTuple):
     wholes: dict[str, Measured]  # such a node in all layers, and the model: []
     units: float
     tokens: float
+    experts: Mapping[str, Measured] = MappingProxyType({})  # a leaf of experts, and their node: [L, experts]
 
 
 _COLUMNS = (
-    *(f"attention/{name}" for name in "qkvo"), "mlp/gate", "mlp/up", "mlp/down", "attention/q_norm",
-    "attention/k_norm", "attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm",
+    *(f"attention/{name}" for name in "qkvo"), "mlp/gate", "mlp/up", "mlp/down", "mlp/router", "mlp/experts/gate",
+    "mlp/experts/up", "mlp/experts/down", "attention/q_norm", "attention/k_norm", "attention_norm",
+    "attention_post_norm", "mlp_norm", "mlp_post_norm",
 )  # fmt: skip
 
 
@@ -83,7 +90,8 @@ def _totals(sums: Any) -> dict[str, dict[str, Any]]:
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(sums, is_leaf=lambda x: set(x) == {"tensor", "heads"})
     }
-    tensors = {path: leaf["tensor"] for path, leaf in leaves.items()}
+    by_expert = {path: leaf["tensor"] for path, leaf in leaves.items() if leaf["tensor"].ndim == 2}
+    tensors = {path: by_expert[path].sum(1) if path in by_expert else leaf["tensor"] for path, leaf in leaves.items()}
     parts: dict[str, Any] = {}
     for path, total in tensors.items():
         if total.ndim:
@@ -92,7 +100,10 @@ def _totals(sums: Any) -> dict[str, dict[str, Any]]:
     wholes = {node: total.sum() for node, total in parts.items()}
     return {
         "tensors": tensors,
-        "heads": {path: leaf["heads"] for path, leaf in leaves.items() if leaf["heads"].ndim == 2},
+        "heads": {
+            path: leaf["heads"] for path, leaf in leaves.items() if leaf["heads"].ndim == 2 and path not in by_expert
+        },
+        "experts": {**by_expert, **({EXPERTS: sum(by_expert.values())} if by_expert else {})},
         "parts": parts,
         "wholes": {**wholes, MODEL: sum(x.sum() for x in tensors.values())},
     }
@@ -153,9 +164,16 @@ def layers_csv(tasks: Mapping[str, Layers]) -> str:
     rows: list[list[object]] = []
     for task, found in tasks.items():
         sums = [(node, found.parts[node]) for node in several(found)]
-        for path, values in [*found.tensors.items(), *found.heads.items(), *sums, *found.wholes.items()]:
+        parts = [*found.tensors.items(), *found.heads.items(), *sums, *found.wholes.items()]
+        told = [(path, x, "") for path, x in parts] + [(path, x, "experts") for path, x in found.experts.items()]
+        for path, values, family in told:
             for index in np.ndindex(values.mean.shape):
-                layer, head = (*index, "", "")[:2]
                 numbers = (f"{x[index]:.9g}" for x in values[:3])
-                rows.append([task, path, layer, part_name(path), head, *numbers, int(values.parameters[index])])
-    return csv_text(["task", "path", "layer", "part", "head", "statistic", "lower", "upper", "parameters"], rows)
+                rows.append([task, path, *place(path, index, family), *numbers, int(values.parameters[index])])
+    return csv_text(["task", "path", *PLACE, "statistic", "lower", "upper", "parameters"], rows)
+
+
+def place(path: str, index: tuple[int, ...], family: str) -> list[object]:
+    """The cells of `PLACE`."""
+    layer, other = (*index, "", "")[:2]
+    return [layer, part_name(path), *(("", other) if family == "experts" else (other, ""))]

@@ -71,7 +71,9 @@ def kfac_factors(
     that is added to the output is an input of 1. An embedding has the frequencies of its rows for ``A``; an embedding
     tied to the head has both parts; scales and lone biases have the diagonal of squares. Layers stacked in a scan
     are stacked factors. A convolution has for inputs what its window sees (channels times places of the window) at
-    every position of its output, a grouped one a block for each group (Grosse and Martens 2016).
+    every position of its output, a grouped one a block for each group (Grosse and Martens 2016). Experts of a mixture
+    have a block each, whose ``A`` is over those of its tokens that a gradient reaches: what a router sent elsewhere
+    is neither an input nor a gradient of an expert (docs/models.md).
     ``apply_fn(params, inputs) -> outputs [..., K]``.
 
     Args:

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from fisher_jax._support.errors import InputError, shown
-from fisher_jax.models.checked_settings import MOST_HEAD, MOST_INDEX, MOST_LAYERS, REQUIRED, Settings
+from fisher_jax.models.checked_settings import MOST_EXPERTS, MOST_HEAD, MOST_INDEX, MOST_LAYERS, REQUIRED, Settings
 from fisher_jax.models.config import DecoderConfig, linear_divisors
 from fisher_jax.models.families.gguf_layouts import GGUF_LAYOUTS
 from fisher_jax.models.families.reading import windows
@@ -24,7 +24,7 @@ READ = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
     "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base", "rope.dimension_count",
-    "rope.scaling.type", "rope.scaling.factor", "expert_count", "expert_used_count",
+    "rope.scaling.type", "rope.scaling.factor", "expert_count", "expert_used_count", "expert_feed_forward_length",
 }  # fmt: skip
 FLOATS = {
     kind: np.dtype(dtype)
@@ -68,8 +68,6 @@ class GgufFile:
                 f"{self.label} has settings that are not supported: {shown(', '.join(sorted(unknown)))[1:-1]}"
             )
         read = GgufSettings(own, self.label)
-        if read.integer("expert_count", 0, MOST_INDEX, 0):
-            raise InputError(f"{self.label} is a mixture of experts, which is not supported")
         width, num_heads = read.size("embedding_length"), read.size("attention.head_count")
         head_size = read.integer("attention.key_length", 1, MOST_HEAD, None) or share(self.label, width, num_heads)
         for key in ("attention.value_length", "rope.dimension_count"):
@@ -86,7 +84,7 @@ class GgufFile:
             num_heads=num_heads,
             num_kv_heads=read.size("attention.head_count_kv", num_heads),
             head_size=head_size,
-            mlp_size=read.size("feed_forward_length"),
+            **mlp(read),
             max_positions=max_positions,
             **windows(window or None, (True,) * num_layers, max_positions),
             norm_eps=read.number("attention.layer_norm_rms_epsilon", **EPSILON),
@@ -179,6 +177,18 @@ class GgufSettings(Settings):
         if isinstance(self.values.get(key), int):
             self.refuse(key, "stored as a float")
         return super().number(key, default, **limits)
+
+
+def mlp(read: Settings) -> dict[str, Any]:
+    """The size of an MLP, and how many of them there are; the weights of experts add up to one in llama.cpp."""
+    size = read.size("feed_forward_length")
+    if not (number := read.integer("expert_count", 0, MOST_EXPERTS, 0)):
+        return {"mlp_size": size}
+    return {
+        "mlp_size": read.size("expert_feed_forward_length", size),
+        "num_experts": number,
+        "experts_per_token": read.integer("expert_used_count", 1, MOST_EXPERTS),
+    }
 
 
 def share(label: str, width: int, num_heads: int) -> int:

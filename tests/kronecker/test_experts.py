@@ -167,6 +167,7 @@ def test_fisher_by_expert_is_that_of_its_kernels(name, estimator):
     with jax.enable_x64(True):
         params, data = doubles(name), batch()
         by_expert = fj.group_fisher(m.FORMS[name], estimator=estimator, groups=fj.groups.expert, example=data)
+        by_expert.init(params)  # of a dispatch values say once whether rows are apart
         found = fj.welford.mean(jax.jit(by_expert.observe)(params, data))
         assert jax.tree.map(jnp.shape, by_expert.group_sizes(params)) == jax.tree.map(jnp.shape, found)
     for kernel, scores_of in gradients.items():

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models as tiny
 from flax import nnx
 
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError
 from fisher_jax.models.experts import Experts
+from fisher_jax.models.gguf_file import GgufFile
 from fisher_jax.models.families import FAMILIES
 from fisher_jax.models.hf_config import config_from_hf
 from fisher_jax.models.saving import hf_settings, hf_tensors
@@ -153,3 +155,34 @@ def test_memory_of_a_backward_pass_is_that_of_one_expert():
 
     one_expert = 16 * 8 * 64 * 4
     assert temporary(16) - temporary(4) < 12 * (0.5 * one_expert + 3 * 64 * 8 * 4)
+
+
+def gguf_of(path, arch, params, **metadata):
+    """Experts of a layer in one tensor each, as llama.cpp has them."""
+    layers, own = params["layers"], {}
+    for i in range(CONFIG.num_layers):
+        own[f"blk.{i}.ffn_gate_inp.weight"] = layers["mlp"]["router"]["kernel"][i].T
+        for part, kernels in layers["mlp"]["experts"].items():
+            own[f"blk.{i}.ffn_{part}_exps.weight"] = np.swapaxes(kernels["kernel"][i], -1, -2)
+    plain = params | {"layers": {k: v for k, v in layers.items() if k != "mlp"} | {"mlp": {}}}
+    numbers = {f"{arch}.expert_count": 5, f"{arch}.expert_used_count": 2, **metadata}
+    return tiny.write_gguf(path, CONFIG, plain, arch=arch, metadata=numbers, tensors=own)
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "llama"])
+def test_experts_of_a_gguf_file(tmp_path, arch):
+    params = drawn()
+    more = {"qwen3moe.expert_feed_forward_length": 6} if arch == "qwen3moe" else {}
+    file = GgufFile(gguf_of(tmp_path / "moe.gguf", arch, params, **more))
+    config = file.config()
+    assert (config.num_experts, config.experts_per_token, config.mlp_size, config.norm_expert_weights) == (5, 2, 6, True)
+    found = file.params(config, jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, found["layers"]["mlp"], params["layers"]["mlp"])
+    with pytest.raises(InputError, match="expert_shared_feed_forward_length"):
+        GgufFile(gguf_of(tmp_path / "b.gguf", arch, params, **{f"{arch}.expert_shared_feed_forward_length": 4})).config()
+
+
+def test_more_experts_than_the_files_hold_are_refused_before_they_are_listed(tmp_path):
+    file = GgufFile(gguf_of(tmp_path / "a.gguf", "llama", drawn(), **{"llama.expert_count": 16000}))
+    with pytest.raises(InputError, match=r"16,000 experts in each layer, which are .* but its files hold"):
+        file.config()

@@ -22,6 +22,11 @@ NAMES = {
         "layers/mlp/gate": "blk.{}.ffn_gate",
         "layers/mlp/up": "blk.{}.ffn_up",
         "layers/mlp/down": "blk.{}.ffn_down",
+        # Of experts a tensor holds those of a layer.
+        "layers/mlp/router": "blk.{}.ffn_gate_inp",
+        "layers/mlp/experts/gate": "blk.{}.ffn_gate_exps",
+        "layers/mlp/experts/up": "blk.{}.ffn_up_exps",
+        "layers/mlp/experts/down": "blk.{}.ffn_down_exps",
     }),
 }  # fmt: skip
 
@@ -29,4 +34,5 @@ GGUF_LAYOUTS = {
     "llama": Layout(names=NAMES, interleaved=True),
     "qwen2": Layout(names=NAMES),
     "qwen3": Layout(names=NAMES),
+    "qwen3moe": Layout(names=NAMES),
 }

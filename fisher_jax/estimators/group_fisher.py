@@ -85,7 +85,7 @@ def group_fisher(
         example: a `Batch` of arrays or ``jax.ShapeDtypeStruct``s. Fixes the orientation of every kernel, which all
             groups but ``param`` need, and finds the head for ``head``.
         groups: ``fj.groups.param``, ``.row``, ``.column``, ``.tensor``, ``.expert``, ``.head(...)``, or a
-            function ``(path, shape) -> group or reduction``; a reduction is a function of the leaf's squares, which it
+            function ``(path, shape) -> group or reduction``; a reduction is a function of a leaf's squares, which it
             sums, to an array or a tree. A dict of such gives every leaf a dict of statistics.
         combine: a linear function of one observation's tree of sums, applied before it is accumulated: for statistics
             over several parameters, such as totals of layers, with intervals of their own.

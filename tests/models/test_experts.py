@@ -12,8 +12,8 @@ from flax import nnx
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError
 from fisher_jax.models.experts import Experts
-from fisher_jax.models.gguf_file import GgufFile
 from fisher_jax.models.families import FAMILIES
+from fisher_jax.models.gguf_file import GgufFile
 from fisher_jax.models.hf_config import config_from_hf
 from fisher_jax.models.saving import hf_settings, hf_tensors
 
@@ -175,11 +175,18 @@ def test_experts_of_a_gguf_file(tmp_path, arch):
     more = {"qwen3moe.expert_feed_forward_length": 6} if arch == "qwen3moe" else {}
     file = GgufFile(gguf_of(tmp_path / "moe.gguf", arch, params, **more))
     config = file.config()
-    assert (config.num_experts, config.experts_per_token, config.mlp_size, config.norm_expert_weights) == (5, 2, 6, True)
+    assert (config.num_experts, config.experts_per_token, config.mlp_size, config.norm_expert_weights) == (
+        5,
+        2,
+        6,
+        True,
+    )
     found = file.params(config, jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, found["layers"]["mlp"], params["layers"]["mlp"])
     with pytest.raises(InputError, match="expert_shared_feed_forward_length"):
-        GgufFile(gguf_of(tmp_path / "b.gguf", arch, params, **{f"{arch}.expert_shared_feed_forward_length": 4})).config()
+        GgufFile(
+            gguf_of(tmp_path / "b.gguf", arch, params, **{f"{arch}.expert_shared_feed_forward_length": 4})
+        ).config()
 
 
 def test_more_experts_than_the_files_hold_are_refused_before_they_are_listed(tmp_path):

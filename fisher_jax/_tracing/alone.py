@@ -95,8 +95,8 @@ def rows_alone(
         raise ValueError(
             f"{_rows(number)} of the batch alone gives outputs of shape {list(shape)} where each of {rows} together "
             f"has {list(out.shape[1:])}: observations of rows run every row alone, so take the number of rows from "
-            "the inputs, keep what all rows share (a table, a graph as long as there are rows) in a closure and out of "
-            "the inputs, or give taps= of the whole batch"
+            "the inputs, keep what all rows share (such as a table of as many entries) out of the inputs, in a "
+            "closure, or give taps= of the whole batch"
         )
     links = links if links or rows < 2 else _of_numbers(batch, row)
     if links and not asking.independent:

@@ -58,6 +58,14 @@ PHI4 = PHI3 | {
         "type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0],
         "long_factor": [1.0, 1.5, 2.5, 6.0, 17.0, 30.0]},
 }  # fmt: skip
+QWEN3_MOE = WIDE | {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False,
+    "decoder_sparse_step": 1, "hidden_act": "silu", "max_window_layers": 4, "mlp_only_layers": [],
+    "moe_intermediate_size": 24, "norm_topk_prob": True, "num_experts": 6, "num_experts_per_tok": 3,
+    "num_hidden_layers": 3, "output_router_logits": False, "rms_norm_eps": 1e-6, "rope_scaling": None,
+    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False,
+    "use_sliding_window": False,
+}  # fmt: skip
 PUBLISHED = {
     "llama3": LLAMA | {"rope_scaling": {
         "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -127,6 +135,12 @@ PUBLISHED = {
         "model_type": "gptj", "architectures": ["GPTJForCausalLM"], "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5, "n_inner": None, "rotary": True, "rotary_dim": 8,
         "scale_attn_weights": True, "tie_word_embeddings": False},
+    "mixtral": GROUPED | {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_act": "silu",
+        "num_experts_per_tok": 2, "num_local_experts": 4, "output_router_logits": False, "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False},
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_moe_plain": QWEN3_MOE | {"norm_topk_prob": False, "attention_bias": True},
 }  # fmt: skip
 SPREAD = 3.0
 

@@ -71,6 +71,10 @@ def used_switches():
 def without(config, switch):
     """The decoder with one switch as in Llama, and as few others changed as its validity asks for."""
     changes = {switch: PLAIN[switch]}
+    if switch == "num_experts":
+        changes["experts_per_token"] = None
+    if switch == "experts_per_token":
+        changes = {switch: config.experts_per_token - 1}
     if switch == "window":
         changes = {switch: config.max_positions}
     if switch == "rope_divisors_long":

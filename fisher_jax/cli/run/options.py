@@ -115,7 +115,8 @@ def _hashable(value: Any) -> Any:
 def model(**more: Any) -> Any:
     return option(
         "smollm2", values.file_or_folder, "the shipped SmolLM2-135M (default), a GGUF file, a Hugging Face folder "
-        "(config.json, *.safetensors, tokenizer.json), or a hub name; Llama family or GPT-2", metavar="M", **more,
+        "(config.json, *.safetensors, tokenizer.json), or a hub name; docs/families.md lists the families",
+        metavar="M", **more,
     )  # fmt: skip
 
 

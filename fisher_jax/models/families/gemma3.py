@@ -44,6 +44,8 @@ def tables(read: Settings, size: dict[str, Any], layers: tuple[bool, ...]) -> di
         )
         main = read.inner("rope_scaling") or Settings({}, read.label)
     else:
+        if not nested.values.keys() & {GLOBAL, LOCAL}:
+            read.refuse("rope_parameters", f"settings of {GLOBAL} and {LOCAL}")
         main, other = (nested.inner(kind) or Settings({}, nested.label) for kind in (GLOBAL, LOCAL))
         base = main.number("rope_theta", 1e6, **ROPE_BASE)
         local = other.number("rope_theta", 1e4, **ROPE_BASE)

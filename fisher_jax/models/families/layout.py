@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ class Layout:
         if len(fused) > 1:
             rows = self.part(config, rows, [outputs(config, other) for other in fused], fused.index(path))
         if self.interleaved and part_of(path) in TURNED:
-            rows = in_heads(undo_interleaving, config, rows)
+            rows = in_heads(undo_interleaving, config, path, rows)
         return rows
 
     def part(self, config: DecoderConfig, rows: np.ndarray, sizes: list[int], index: int) -> np.ndarray:
@@ -115,7 +115,7 @@ class Layout:
     def rows(self, config: DecoderConfig, path: str, leaf: np.ndarray) -> np.ndarray:
         """A parameter as ``[out, ...]``, in the order of the file."""
         rows = leaf.T if path.endswith("/kernel") else leaf
-        return in_heads(interleave, config, rows) if self.interleaved and part_of(path) in TURNED else rows
+        return in_heads(interleave, config, path, rows) if self.interleaved and part_of(path) in TURNED else rows
 
     def joined(self, config: DecoderConfig, parts: list[np.ndarray]) -> np.ndarray:
         if not self.by_head:
@@ -140,13 +140,14 @@ def outputs(config: DecoderConfig, path: str) -> int:
     return {"q": queries, "k": keys, "v": keys}.get(part_of(path), config.mlp_size)
 
 
-def in_heads(move, config: DecoderConfig, rows: np.ndarray) -> np.ndarray:
+def in_heads(move: Callable[..., np.ndarray], config: DecoderConfig, path: str, rows: np.ndarray) -> np.ndarray:
     """Rows moved within each head; scales for each head have an axis of heads of their own."""
-    size = config.head_size
-    if rows.shape[-1:] == (size,) and rows.ndim == 2 and len(rows) in (config.num_heads, config.num_kv_heads):
-        return move(rows.reshape(-1), len(rows), config.rotary_size).reshape(rows.shape)
+    norm = part_of(path) in ("q_norm", "k_norm")
+    units = rows.reshape(-1) if norm else rows
     # Rows that the heads cannot share are refused by their shape.
-    return move(rows, len(rows) // size, config.rotary_size) if len(rows) % size == 0 else rows
+    if len(units) % config.head_size:
+        return rows
+    return move(units, len(units) // config.head_size, config.rotary_size).reshape(rows.shape)
 
 
 def undo_interleaving(rows: np.ndarray, num_heads: int, rope_size: int | None = None) -> np.ndarray:

@@ -208,3 +208,16 @@ def test_experts_are_asked_of_a_model_without_any():
         fj.group_fisher(lambda p, x: x @ p["w"], groups=fj.groups.expert, example=batch()).init(
             {"w": jnp.ones((3, 5))}
         )
+
+
+def test_saved_factors_of_experts_solve_as_they_did(tmp_path):
+    params = m.parameters("by_vmap")
+    found = jax.jit(lambda p, b: fj.kfac_factors(m.by_vmap, fj.categorical, p, b, curvature=EXACT))(params, single())
+    fj.checkpoint.save(tmp_path / "factors", found)
+    again = fj.checkpoint.restore(tmp_path / "factors")
+    solved, wanted = (jax.jit(fj.precondition)(x, params) for x in (again, found))
+    jax.tree.map(np.testing.assert_array_equal, solved, wanted)
+
+
+def single():
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, batch())

@@ -63,7 +63,9 @@ TESTS = {
         "**/test_ids.py", "**/test_structures.py", "**/test_capture_edges.py", "**/test_head_and_taps.py",
         "**/test_positions.py", "**/test_convolutions.py", "**/test_capture_zoo.py", "**/test_capture_sharded.py",
     ),
+    "_tracing/experts.py": ("kronecker/test_experts.py",),
     "_tracing/heads.py": ("**/test_groups.py", "**/test_heads.py"),
+    "_tracing/routing.py": ("kronecker/test_experts.py",),
     "kronecker/factors": (
         "**/test_damped_inverse.py", "**/test_factors.py", "**/test_corrected.py", "**/test_kfac_operator.py",
         "kronecker/test_kfac.py",

@@ -261,20 +261,22 @@ def differentiate(
 
 
 def with_ids(taps: list[Tap], structure: Structure) -> list[Tap]:
-    """Taps of a training loss, with the rows and positions that the model alone says of their uses."""
+    """Taps of a training loss, with the rows, positions and experts that the model alone says of their uses."""
     found = []
     for tap in taps:
         own = [spec.use for spec in structure.uses(tap.leaf) if spec.use.kind != "generic"]
         same = [other for other in taps if other.leaf == tap.leaf and other.kind != "generic"]
         alike = [(a.kind, a.operand.shape) for a in own] == [(b.kind, b.use.operand.shape) for b in same]
+        experts = tap.use.experts
         if tap.kind == "generic":
             ids: Carried = ()
         elif alike:
-            ids = own[[other is tap for other in same].index(True)].ids
+            model = own[[other is tap for other in same].index(True)]
+            ids, experts = model.ids, model.experts
         else:
             reason = "the training loss uses it otherwise than the model"
             ids = tuple(Lost(kind, tap.use.primitive, tap.use.where, reason) for kind in ("row", "position", "token"))
-        found.append(dataclasses.replace(tap, use=dataclasses.replace(tap.use, ids=ids)))
+        found.append(dataclasses.replace(tap, use=dataclasses.replace(tap.use, ids=ids, experts=experts)))
     return found
 
 

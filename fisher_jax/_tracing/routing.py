@@ -64,6 +64,8 @@ def routed_equations(traced: Any) -> dict[int, Routed]:
     body, _ = opened(traced)
     gates = _Gates()
     gates.through(traced, [*map(_free, body.constants), *[_DATA] * len(body.arguments)])
+    if not any(gates.cuts.values()):
+        return {}
     every, free = _Reach(gates.cuts), _Reach(gates.cuts, stops=True)
     for reach in (every, free):
         reach.back(traced, [frozenset()] * len(body.results))

@@ -42,9 +42,8 @@ def fields(use: Use) -> dict[str, Any]:
     return {
         **{name: getattr(use, name) for name in _TEXTS}, "segments": tuple(map(_chain, use.segments)),
         "loops": use.loops, "operand": _shape(use.operand), "roles": use.roles, "index": use.index,
-        "options": {name: _data(use.options[name]) for name in options if name in use.options},
+        "options": {name: _data(use.options[name]) for name in options if name in use.options} | _experts(use),
         "signature": _data(use.signature),
-        **({} if use.experts is None else {"experts": dataclasses.asdict(use.experts)}),
     }  # fmt: skip
 
 
@@ -88,10 +87,10 @@ def rebuilt(found: dict[str, Any]) -> Use:
     try:
         texts = {name: found[name] for name in _TEXTS}
         tuples = {name: tuple(found[name]) for name in ("loops", "roles", "signature")}
-        options = {name: _value(x) for name, x in found["options"].items()}
+        options = {name: _value(x) for name, x in found["options"].items() if name != "experts"}
         described: dict[str, Any] = {**texts, **tuples, "index": found["index"], "options": options}
         segments = tuple(map(_segment, found["segments"]))
-        experts = _experts(found["experts"]) if "experts" in found else None
+        experts = _restored_experts(found["options"]["experts"]) if "experts" in found["options"] else None
         use = Use(segments=segments, operand=_struct(found["operand"]), apply=None, experts=experts, **described)
         names = (*texts.values(), *use.loops, *use.roles)
         numbers = (use.index, *use.signature)
@@ -102,7 +101,12 @@ def rebuilt(found: dict[str, Any]) -> Use:
     return use
 
 
-def _experts(found: dict[str, Any]) -> Experts:
+def _experts(use: Use) -> dict[str, Any]:
+    """Among the options, which older files have too."""
+    return {} if use.experts is None else {"experts": dataclasses.asdict(use.experts)}
+
+
+def _restored_experts(found: dict[str, Any]) -> Experts:
     outputs, inputs, by_input = (found[name] for name in ("outputs", "inputs", "by_input"))
     check(all(type(i) is int for i in (*outputs, *inputs)) and type(by_input) is bool, "experts are not described")
     return Experts(tuple(outputs), tuple(inputs), by_input)

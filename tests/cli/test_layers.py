@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from running import after, main, quick
 
+import fisher_jax as fj
+from fisher_jax.cli.merge.weights import sums_of_groups
 from fisher_jax.cli.page import style
 from fisher_jax.cli.report import layer_plots, layers
 from fisher_jax.cli.report.settings import ReportSettings
@@ -27,6 +29,7 @@ FAMILIES = {
     "qwen3": {"num_kv_heads": 1, "qk_norm": True, "qkv_bias": True, "tied": False},
     "gpt2": {"num_kv_heads": 2, "norm": "layer", "positions": "learned", "activation": "gelu_tanh", "gated": False,
              "qkv_bias": True, "out_bias": True, "mlp_bias": True},
+    "qwen3_moe": {"num_kv_heads": 1, "qkv_bias": True, "num_experts": 3, "experts_per_token": 2, "tied": False},
 }  # fmt: skip
 
 
@@ -213,6 +216,37 @@ def test_every_family_has_all_its_parameters_in_the_table(family):
         "layer",
         "MLP",
     }
+
+
+def test_experts_have_sums_of_their_own():
+    model, settings = _family("qwen3_moe"), ReportSettings(row_length=6, unit="batch")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 19, (2, 6)))
+    batch, key = fj.next_token_batch(tokens), jax.random.key(1)
+    by_layer = layers.layer_estimator(model, settings)
+    plain = fj.group_fisher(model.apply, example=batch, unit="batch")
+    seen, squares = (jax.jit(one.observe)(model.params, batch, key) for one in (by_layer, plain))
+    found = layers.read_layers(fj.welford.add(by_layer.init(model.params), seen), model, settings)
+    own = {name: np.asarray(x["kernel"]).sum((2, 3)) for name, x in squares.mean["layers"]["mlp"]["experts"].items()}
+    for name, wanted in own.items():
+        path = f"layers/mlp/experts/{name}/kernel"
+        np.testing.assert_allclose(found.experts[path].mean, wanted, rtol=1e-5)
+        np.testing.assert_allclose(found.tensors[path].mean, wanted.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(found.experts["layers/mlp/experts"].mean, sum(own.values()), rtol=1e-5)
+    lines = list(csv.DictReader(io.StringIO(layers.layers_csv({"a": found}))))
+    told = [line for line in lines if line["path"] == "layers/mlp/experts" and line["expert"] == "2"]
+    assert [(line["layer"], line["head"], line["parameters"]) for line in told] == [
+        ("0", "", "144"),
+        ("1", "", "144"),
+    ]
+    figure = layer_plots.experts_figure(style.LIGHT, found)
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["gate", "up", "down"]
+    merged = sums_of_groups("layers/mlp/experts/up/kernel", (2, 3, 8, 6), vars_of(found), 4)
+    np.testing.assert_allclose(merged[:, :, 0, 0], own["up"], rtol=1e-5)
+
+
+def vars_of(found):
+    """Means by the fields of `Layers`."""
+    return {name: {path: x.mean for path, x in getattr(found, name).items()} for name in layers.FAMILIES}
 
 
 def _measured(*shape, seed=0):

@@ -124,6 +124,31 @@ def test_corrected_eigenvalues_are_of_an_expert_s_own_tokens():
     assert not given.all()
 
 
+def test_taps_of_the_training_step_give_the_same_factors():
+    """A balancing loss beside the likelihood reads the router alone."""
+    with jax.enable_x64(True):
+        params, data = doubles("by_scan"), batch()
+
+        def loss(params, data):
+            logits = jax.nn.log_softmax(m.by_scan(params, data.inputs))
+            scores = jnp.take_along_axis(logits, data.targets[..., None], -1)
+            return -jnp.mean(scores) + 0.1 * jnp.mean(m.routed(params, data.inputs)[2] ** 2)
+
+        transform = fj.scale_by_kfac(m.by_scan, fj.categorical, example=data, curvature=EXACT)
+
+        def run(params, data):
+            _, grads, taps = fj.value_grad_and_taps(loss)(params, data)
+            state = transform.init(params)
+            more = {"taps": taps, "taps_scale": float(ROWS * LENGTH)}
+            return transform.update(grads, state, params, **more)[1]
+
+        state = jax.jit(run)(params, data)
+        found = fj.kfac_tools.kfac_factors_from_state(state, m.by_scan, fj.categorical, params, data, curvature=EXACT)
+    for kernel in ("up", "down"):
+        for own, wanted in zip(of_kernel(found, kernel), oracle(kernel), strict=True):
+            np.testing.assert_allclose(own, wanted, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(("name", "what"), [("by_loop", "slice"), ("by_weights", "every token looks up")])
 def test_what_has_no_block_for_each_expert_is_refused(name, what):
     with pytest.raises(ValueError, match=rf"\['(up|down)'\].*{what}.* at expert_models.py.*diagonal="):
@@ -183,3 +208,16 @@ def test_experts_are_asked_of_a_model_without_any():
         fj.group_fisher(lambda p, x: x @ p["w"], groups=fj.groups.expert, example=batch()).init(
             {"w": jnp.ones((3, 5))}
         )
+
+
+def test_saved_factors_of_experts_solve_as_they_did(tmp_path):
+    params = m.parameters("by_vmap")
+    found = jax.jit(lambda p, b: fj.kfac_factors(m.by_vmap, fj.categorical, p, b, curvature=EXACT))(params, single())
+    fj.checkpoint.save(tmp_path / "factors", found)
+    again = fj.checkpoint.restore(tmp_path / "factors")
+    solved, wanted = (jax.jit(fj.precondition)(x, params) for x in (again, found))
+    jax.tree.map(np.testing.assert_array_equal, solved, wanted)
+
+
+def single():
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, batch())

@@ -33,7 +33,7 @@ def read_weights(sources: Sequence[str], loaded: Sequence[LanguageModel]) -> lis
     """One for each model, in order.
 
     A report keeps sums over groups. Each parameter gets the mean of its group: rows of the head (entries, with
-    ``--groups param``), as they were measured in their use as head; attention heads of each layer; of everything else
+    ``--groups param``), as they were measured in their use as head; attention heads and experts of each layer; else
     whole tensors of each layer. A safetensors file of `fj.exchange.save` brings groups of its own, down to single
     parameters.
 
@@ -119,16 +119,16 @@ def _from_report(task: Task, model: LanguageModel) -> tuple[Any, str | None, str
     by_entry = "param" in task.arrays
     rows = fj.welford.mean(task.arrays["param" if by_entry else kind])
     leaves, size = flatten(model.params), model.config.head_size
-    sums = {path: _sums(path, leaf.shape, parts, size) for path, leaf in leaves.items()}
-    sums["embedding" if model.config.tied else "head"] = rows if by_entry else rows[:, None]
-    first = "entries" if by_entry else "rows"
-    return unflatten(sums), kind, f"{first} of the head (in its use as head), attention heads, else whole tensors"
+    found = {path: sums_of_groups(path, leaf.shape, parts, size) for path, leaf in leaves.items()}
+    found["embedding" if model.config.tied else "head"] = rows if by_entry else rows[:, None]
+    units = f"{'entries' if by_entry else 'rows'} of the head (in its use as head), attention heads"
+    return unflatten(found), kind, f"{units}{', experts' if parts['experts'] else ''}, else whole tensors"
 
 
-def _sums(path: str, shape: tuple[int, ...], parts: dict[str, dict[str, np.ndarray]], head_size: int) -> Any:
+def sums_of_groups(path: str, shape: tuple[int, ...], parts: dict[str, dict[str, np.ndarray]], head_size: int) -> Any:
     """Sums over the groups of one parameter, with its axes: of length 1 where they were summed."""
     if path not in parts["heads"]:
-        total = parts["tensors"][path]
+        total = parts["experts"].get(path, parts["tensors"][path])
         return jnp.asarray(total.reshape(total.shape + (1,) * (len(shape) - total.ndim)), jnp.float32)
     by_head = parts["heads"][path]  # [layers, heads]
     # Heads lie along the inputs of the output kernel, else along the outputs; each unit gets its share of its head.

@@ -51,7 +51,7 @@ class Likelihood(NamedTuple):
         >>> laplace = fj.Likelihood("laplace", lambda outputs, targets: -jnp.abs(targets - outputs).sum(-1))
         >>> batch = fj.Batch(jnp.ones((2, 3)), jnp.zeros((2, 1)))
         >>> fisher = fj.group_fisher(lambda params, x: x @ params, laplace, estimator="exact")
-        >>> fisher.observe(jnp.ones((3, 1)), batch).mean.tolist()
+        >>> fj.mean(fisher.observe(jnp.ones((3, 1)), batch)).tolist()
         [[1.0], [1.0], [1.0]]
     """
 

@@ -59,6 +59,7 @@ class Heads(Group):
     value: str
     output: str
     fused: str
+    layout: str | None
     fused_layout: str | None
 
     def part_of(self, path: str) -> str | None:
@@ -96,6 +97,7 @@ def head(
     value: str = "v|value|v_proj|value_proj|wv|to_v",
     output: str = "o|out|o_proj|out_proj|output|wo|to_out",
     fused: str = "qkv|qkv_proj|c_attn|query_key_value|in_proj",
+    layout: str | None = None,
     fused_layout: str | None = None,
 ) -> Heads:
     """One group per attention head: rows of the query, key and value kernels, columns of the output kernel.
@@ -117,12 +119,15 @@ def head(
             the last name that matches counts, and ``attention/(o|out)`` asks for two names in a row. Names such as
             ``kernel``, ``w`` and the ``value`` of ``kernel/value`` do not count.
         fused: the same for a kernel that holds query, key and value together.
+        layout: how units lie along a kernel, where names are asked: ``"heads"``, head by head, all units of one side
+            by side; ``"units"``, unit by unit, one of each head side by side. There is no default: both are in use.
         fused_layout: how it holds them along its output units, where names are asked: ``"q k v"``, all queries, then
             all keys, then all values; ``"heads"``, for every key-value head its queries, its key and its value.
             There is no default: both are in use.
 
     Raises:
-        ValueError: numbers of heads that are not positive or do not divide, an unknown layout.
+        ValueError: numbers of heads that are not positive or do not divide, an unknown layout; while tracing, a
+            layout that is needed and not given.
 
     Example:
         >>> import fisher_jax as fj
@@ -137,10 +142,12 @@ def head(
         )
     if head_dim is not None and head_dim < 1:
         raise ValueError(f"head_dim is positive, found {head_dim}")
+    if layout not in (None, "heads", "units"):
+        raise ValueError(f"layout is 'heads' or 'units', found {layout!r}")
     if fused_layout not in (None, "q k v", "heads"):
         raise ValueError(f"fused_layout is 'q k v' or 'heads', found {fused_layout!r}")
     return Heads(
-        "head", num_heads, num_kv_heads, head_dim, query, key, value, output, fused, fused_layout
+        "head", num_heads, num_kv_heads, head_dim, query, key, value, output, fused, layout, fused_layout
     )  # fmt: skip
 
 

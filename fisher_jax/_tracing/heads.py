@@ -178,7 +178,20 @@ def by_heads(path: str, heads: Heads, part: str, units: tuple[int, ...]) -> tupl
     number = heads.num_kv_heads if part in ("key", "value") else heads.num_heads
     dim = heads.head_dim or total // number
     _check(path, part, number, dim, number * dim, total)
-    swapped = len(units) == 2 and units == (dim, number) and dim != number
+    swapped = heads.layout == "units"
+    if heads.layout is None and 1 not in (number, dim):
+        if len(units) != 2 or number == dim:
+            raise ValueError(
+                f"parameter {path} is taken for the {part} kernel of {number} heads of {dim} by its name, and no "
+                "attention of the program shows which of its units belong to which head: say with layout='heads' of "
+                "fj.groups.head that those of one head lie side by side, or layout='units' that one of each head do"
+            )
+        swapped = units == (dim, number)
+    if len(units) > 1 and units != ((dim, number) if swapped else (number, dim)):
+        raise ValueError(
+            f"parameter {path} is taken for the {part} kernel of {number} heads of {dim} by its name, but has the axes "
+            f"of units {list(units)}: correct num_heads, head_dim or layout of fj.groups.head"
+        )
 
     def finish(sums: Array) -> Array:
         lead = sums.shape[: sums.ndim - len(units)]

@@ -167,7 +167,7 @@ def test_heads_of_grouped_queries_with_flat_kernels_and_biases():
     batch = fj.Batch(jnp.asarray(rng.standard_normal((2, 3, 5))), jnp.asarray(rng.integers(0, 5, (2, 3))))
     params = jax.tree.map(jnp.asarray, params)
     entries = mean_of(fj.group_fisher(attention, estimator="sequence"), params, batch)
-    fisher = fj.group_fisher(attention, estimator="sequence", groups=fj.groups.head(4, 2), example=batch)
+    fisher = fj.group_fisher(attention, estimator="sequence", groups=fj.groups.head(4, 2, layout="heads"), example=batch)
     found = mean_of(fisher, params, batch)
     for name, heads in (("query", 4), ("key", 2), ("value", 2)):
         kernel = np.asarray(entries[name]["kernel"]).reshape(5, heads, 3).sum((0, 2))
@@ -183,8 +183,8 @@ def test_heads_of_grouped_queries_with_flat_kernels_and_biases():
     ):
         fj.group_fisher(attention, groups=fj.groups.head(5), example=batch).init(params)
     with pytest.raises(ValueError, match=r"heads of one size, found .* of size 3 and .* of size 6"):
-        fj.group_fisher(attention, groups=fj.groups.head(4, 1), example=batch).init(params)
-    nameless = fj.groups.head(4, 2, query="a", key="b", value="c", output="d")
+        fj.group_fisher(attention, groups=fj.groups.head(4, 1, layout="heads"), example=batch).init(params)
+    nameless = fj.groups.head(4, 2, layout="heads", query="a", key="b", value="c", output="d")
     with pytest.raises(ValueError, match="no parameter is a query, key, value or output kernel by its name"):
         fj.group_fisher(attention, groups=nameless, example=batch).init(params)
 

@@ -462,9 +462,33 @@ def linear_attention():
     return apply_fn, params, N, N, wanted
 
 
+@case
+def linear_attention_by_units():
+    """The same, one unit of each head side by side."""
+
+    def apply_fn(p, x):
+        q, k, v = ((x @ p[n]["w"]["value"]).reshape(-1, S, H, N) for n in ("query", "key", "value"))
+        mixed = jnp.einsum("bshn,bnhj->bsjn", jax.nn.elu(q), jnp.einsum("bshn,bsjn->bnhj", jax.nn.elu(k), v))
+        x = mixed.reshape(-1, S, N * H) @ p["out"]["w"]["value"]
+        return jnp.tanh(x @ p["hidden"]["w"]["value"]) @ p["output"]["dense"]["w"]["value"]
+
+    _, params, *_ = linear_attention()
+    wanted = {f"{n}/w/value": ((D, H, N), (2,)) for n in ("query", "key", "value")}
+    return apply_fn, params, N, N, wanted | {"out/w/value": ((H, N, D), (1,))}
+
+
+LAYOUTS = {"linear_attention": "heads", "linear_attention_by_units": "units"}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_heads_are_those_of_the_program(name):
-    assert_heads(name, found_of(name))
+    assert_heads(name, found_of(name, layout=LAYOUTS.get(name)))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_that_the_program_does_not_show_is_asked_for(name):
+    with pytest.raises(ValueError, match=r"\['key'\].* by its name, .* layout='heads' .* or layout='units'"):
+        found_of(name)
 
 
 def test_heads_by_sequence_and_with_other_groups_at_once():

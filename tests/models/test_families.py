@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ from safetensors.numpy import load_file
 
 from fisher_jax import models
 from fisher_jax.models.beside_weights import read_origin
+from fisher_jax.models.families import FAMILIES
+from fisher_jax.models.families.gguf_architectures import ARCHITECTURES
 from fisher_jax.models.functions import abstract_params, from_config
 from fisher_jax.models.hf_config import config_from_hf
 from fisher_jax.models.saving import hf_settings
@@ -130,3 +134,10 @@ def test_settings_follow_from_the_decoder_alone(name):
     # Without LongRoPE, Phi-3 computes what Mistral does.
     assert written["model_type"] == ("mistral" if name == "phi3" else kind)
     assert config_from_hf(hf_settings(config, {"model_type": kind}), name, has_head=False) == config
+
+
+def test_the_page_of_families_lists_each_of_them_and_its_architecture_of_gguf():
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", page, re.M)
+    assert {kind for kind, _ in rows} == FAMILIES.keys()
+    assert set(re.findall(r"`(\w+)`", " ".join(gguf for _, gguf in rows))) == ARCHITECTURES.keys()

@@ -36,7 +36,8 @@ def keep(out, task, model, rows, layers=None, *, counts=None, fingerprint=None, 
     A report has both kinds: one that is not given is as the other.
     """
     rows = {**dict.fromkeys(("empirical", "true"), next(iter(rows.values()))), **rows}
-    settings = ReportSettings(row_length=ROW_LENGTH, parameters="head" if layers is None else "all").fixed()
+    parameters = "head" if layers is None else "all"
+    settings = ReportSettings(dtype="float32", row_length=ROW_LENGTH, parameters=parameters).fixed()
     settings |= {f"--{name.replace('_', '-')}": value for name, value in more.items()}
     arrays = {kind: state_of(values) for kind, values in rows.items()}
     arrays["counts"] = jnp.zeros(model.config.vocab_size, jnp.int32) if counts is None else jnp.asarray(counts)

@@ -26,6 +26,7 @@ from fisher_jax.cli.report.settings import KINDS, ReportSettings
 from fisher_jax.cli.report.store import ReportStore, TaskProgress
 from fisher_jax.cli.report.token_texts import token_texts
 from fisher_jax.cli.report.writing import ReportFolder
+from fisher_jax.cli.run.options import DTYPES
 from fisher_jax.cli.run.run_folder import run_folder
 from fisher_jax.cli.run.stopping import InterruptedRunError
 from fisher_jax.cli.run.tools import TOOLS, Tools
@@ -135,9 +136,11 @@ def reported(
         texts = token_texts(tokenizer, met.head.shape[0])
         others = [_as_batch(x) for x in held_out]
         rows, positions = (*met.hidden.shape[:-1], 1)[:2]
+        # A state names the dtypes that the commands load; the page names the head's own.
+        dtype = met.head.dtype.name if met.head.dtype.name in DTYPES else "float32"
         settings = ReportSettings(
-            model=name, task=task, held_out_tokens=sum(int(scored(x, x.weights).sum()) for x in others), unit=unit,
-            row_length=positions, batch_size=rows, out=Path(out), **options,
+            model=name, task=task, dtype=dtype, held_out_tokens=sum(int(scored(x, x.weights).sum()) for x in others),
+            unit=unit, row_length=positions, batch_size=rows, out=Path(out), **options,
         )  # fmt: skip
         return _Run(settings, tools, reader, met, params, texts, others).report(batches)
 

@@ -30,14 +30,14 @@ def capture(
     """``capture(loss_fn)(params, *args) -> (value, taps)``: the loss, and a tap for every use of every parameter.
 
     A use is ``y = op(w, x)``, linear in the parameter ``w`` (after pure layout and dtype operations, and arithmetic
-    with numbers of the program: ``1 + w``, ``w / 2``, whose factor goes into the cotangent) and in the data
-    ``x``. Its tap holds ``x`` and ``d loss / d y``; a parameter used twice has two taps. Recognised:
-    ``dot_general`` (``dense``), ``gather`` of whole slices (``embedding``), ``mul`` (``scale``), ``add`` and
-    ``sub`` (``bias``), convolution (``conv``), ``ragged_dot`` (``ragged``); anything else, and every function of parameters alone (weight
+    with numbers of the program: ``1 + w``, ``w / 2``, whose factor goes into the cotangent) and in the data ``x``.
+    Its tap holds ``x`` and ``d loss / d y``; a parameter used twice has two taps. Recognised: ``dot_general``
+    (``dense``), ``gather`` of whole slices (``embedding``), ``mul`` (``scale``), ``add`` and ``sub`` (``bias``),
+    convolution (``conv``), ``ragged_dot`` (``ragged``); anything else, and every function of parameters alone (weight
     decay, weight normalisation, ``w + a b``), is ``generic``, with the gradient of the parameter at that place.
     Followed into ``jit``, ``checkpoint`` (which stays rematerialised) and ``scan``; in ``cond``, ``while``,
-    ``shard_map``, custom derivatives and where Explicit mesh axes become Auto
-    (``.at[i].get(out_sharding=...)``) parameters are generic.
+    ``shard_map``, custom derivatives and where Explicit mesh axes become Auto (``.at[i].get(out_sharding=...)``)
+    parameters are generic.
 
     Leaves of integers, booleans and PRNG keys are frozen: no taps, and float0 zeros for gradients, as in
     ``jax.grad(allow_int=True)``. A leaf that no gradient can reach (unused, ``stop_gradient``) has no taps; a

@@ -11,7 +11,7 @@ from typing import Any
 
 from fisher_jax._support.jax_internals import branches, contraction, inside, is_literal, loop, opened, repetition
 from fisher_jax._tracing.id_rules import is_cumulative, is_elementwise, is_layout, is_reduction, moves_nothing
-from fisher_jax._tracing.variation import Axes, everywhere, varied
+from fisher_jax._tracing.variation import Axes, everywhere, is_followed, varied
 
 __all__ = ["Routed", "routed_equations"]
 
@@ -271,13 +271,18 @@ def _either(a: frozenset[int] | None, b: frozenset[int] | None) -> frozenset[int
 def _before(eqn: Any, operand: int, outs: list[frozenset[int] | None]) -> frozenset[int]:
     """The axes of an operand that some axes of the results come from."""
     shapes = [getattr(atom.aval, "shape", ()) for atom in eqn.invars]
-    if not any(outs) or not shapes[operand]:
+    if not any(outs) or not shapes[operand] or not is_followed(eqn.primitive.name):
         return frozenset()
+    nothing = [(False,) * len(s) for s in shapes]
+    # An axis that the operation makes, as where it puts parts side by side, is of none of the operand's.
+    made = varied(eqn, nothing, 0)
     found = set()
     for axis, n in enumerate(shapes[operand]):
-        given = [tuple(i == operand and j == axis for j in range(len(s))) for i, s in enumerate(shapes)]
-        results = varied(eqn, given, 0) if n > 1 else []
-        pairs = zip(outs, results, strict=True) if results else ()
-        if any(axes and any(x and i in axes for i, x in enumerate(own)) for axes, own in pairs):
-            found.add(axis)
+        if n == 1:
+            continue
+        own = tuple(i == axis for i in range(len(shapes[operand])))
+        results = varied(eqn, [own if i == operand else x for i, x in enumerate(nothing)], 0)
+        for axes, after, before in zip(outs, results, made, strict=True):
+            if axes and any(x and not y and i in axes for i, (x, y) in enumerate(zip(after, before, strict=True))):
+                found.add(axis)
     return frozenset(found)

@@ -9,7 +9,19 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fisher_jax._support.jax_internals import branches, contraction, inside, is_literal, loop, opened, repetition
+import numpy as np
+
+from fisher_jax._support.jax_internals import (
+    Body,
+    branches,
+    contraction,
+    inside,
+    is_literal,
+    loop,
+    opened,
+    repetition,
+    walk,
+)
 from fisher_jax._tracing.id_rules import is_cumulative, is_elementwise, is_layout, is_reduction, moves_nothing
 from fisher_jax._tracing.variation import Axes, everywhere, is_followed, varied
 
@@ -55,6 +67,11 @@ class _Found:
 _DATA = _Found()
 
 
+def _known(x: Any) -> _Found:
+    """What is known of an array, or of a number that is written into the program."""
+    return x if isinstance(x, _Found) else _Found(free=everywhere(np.shape(x)))
+
+
 def _free(atom: Any) -> _Found:
     return _Found(free=everywhere(getattr(atom.aval, "shape", ())))
 
@@ -90,14 +107,8 @@ class _Gates:
 
     def through(self, traced: Any, given: Sequence[_Found]) -> list[_Found]:
         body, _ = opened(traced)
-        known: dict[Any, _Found] = dict(zip(body.inputs, given, strict=True))
-
-        def read(atom: Any) -> _Found:
-            return _free(atom) if is_literal(atom) else known[atom]
-
-        for eqn in body.equations:
-            known |= zip(eqn.outvars, self._meet(eqn, list(map(read, eqn.invars))), strict=True)
-        return list(map(read, body.results))
+        found = walk(body, given, lambda eqn, values: self._meet(eqn, list(map(_known, values))))
+        return list(map(_known, found))
 
     def _meet(self, eqn: Any, given: list[_Found]) -> list[_Found]:
         if (scan := loop(eqn)) is not None:
@@ -223,7 +234,7 @@ class _Reach:
                     live[atom] = live.get(atom, frozenset()) | axes
 
         add(body.results, wanted)
-        for eqn in reversed(body.equations):
+        for eqn in reversed(_equations(body)):
             outs = [live.get(var) for var in eqn.outvars]
             known = [x for x in outs if x is not None]
             if known:
@@ -258,6 +269,18 @@ class _Reach:
             if more == carried:
                 return [*found[:head], *(_moved(x, 1) for x in found[head:])]
             carried = more
+
+
+def _equations(body: Body) -> list[Any]:
+    """In order, without what they do."""
+    found: list[Any] = []
+
+    def noted(eqn: Any, values: list) -> list:
+        found.append(eqn)
+        return [None] * len(eqn.outvars)
+
+    walk(body, [None] * len(body.inputs), noted)
+    return found
 
 
 def _moved(axes: frozenset[int] | None, by: int) -> frozenset[int] | None:

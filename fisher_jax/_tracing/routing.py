@@ -9,9 +9,21 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fisher_jax._support.jax_internals import branches, contraction, inside, is_literal, loop, opened, repetition
+import numpy as np
+
+from fisher_jax._support.jax_internals import (
+    Body,
+    branches,
+    contraction,
+    inside,
+    is_literal,
+    loop,
+    opened,
+    repetition,
+    walk,
+)
 from fisher_jax._tracing.id_rules import is_cumulative, is_elementwise, is_layout, is_reduction, moves_nothing
-from fisher_jax._tracing.variation import Axes, everywhere, varied
+from fisher_jax._tracing.variation import Axes, everywhere, is_followed, varied
 
 __all__ = ["Routed", "routed_equations"]
 
@@ -55,6 +67,11 @@ class _Found:
 _DATA = _Found()
 
 
+def _known(x: Any) -> _Found:
+    """What is known of an array, or of a number that is written into the program."""
+    return x if isinstance(x, _Found) else _Found(free=everywhere(np.shape(x)))
+
+
 def _free(atom: Any) -> _Found:
     return _Found(free=everywhere(getattr(atom.aval, "shape", ())))
 
@@ -90,14 +107,8 @@ class _Gates:
 
     def through(self, traced: Any, given: Sequence[_Found]) -> list[_Found]:
         body, _ = opened(traced)
-        known: dict[Any, _Found] = dict(zip(body.inputs, given, strict=True))
-
-        def read(atom: Any) -> _Found:
-            return _free(atom) if is_literal(atom) else known[atom]
-
-        for eqn in body.equations:
-            known |= zip(eqn.outvars, self._meet(eqn, list(map(read, eqn.invars))), strict=True)
-        return list(map(read, body.results))
+        found = walk(body, given, lambda eqn, values: self._meet(eqn, list(map(_known, values))))
+        return list(map(_known, found))
 
     def _meet(self, eqn: Any, given: list[_Found]) -> list[_Found]:
         if (scan := loop(eqn)) is not None:
@@ -223,7 +234,7 @@ class _Reach:
                     live[atom] = live.get(atom, frozenset()) | axes
 
         add(body.results, wanted)
-        for eqn in reversed(body.equations):
+        for eqn in reversed(_equations(body)):
             outs = [live.get(var) for var in eqn.outvars]
             known = [x for x in outs if x is not None]
             if known:
@@ -260,6 +271,18 @@ class _Reach:
             carried = more
 
 
+def _equations(body: Body) -> list[Any]:
+    """In order, without what they do."""
+    found: list[Any] = []
+
+    def noted(eqn: Any, values: list) -> list:
+        found.append(eqn)
+        return [None] * len(eqn.outvars)
+
+    walk(body, [None] * len(body.inputs), noted)
+    return found
+
+
 def _moved(axes: frozenset[int] | None, by: int) -> frozenset[int] | None:
     return None if axes is None else frozenset(i + by for i in axes if i + by >= 0)
 
@@ -271,13 +294,18 @@ def _either(a: frozenset[int] | None, b: frozenset[int] | None) -> frozenset[int
 def _before(eqn: Any, operand: int, outs: list[frozenset[int] | None]) -> frozenset[int]:
     """The axes of an operand that some axes of the results come from."""
     shapes = [getattr(atom.aval, "shape", ()) for atom in eqn.invars]
-    if not any(outs) or not shapes[operand]:
+    if not any(outs) or not shapes[operand] or not is_followed(eqn.primitive.name):
         return frozenset()
+    nothing = [(False,) * len(s) for s in shapes]
+    # An axis that the operation makes, as where it puts parts side by side, is of none of the operand's.
+    made = varied(eqn, nothing, 0)
     found = set()
     for axis, n in enumerate(shapes[operand]):
-        given = [tuple(i == operand and j == axis for j in range(len(s))) for i, s in enumerate(shapes)]
-        results = varied(eqn, given, 0) if n > 1 else []
-        pairs = zip(outs, results, strict=True) if results else ()
-        if any(axes and any(x and i in axes for i, x in enumerate(own)) for axes, own in pairs):
-            found.add(axis)
+        if n == 1:
+            continue
+        own = tuple(i == axis for i in range(len(shapes[operand])))
+        results = varied(eqn, [own if i == operand else x for i, x in enumerate(nothing)], 0)
+        for axes, after, before in zip(outs, results, made, strict=True):
+            if axes and any(x and not y and i in axes for i, (x, y) in enumerate(zip(after, before, strict=True))):
+                found.add(axis)
     return frozenset(found)

@@ -16,7 +16,7 @@ from fisher_jax._support.jax_internals import (
 )
 from fisher_jax._tracing.id_rules import axis_groups, is_cumulative, is_elementwise, is_reduction, moves_nothing
 
-__all__ = ["Axes", "everywhere", "of_value", "varied"]
+__all__ = ["Axes", "everywhere", "is_followed", "of_value", "varied"]
 
 # For each loop and each axis of an array, whether its entries differ along it.
 Axes = tuple[bool, ...]
@@ -42,6 +42,11 @@ def varied(eqn: Any, given: Sequence[Axes], loops: int) -> list[Axes]:
         tail = _anywhere(eqn, given, len(shape)) if rule is None else rule(eqn, own, output)
         found.append((*lead, *(x and n > 1 for x, n in zip(tail, shape, strict=True))))
     return found
+
+
+def is_followed(name: str) -> bool:
+    """Whether it is known which axes of an operation's results come from which of its operands'."""
+    return _rule(name) is not None
 
 
 def _rule(name: str) -> Callable | None:
@@ -142,6 +147,11 @@ def _last_axes(number: Callable[[Any], int]) -> Callable:
     return rule
 
 
+def _stacked(eqn: Any, own: Axes) -> Axes:
+    axis = int(eqn.params["axis"]) % (len(own) + 1)
+    return (*own[:axis], True, *own[axis:])
+
+
 def _written(eqn, own, output):
     cut = [i for i, (a, b) in enumerate(zip(*(x.aval.shape for x in eqn.invars[:2]), strict=True)) if a != b]
     return _with(_any(own[:2]), cut)
@@ -160,6 +170,7 @@ _RULES: dict[str, Callable] = {
     **dict.fromkeys(("slice", "split", "rev", "dynamic_slice", "tile"), lambda eqn, own, output: own[0]),
     "unstack": lambda eqn, own, output: tuple(x for i, x in enumerate(own[0]) if i != unstacked_axis(eqn)),
     "concatenate": lambda eqn, own, output: _with(_any(own), (int(eqn.params["dimension"]),)),
+    "stack": lambda eqn, own, output: _stacked(eqn, _any(own)),
     "pad": lambda eqn, own, output: _with(
         own[0], [i for i, widths in enumerate(eqn.params["padding_config"]) if any(widths)]
     ),

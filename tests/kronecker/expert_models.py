@@ -80,6 +80,16 @@ def by_loop(params, x):
     return finish(params, x, y)
 
 
+def by_mask(params, x):
+    """The same, tokens multiplied by the one-hot mask of their experts before and after (Tunix' Qwen 3)."""
+    values, index, _ = routed(params, x)
+    mask = jnp.swapaxes(jax.nn.one_hot(index, E, dtype=x.dtype), -1, -2)
+    sent = jnp.einsum("btid,btek->bted", x[:, :, None, :], mask)
+    every = [expert(sent[:, :, e], params["up"][e], params["down"][e]) for e in range(E)]
+    weights = mask * jnp.tile(values[:, :, None, :], (1, 1, E, 1))
+    return finish(params, x, jnp.einsum("bted,btek->btd", jnp.stack(every, 2), weights))
+
+
 def by_leaves(params, x):
     """Kernels of their own for every expert, chosen with a mask."""
     values, index, _ = routed(params, x)
@@ -143,7 +153,7 @@ def by_weights(params, x):
 FORMS = {
     f.__name__: f
     for f in (
-        by_einsum, by_weighted_sum, by_scan, by_vmap, by_loop, by_leaves, by_capacity, by_ragged, by_gather,
+        by_einsum, by_weighted_sum, by_scan, by_vmap, by_loop, by_mask, by_leaves, by_capacity, by_ragged, by_gather,
         by_weights,
     )
 }  # fmt: skip

@@ -85,7 +85,8 @@ def of_kernel(found, kernel):
 
 
 KEPT = [
-    "by_einsum", "by_weighted_sum", "by_scan", "by_vmap", "by_leaves", "by_capacity", "by_gather", "by_ragged"
+    "by_einsum", "by_weighted_sum", "by_scan", "by_vmap", "by_loop", "by_mask", "by_leaves", "by_capacity",
+    "by_gather", "by_ragged",
 ]  # fmt: skip
 
 
@@ -112,11 +113,12 @@ def test_padding_and_unscored_tokens_are_not_among_an_expert_s():
             np.testing.assert_allclose(own, wanted, rtol=1e-9, atol=1e-12)
 
 
-def test_corrected_eigenvalues_are_of_an_expert_s_own_tokens():
+@pytest.mark.parametrize("name", ["by_scan", "by_loop"])
+def test_corrected_eigenvalues_are_of_an_expert_s_own_tokens(name):
     gradients, _, given = scores()
     with jax.enable_x64(True):
         data = batch()
-        found = factors("by_scan", data, fj.Curvature(policy="never", eigenvalue_correction=lambda p: "up" in p))
+        found = factors(name, data, fj.Curvature(policy="never", eigenvalue_correction=lambda p: "up" in p))
         (own,) = [b for b, block in zip(found.blocks, found.plan, strict=True) if "up" in block.path]
     for e in range(m.E):
         turned = np.asarray(own.G.vectors[e]).T @ gradients["up"][:, e].swapaxes(1, 2) @ np.asarray(own.A.vectors[e])
@@ -149,10 +151,14 @@ def test_taps_of_the_training_step_give_the_same_factors():
             np.testing.assert_allclose(own, wanted, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "what"), [("by_loop", "slice"), ("by_weights", "every token looks up")])
+@pytest.mark.parametrize(("name", "what"), [("a part", "slice"), ("by_weights", "every token looks up")])
 def test_what_has_no_block_for_each_expert_is_refused(name, what):
+    """A slice that nobody uses would be left out."""
+    params, model = m.parameters(name), m.FORMS.get(name, m.by_loop)
+    if name == "a part":
+        params = {k: jnp.concatenate([x, x[:1]]) if k in ("up", "down") else x for k, x in params.items()}
     with pytest.raises(ValueError, match=rf"\['(up|down)'\].*{what}.* at expert_models.py.*diagonal="):
-        fj.kfac_tools.kfac_coverage(m.FORMS[name], fj.categorical, m.parameters(name), batch())
+        fj.kfac_tools.kfac_coverage(model, fj.categorical, params, batch())
 
 
 def test_a_padded_dispatch_by_index_is_refused_and_its_way_out_taken():

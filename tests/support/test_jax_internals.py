@@ -228,3 +228,15 @@ def test_traced_arrays_are_told_from_others():
     jax.jit(lambda w: seen.append(ask.is_traced(w)))(W)
     seen += map(ask.is_traced, (jnp.asarray(W), W, None))
     assert seen == [True, False, False, False]
+
+
+def test_products_of_groups_of_rows_are_told_from_their_gradients():
+    x, w, sizes = np.ones((4, 2), np.float32), np.ones((3, 2, 5), np.float32), np.array([1, 1, 2], np.int32)
+
+    def told(function, *args):
+        eqns = jax.make_jaxpr(function)(*args).eqns
+        return [ask.is_plain_ragged(eqn) for eqn in eqns if eqn.primitive.name == "ragged_dot_general"]
+
+    assert told(jax.lax.ragged_dot, x, w, sizes) == [True]
+    gradient = jax.grad(lambda w: jnp.sum(jax.lax.ragged_dot(x, w, sizes)))
+    assert told(gradient, w)[-1] is False

@@ -13,7 +13,7 @@ from fisher_jax._tracing.dense import block_axes, operand_axes
 from fisher_jax._tracing.places import is_at_outputs
 from fisher_jax._tracing.structure import Structure
 from fisher_jax._tracing.uses import Spec, Use
-from fisher_jax.kronecker.blocks import convolution
+from fisher_jax.kronecker.blocks import convolution, slices
 from fisher_jax.kronecker.blocks.layout import is_rearrangement, unit_axes
 from fisher_jax.kronecker.options import Curvature
 
@@ -39,7 +39,7 @@ class Block:
         kind: ``dense`` (convolutions too), ``embedding``, ``tied``, ``diagonal``, ``unused`` or ``frozen`` (not a
             floating leaf).
         path, leaf: of the kernel.
-        use: of the kernel; the dense one of a tied leaf.
+        use: of the kernel; the dense one of a tied leaf; of an array whose slices are kernels that of all of them.
         bias, bias_use: of the bias that makes the inputs homogeneous.
         number: of matrices: layers of a stack times experts and axes that a product keeps apart.
         units, width: output and input size of each, the bias not counted.
@@ -120,6 +120,8 @@ def _block(leaf: int, path: str, x: Any, uses: list[Spec], found: Structure, rul
     kinds = [spec.use.kind for spec in uses]
     if rules.is_diagonal(path) or set(kinds) <= {"scale", "bias"}:
         return Block("diagonal", path, leaf, uses[0].use)
+    if set(kinds) == {"dense"} and (whole := slices.joined([spec.use for spec in uses])) is not None:
+        return _dense(Block("dense", path, leaf, whole), x, uses[:1], found, rules)
     for spec in uses:
         _check(path, spec)
     if set(kinds) in ({"dense"}, {"conv"}, {"ragged"}):
@@ -177,12 +179,12 @@ def _roles(path: str, use: Use, ndim: int) -> tuple:
 
 
 def _dense(block: Block, x: Any, uses: list[Spec], found: Structure, rules: Rules) -> Block:
-    first = uses[0].use
     if len(uses) > 1:
         loops = {spec.use.loops for spec in uses}
         if len({_roles(block.path, spec.use, x.ndim) for spec in uses}) > 1 or len(loops) > 1:
             raise ValueError(f"{block.path} is used both as it is and transposed; {_way_out(block.path)}")
-    _, units, width = _sizes(first)
+    assert block.use is not None
+    _, units, width = _sizes(block.use)
     tokens = sum(map(_tokens, uses))
     head = all(is_at_outputs(spec.use) for spec in uses)
     if rules.shared == "reduce" and len(uses) > 1 and not head:

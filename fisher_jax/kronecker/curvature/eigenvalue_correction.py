@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from fisher_jax._tracing.program import Tap
 from fisher_jax.kronecker.blocks.plan import Block, Rules
+from fisher_jax.kronecker.blocks.slices import in_order, is_sliced
 from fisher_jax.kronecker.factors.forms import Diagonal, product
 from fisher_jax.kronecker.statistics.second_moments import Masks, lookups, observations
 
@@ -26,7 +27,12 @@ def second_moments(block: Block, taps: list[Tap], masks: Masks, rules: Rules, A:
     if isinstance(A, Diagonal):
         own = [_of_table(block, tap, masks, G.vectors) for tap in taps if tap.leaf == block.leaf]
     else:
-        own = [_of_use(block, tap, masks, rules, A.vectors, G.vectors) for tap in taps if tap.leaf == block.leaf]
+        found = [tap for tap in taps if tap.leaf == block.leaf]
+        if is_sliced(found[0].use, block.use):
+            order = enumerate(in_order([tap.use for tap in found]))
+            bases = [(found[tap], A.vectors[i : i + 1], G.vectors[i : i + 1]) for i, tap in order]
+            return jnp.concatenate([_of_use(block, tap, masks, rules, a, g) for tap, a, g in bases])
+        own = [_of_use(block, tap, masks, rules, A.vectors, G.vectors) for tap in found]
     return functools.reduce(jnp.add, own)
 
 

@@ -30,6 +30,7 @@ from fisher_jax._tracing.uses import Segment, Use
 from fisher_jax.kronecker.blocks.convolution import patches
 from fisher_jax.kronecker.blocks.layout import through
 from fisher_jax.kronecker.blocks.plan import Block, Rules
+from fisher_jax.kronecker.blocks.slices import in_order, is_sliced
 from fisher_jax.kronecker.factors.forms import subsample
 
 __all__ = ["COLUMNS", "Masks", "combine", "diagonal_of", "lookups", "observations", "places", "statistic"]
@@ -253,7 +254,10 @@ def _by_row(x: Array, row: np.ndarray, rows: int) -> Array:
 def combine(statistics: list[tuple[Use, Tree]], block: Block, masks: Masks, rules: Rules) -> dict[str, Array]:
     """Sums over loops and uses of one leaf: ``A [N, in, in]``, ``G [N, out, out]`` or ``U [N, out, T]``."""
     parts = [_over_loops(use, found) for use, found in statistics]
+    uses = [use for use, _ in statistics]
     found = parts[0]
+    if is_sliced(uses[0], block.use):
+        return {name: jnp.concatenate([parts[i][name] for i in in_order(uses)]) for name in found}
     for part in parts[1:]:
         found = {k: jnp.concatenate([v, part[k]], -1) if k in COLUMNS else v + part[k] for k, v in found.items()}
     out = {}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jaxpr_core
 from jax.extend.core import primitives
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -32,6 +32,8 @@ __all__ = [
     "bind",
     "branches",
     "broadcast_axes",
+    "brought_out",
+    "brought_to",
     "called",
     "contraction",
     "convolution",
@@ -416,6 +418,34 @@ def struct(kind: Any) -> jax.ShapeDtypeStruct:
     """The same of a type, as `jax.typeof` gives it and variables of a traced function have it."""
     return jax.ShapeDtypeStruct(
         kind.shape, kind.dtype, sharding=_named(kind.sharding), manual_axis_type=kind.manual_axis_type
+    )
+
+
+def brought_out(x: Any) -> Any:
+    """An array, or a type, from axes of the mesh that are Auto for a while to the mesh as it is outside."""
+    sharding, mesh = jax.typeof(x).sharding, jax.sharding.get_abstract_mesh()
+    if not _is_inside(sharding.mesh, mesh):
+        return x
+    outside = NamedSharding(mesh, P(*(None for _ in x.shape)))
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=outside, manual_axis_type=x.manual_axis_type)
+    return jax.reshard(x, outside)
+
+
+def brought_to(x: Any, sharding: Any) -> Any:
+    """The way back."""
+    return jax.reshard(x, sharding) if _is_inside(sharding.mesh, jax.typeof(x).sharding.mesh) else x
+
+
+def _is_inside(inner: Any, outer: Any) -> bool:
+    """Whether Explicit axes of one mesh are Auto in the other."""
+    return (
+        not inner.empty
+        and inner.axis_names == outer.axis_names
+        and any(
+            a == AxisType.Auto and b == AxisType.Explicit
+            for a, b in zip(inner.axis_types, outer.axis_types, strict=True)
+        )
     )
 
 

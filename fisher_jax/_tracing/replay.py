@@ -15,6 +15,8 @@ from fisher_jax._support.jax_internals import (
     Remat,
     abstract,
     bind,
+    brought_out,
+    brought_to,
     opened,
     run,
     stacked,
@@ -77,12 +79,17 @@ class Replay:
         spec, found = next(self._own), output()
         if not self.follow(view.leaf):
             return found
+        # Where Explicit axes of the mesh are Auto inside of a lookup, a perturbation is added outside.
+        place, inputs = jax.typeof(found).sharding, tuple(map(brought_out, inputs))
+        return brought_to(self._tapped(spec, view.factor, brought_out(found), inputs), place)
+
+    def _tapped(self, spec: Spec, factor: float, found: Array, inputs: tuple[Array, ...]) -> Array:
         if self.reduce is None:
             self.inputs.append(inputs)
-            return _tapped(None, view.factor, found, None, next(self.perturbations))
+            return _tapped(None, factor, found, None, next(self.perturbations))
         backward, constants = _Reduction.trace(functools.partial(self.reduce, spec, self.iteration), inputs, found)
         kept = jax.lax.stop_gradient((inputs, constants))
-        return _tapped(backward, view.factor, found, kept, next(self.perturbations))
+        return _tapped(backward, factor, found, kept, next(self.perturbations))
 
     def generic(self, x: Any, eqn: Any) -> Any:
         """A parameter where no tap fits: its own perturbation, and plain data from here on."""

@@ -15,6 +15,7 @@ from fisher_jax._support.jax_internals import (
     Repetition,
     bind,
     branches,
+    brought_out,
     contraction,
     convolution,
     inside,
@@ -174,7 +175,7 @@ class Survey:
         use = _facts(view, kind, eqn, index, apply, self.findings.number, whose, self.around)
         self.findings.equations[use.order] = id(eqn)
         self.findings.number += 1
-        spec = Spec(view.leaf, use, shape_of(found), tuple(map(shape_of, inputs)))
+        spec = Spec(view.leaf, use, brought_out(shape_of(found)), tuple(brought_out(shape_of(x)) for x in inputs))
         self.own.append(spec)
         self.specs.append(spec)
         if kind in ("dense", "embedding", "conv"):
@@ -439,7 +440,7 @@ def _whose(kind: str, output: Data, inputs: tuple) -> Carried:
 def _facts(view: View, kind: str, eqn: Any, index: int, apply: Any, order: int, ids: Carried, around: str) -> Use:
     """The static facts of a use of a view."""
     name, where = ("output", "") if eqn is None else (eqn.primitive.name, user_line(eqn) or around)
-    operand, chain = shape_of(view.value), (view.segments, view.loops)
+    operand, chain = brought_out(shape_of(view.value)), (view.segments, view.loops)
     if apply is None:
         return Use(kind, name, where, *chain, operand, None, order=order)
     roles, key = _roles(eqn, kind, index), (index, *signature(eqn))

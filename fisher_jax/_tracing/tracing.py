@@ -18,6 +18,8 @@ from fisher_jax._support.jax_internals import (
     Remat,
     as_elementwise,
     bind,
+    brought_out,
+    brought_to,
     called,
     has_constants,
     is_plain_ragged,
@@ -121,11 +123,9 @@ def _meet(eqn: Any, values: list, way: Way) -> list:
 def _stays_a_parameter(eqn: Any) -> bool:
     """Whether a tap can follow a parameter through a layout operation.
 
-    Cast to integers it has no gradient; a complex one is no longer a real parameter. Where Explicit axes turn into
-    Auto ones (``x.at[i].get(out_sharding=...)`` does it inside) a perturbation from outside has another type.
+    Cast to integers it has no gradient; a complex one is no longer a real parameter.
     """
-    mesh, results = eqn.invars[0].aval.sharding.mesh, [var.aval for var in eqn.outvars]
-    return all(x.sharding.mesh == mesh and bool(jnp.issubdtype(x.dtype, jnp.floating)) for x in results)
+    return all(bool(jnp.issubdtype(var.aval.dtype, jnp.floating)) for var in eqn.outvars)
 
 
 def _factor(name: str, values: list) -> float | None:
@@ -191,4 +191,6 @@ def _as_data(x: Any) -> Any:
 
 def _applied(eqn: Any, index: int, operand: Any, *others: Any) -> Any:
     """The output of a use, linear in its operand."""
-    return bind(eqn, [*others[:index], operand, *others[index:]])[0]
+    values = [*others[:index], operand, *others[index:]]
+    inside = [brought_to(x, var.aval.sharding) for x, var in zip(values, eqn.invars, strict=True)]
+    return brought_out(bind(eqn, inside)[0])

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from fisher_jax._support.jax_internals import abstract, bind, is_traced, stacked, struct
+from fisher_jax._support.jax_internals import abstract, bind, brought_out, is_traced, stacked, struct
 from fisher_jax._support.outline import outline
 from fisher_jax._tracing.ids import Carried, Ids, Link
 
@@ -55,7 +55,7 @@ class Segment:
     steps: tuple[Step, ...] = ()
 
     def __call__(self, x: Array) -> Array:
-        return functools.reduce(lambda value, step: step(value), self.steps, x)
+        return brought_out(functools.reduce(lambda value, step: step(value), self.steps, x))
 
     def transpose(self, cotangent: Array) -> Array:
         if not self.steps:

@@ -89,10 +89,6 @@ def one_device(steps, **options):
     return updates
 
 
-def only_embed(path):
-    return path == "['embed']"
-
-
 def decomposed_per_device(text):
     """By size, how many matrices each device decomposes: one after the other, in a loop where there are several."""
     sizes = re.findall(r"f32\[(\d+),\d+\]\S*, f32\[\d+\]\S*, s32\[\]\S*\) custom-call", text)
@@ -111,8 +107,7 @@ def setting(kind, layout, around=True, **options):
     mesh = jax.make_mesh(shape, ("data", "vocab"), axis_types=(kind,) * 2)
     apply_fn = model
     if kind == AxisType.Explicit:
-        # Looked up with out_sharding= an embedding is generic to capture.
-        apply_fn, options = functools.partial(model, rows=batch_spec), {"diagonal": only_embed} | options
+        apply_fn = functools.partial(model, rows=batch_spec)
     params, batches = problem()
     grads = tree_for(params)
     with jax.set_mesh(mesh):
@@ -140,8 +135,6 @@ def sharded(kind, layout, steps, around=True, reference=None, **options):
             places.append([x.sharding for x in jax.tree.leaves((updates, state))])
     leaves = jax.tree.leaves((updates, state))
     (head,) = [b.G.columns for b in state.blocks if b.G is not None and b.G.columns.shape[1] == V]
-    if kind == AxisType.Explicit:
-        options["diagonal"] = only_embed
     wanted = one_device(steps, **(options if reference is None else reference))
     stable = None
     if steps > 2:

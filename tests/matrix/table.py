@@ -59,16 +59,6 @@ PLACES = Refusal(
     ValueError, ("out_sharding",),
     "a row alone cannot lie where the model says: leave out `out_sharding=`, or use an Auto mesh",
 )  # fmt: skip
-LOOKUP = Refusal(
-    ValueError, ("['embed']", "reshard", "diagonal="),
-    "`.at[].get(out_sharding=)` makes the axes of the table automatic, where no tap can follow it: look up with "
-    "indices that are not sharded, give the table a diagonal, or use an Auto mesh",
-)  # fmt: skip
-ROWS_OF_TABLE = Refusal(
-    ValueError, ("['embed']", "reshard", "fj.groups.param"),
-    "`.at[].get(out_sharding=)` makes the axes of the table automatic, where its rows cannot be told from its "
-    "columns: observe single parameters, or use an Auto mesh",
-)  # fmt: skip
 MODELS = ("time-major", "flipped", "windows", "rows that interact", "remat", "vmap", "scan")
 
 
@@ -87,10 +77,6 @@ def kind_of(name: str, column: str) -> tuple[str, Refusal | str | None]:
         return "refused", NOT_FINITE
     if column == "Explicit mesh" and "block_spectr" in name:
         return "refused", PLACES
-    if column == "Explicit mesh" and ("K-FAC" in name or "kfac" in name):
-        return "refused", LOOKUP
-    if column == "Explicit mesh" and "groups of rows" in name:
-        return "refused", ROWS_OF_TABLE
     return "value", None
 
 

@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 import fisher_jax as fj
 
 MESHES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-FOLLOWED = ("dense", "scale", "bias")
 SPECS = {
     "params": {"embed": P(None, "model"), "layers": {"up": P(None, None, "model"), "bias": P(None, "model"),
                "down": P(None, "model", None)}, "scale": P()},
@@ -56,9 +55,7 @@ def everything(place):
             return loss(params, tokens, place)
 
         value, taps = fj.capture(placed)(params, tokens)
-        # Indexing with out_sharding= leaves the Explicit axes inside; the embedding is generic there.
-        followed = [tap for tap in fj.capture(placed, reduce=squares)(params, tokens)[1] if tap.kind in FOLLOWED]
-        reduced = [tap.reduced for tap in followed]
+        reduced = [tap.reduced for tap in fj.capture(placed, reduce=squares)(params, tokens)[1]]
         return {"value": value, "rebuilt": fj.gradients_from_taps(taps, params), "reduced": reduced}
 
     return jax.jit(run)

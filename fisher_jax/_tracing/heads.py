@@ -189,7 +189,7 @@ def by_heads(path: str, heads: Heads, part: str, units: tuple[int, ...]) -> tupl
         swapped = units == (dim, number)
     if len(units) > 1 and units != ((dim, number) if swapped else (number, dim)):
         raise ValueError(
-            f"parameter {path} is taken for the {part} kernel of {number} heads of {dim} by its name, but has the axes "
+            f"parameter {path} is taken for the {part} kernel of {number} heads of {dim} by its name, but has axes "
             f"of units {list(units)}: correct num_heads, head_dim or layout of fj.groups.head"
         )
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from fisher_jax._tracing.ids import Ids
-from fisher_jax._tracing.uses import Data, Use
+from fisher_jax._tracing.uses import Data, Use, real_number
 
 __all__ = ["Made", "followed"]
 
@@ -45,7 +45,7 @@ class Made:
 
 def followed(made: Made, name: str, others: list, index: int) -> Made:
     """A product after one more elementwise operation; a scale and what a soft cap is made of are recognised."""
-    number = float(others[0]) if len(others) == 1 and not isinstance(others[0], Data) else None
+    number = real_number(others[0]) if len(others) == 1 and not isinstance(others[0], Data) else None
     if made.other is None:
         # A cap is symmetric, so the sign of a number is one of the scale.
         if number and math.isfinite(number) and (name == "mul" or (name == "div" and index == 0)):

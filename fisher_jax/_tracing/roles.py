@@ -176,6 +176,11 @@ def _roles(path: str, ndim: int, specs: list[Spec]) -> Roles:
         )
     found: dict[Roles, str] = {}
     for spec in told:
+        if spec.use.same_for_all and not spec.use.ids and spec.use.kind in ("embedding", "scale"):
+            raise ValueError(
+                f"parameter {path} meets constants alone ({spec.use.primitive} at {spec.use.where}) before it meets "
+                f"data, where its rows cannot be told from its columns; {_WAYS_OUT}"
+            )
         try:
             found.setdefault(roles_of_leaf(spec.use, ndim), spec.use.where)
         except UntraceableError as error:

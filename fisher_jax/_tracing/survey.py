@@ -173,6 +173,8 @@ class Survey:
         self.met = None
         whose = _whose(kind, found, inputs)
         use = _facts(view, kind, eqn, index, apply, self.findings.number, whose, self.around)
+        if inputs and all(x.varies is not None for x in inputs):  # no data went into it
+            use = dataclasses.replace(use, same_for_all=True)
         self.findings.equations[use.order] = id(eqn)
         self.findings.number += 1
         spec = Spec(view.leaf, use, brought_out(shape_of(found)), tuple(brought_out(shape_of(x)) for x in inputs))

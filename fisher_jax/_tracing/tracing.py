@@ -29,7 +29,7 @@ from fisher_jax._support.jax_internals import (
     rematerialised,
     walk,
 )
-from fisher_jax._tracing.uses import Data, Known, Step, View, plain
+from fisher_jax._tracing.uses import Data, Known, Step, View, plain, real_number
 
 __all__ = ["Way", "evaluate"]
 
@@ -135,7 +135,8 @@ def _factor(name: str, values: list) -> float | None:
     if name not in ("add", "sub", "mul", "div") or sum(map(_is_number, values)) != 1:
         return None
     first = isinstance(values[0], View)
-    number = float(values[1 if first else 0])
+    if (number := real_number(values[1 if first else 0])) is None:
+        return None
     if name == "add":
         return 1.0
     if name == "sub":

@@ -26,6 +26,7 @@ __all__ = [
     "alike",
     "constant_of",
     "plain",
+    "real_number",
     "shape_of",
     "signature",
 ]
@@ -136,6 +137,7 @@ class Use:
             convolution), see `fisher_jax._tracing.ids`. Not compared.
         parts: what it is in attentions. Not compared.
         follows: leaves whose products it meets (a bias: is added to), with no product between. Not compared.
+        same_for_all: whether what it meets is made of constants: the same for every row. Not compared.
         experts: see `Experts`; ``None`` where no gate decides over it. Not compared.
     """
 
@@ -157,6 +159,7 @@ class Use:
     parts: tuple[Part, ...] = ()
     follows: frozenset[int] = frozenset()
     experts: Experts | None = None
+    same_for_all: bool = False
 
     def __repr__(self) -> str:
         return outline(self)
@@ -248,6 +251,11 @@ class Known:
 
 def shape_of(x: Any) -> jax.ShapeDtypeStruct:
     return struct(x.type) if isinstance(x, Data) else abstract(x)
+
+
+def real_number(x: Any) -> float | None:
+    """A number of the program; ``None`` for a complex one."""
+    return None if np.iscomplexobj(x) else float(x)
 
 
 def constant_of(x: Any) -> np.ndarray | None:

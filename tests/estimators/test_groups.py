@@ -167,7 +167,9 @@ def test_heads_of_grouped_queries_with_flat_kernels_and_biases():
     batch = fj.Batch(jnp.asarray(rng.standard_normal((2, 3, 5))), jnp.asarray(rng.integers(0, 5, (2, 3))))
     params = jax.tree.map(jnp.asarray, params)
     entries = mean_of(fj.group_fisher(attention, estimator="sequence"), params, batch)
-    fisher = fj.group_fisher(attention, estimator="sequence", groups=fj.groups.head(4, 2, layout="heads"), example=batch)
+    fisher = fj.group_fisher(
+        attention, estimator="sequence", groups=fj.groups.head(4, 2, layout="heads"), example=batch
+    )
     found = mean_of(fisher, params, batch)
     for name, heads in (("query", 4), ("key", 2), ("value", 2)):
         kernel = np.asarray(entries[name]["kernel"]).reshape(5, heads, 3).sum((0, 2))

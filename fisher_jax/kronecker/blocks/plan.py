@@ -118,6 +118,8 @@ def _block(leaf: int, path: str, x: Any, uses: list[Spec], found: Structure, rul
     if not uses:
         return Block("unused", path, leaf)
     kinds = [spec.use.kind for spec in uses]
+    if not rules.is_diagonal(path) and path not in dict(rules.positions or {}):
+        _check_rows(path, uses, found)
     if rules.is_diagonal(path) or set(kinds) <= {"scale", "bias"}:
         return Block("diagonal", path, leaf, uses[0].use)
     if set(kinds) == {"dense"} and (whole := slices.joined([spec.use for spec in uses])) is not None:
@@ -137,6 +139,24 @@ def _block(leaf: int, path: str, x: Any, uses: list[Spec], found: Structure, rul
             )
         return _dense(Block("tied", path, leaf, dense.use), x, [dense], found, rules)
     raise ValueError(f"{path} is used in ways that share no Kronecker block: {', '.join(kinds)}; {_way_out(path)}")
+
+
+def _check_rows(path: str, uses: list[Spec], found: Structure) -> None:
+    """Raise where a use is the same for all rows: its gradient is their sum, of which the square is no Fisher."""
+    for use in (spec.use for spec in uses):
+        kinds = {one.kind for one in use.ids}
+        without = "row" not in kinds and (use.kind in ("embedding", "scale", "bias") or "position" in kinds)
+        if use.same_for_all and without and found.outputs[0].shape[0] > 1:
+            way = (
+                "slice it, as table[:length], or look it up for every row, with indices of the shape of the tokens"
+                if use.kind == "embedding"
+                else "let it meet the data first"
+            )
+            raise ValueError(
+                f"K-FAC has no block for {path}: it meets constants alone ({use.primitive} at {use.where}), the same "
+                f"for every row, so that the gradients of rows are summed before they can be squared; {way}, or "
+                f"{_way_out(path)}"
+            )
 
 
 def _check(path: str, spec: Spec) -> None:

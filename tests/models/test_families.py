@@ -138,6 +138,6 @@ def test_settings_follow_from_the_decoder_alone(name):
 
 def test_the_page_of_families_lists_each_of_them_and_its_architecture_of_gguf():
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text("utf-8")
-    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", page, re.M)
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", page, re.M)[1:]
     assert {kind for kind, _ in rows} == FAMILIES.keys()
     assert set(re.findall(r"`(\w+)`", " ".join(gguf for _, gguf in rows))) == ARCHITECTURES.keys()

@@ -226,9 +226,8 @@ def test_experts_have_sums_of_their_own():
     plain = fj.group_fisher(model.apply, example=batch, unit="batch")
     seen, squares = (jax.jit(one.observe)(model.params, batch, key) for one in (by_layer, plain))
     found = layers.read_layers(fj.welford.add(by_layer.init(model.params), seen), model, settings)
-    own = {
-        name: np.asarray(x["kernel"]).sum((2, 3)) for name, x in fj.mean(squares)["layers"]["mlp"]["experts"].items()
-    }
+    experts = fj.mean(squares)["layers"]["mlp"]["experts"]
+    own = {name: np.asarray(x["kernel"]).sum((2, 3)) for name, x in experts.items()}
     for name, wanted in own.items():
         path = f"layers/mlp/experts/{name}/kernel"
         np.testing.assert_allclose(found.experts[path].mean, wanted, rtol=1e-5)

@@ -78,7 +78,7 @@ def _of_units(theme: Theme, unit: str, shown_parts: dict[str, Measured]) -> Figu
         axes.set_xlabel(unit, fontsize=9)
         axes.set_title(name, fontsize=10.5, loc="center")
     panes[0].set_ylabel("layer, from the input downwards")
-    shown.bar(figure, panes, f"{TOTAL}, summed over the parameters of one {unit}")
+    shown.bar(figure, panes, f"{TOTAL}, summed over one {unit}")
     return figure
 
 

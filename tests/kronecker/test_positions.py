@@ -111,18 +111,18 @@ def test_several_uses_of_a_kernel_sum_up_to_the_one_of_the_whole_batch(name):
 
 
 def test_what_belongs_to_no_position_counts_where_its_outputs_do():
-    """A table of positions is looked up at places that are real in some row."""
+    """A table of positions is looked up at places that are real in some rows."""
     params = PARAMS | {"places": draw(LENGTH, WIDTH, seed=8)}
 
     def model(params, tokens):
-        hidden = params["embed"][tokens] + params["places"][jnp.arange(LENGTH)]
+        hidden = params["embed"][tokens] + params["places"][jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)]
         return jnp.tanh(hidden @ params["w"] + params["b"]) @ params["o"]
 
     real = jnp.arange(LENGTH) < jnp.array([3, 2, 1])[:, None]
     batch = fj.Batch(TOKENS, TARGETS, weights=jnp.where(real, 1.0, 0.0), real=real)
     factors = fj.kfac_factors(model, fj.categorical, params, batch, curvature=fj.Curvature(policy="never"))
     (found,) = [k for b, k in zip(factors.plan, factors.blocks, strict=True) if b.path == "['places']"]
-    np.testing.assert_allclose(found.A.values[0], [1 / 3, 1 / 3, 1 / 3, 0], atol=1e-6)
+    np.testing.assert_allclose(found.A.values[0], [3 / 6, 2 / 6, 1 / 6, 0], atol=1e-6)
 
 
 def test_pooled_positions_count_by_their_row():

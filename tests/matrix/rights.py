@@ -116,9 +116,8 @@ def fisher_of_scores(right: Right, unit: str) -> np.ndarray:
     w = right.weights
     if unit == "token":
         return np.einsum("bs,bsp,bsq->pq", w, s, s) / w.sum()
-    sums, totals = np.einsum("bs,bsp->bp", w, s), w.sum(1)
-    kept = totals > 0
-    return np.einsum("bp,bq,b->pq", sums[kept], sums[kept], 1 / totals[kept]) / w.sum()
+    sums = np.einsum("bs,bsp->bp", w, s)
+    return sums.T @ sums / w.sum()
 
 
 def taps(right: Right):

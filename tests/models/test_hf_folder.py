@@ -127,7 +127,7 @@ def test_without_the_setting_a_head_in_the_files_decides_about_tying(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM.*LlamaForCausalLM"),
+        ({"model_type": "falcon", "architectures": ["FalconForCausalLM"]}, "FalconForCausalLM.*LlamaForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*'silu'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),

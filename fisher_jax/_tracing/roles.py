@@ -71,6 +71,8 @@ def groupings(groups: Any, params: Tree, specs: Callable[[], list[Spec]] | None)
             "orientation of every kernel; without it only fj.groups.param works"
         )
     found = specs() if specs is not None and oriented else []
+    if not any(spec.use.is_followed for spec in found):  # of data that the program holds itself no rows are known
+        found = [dataclasses.replace(s, use=dataclasses.replace(s.use, same_for_all=False)) for s in found]
     result: list[Grouping | None] = []
     heads: list[tuple[int, str]] = []
     slashed = [_slashed(path) for path, _ in leaves]

@@ -161,6 +161,11 @@ class Use:
     experts: Experts | None = None
     same_for_all: bool = False
 
+    @property
+    def is_followed(self) -> bool:
+        """Whether anything is known of rows and positions."""
+        return any(one.kind in ("row", "position") for one in self.ids)
+
     def __repr__(self) -> str:
         return outline(self)
 

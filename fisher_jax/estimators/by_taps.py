@@ -135,9 +135,9 @@ def _rows_of(tap: Tap, num_rows: int) -> _Rows:
             f"the tap of {tap.path} was reduced; fj.value_grad_and_taps without reduce= keeps rows apart"
         )
     if tap.kind == "generic":
-        place = f" at {tap.use.where}" if tap.use.where else ""
+        at = f" at {tap.use.where}" if tap.use.where else ""
         raise ValueError(
-            f"parameter {tap.path} is used by {tap.use.primitive}{place}, whose tap is the gradient of "
+            f"parameter {tap.path} is used by {tap.use.primitive}{at}, whose tap is the gradient of "
             f"all rows together: {_WAY_OUT}"
         )
     use, loops, cotangents = tap.use, len(tap.use.loops), jnp.asarray(tap.cotangents)

@@ -84,7 +84,7 @@ def _adjusted(p: Tree, adjust: Any) -> Tree:
     order = tested[np.argsort(flat[tested], kind="stable")]
     out = np.full_like(flat, np.nan)
     out[order] = np.minimum(adjust(flat[order]), 1.0)
-    parts = np.split(out, np.cumsum([x.size for x in leaves])[:-1])
+    parts = np.split(out, np.cumsum([x.size for x in leaves]))[: len(leaves)]  # of no leaves no part
     return jax.tree.unflatten(
         jax.tree.structure(p), [part.reshape(x.shape) for part, x in zip(parts, leaves, strict=True)]
     )

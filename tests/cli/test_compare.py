@@ -131,6 +131,7 @@ def test_parts_of_the_model_are_adjusted_within_their_family(compared, values, m
     p = p_values(before, after)
     several = [path for path in where["parts"] if path in ("layers", "layers/attention", "layers/mlp")]
     families = {**where, "parts": {path: where["parts"][path] for path in several}}
+    assert not families.pop("experts")  # a model without any
     for family, paths in families.items():
         indices = np.concatenate([paths[path].ravel() for path in sorted(paths)])
         wanted = scipy.stats.false_discovery_control(p[indices])

@@ -107,3 +107,17 @@ def test_complex_numbers_in_a_model_are_no_scale():
     for mine, real in zip(*(jax.tree.leaves(fj.mean(f.observe(params, batch))) for f in (own, doubled)), strict=True):
         np.testing.assert_allclose(mine, real, rtol=1e-5)
     assert fj.kfac_factors(apply_fn, fj.categorical, params, batch)
+
+
+def test_a_model_that_holds_its_data_stays_open():
+    """A graph whose nodes are looked up in the model: every row is a node."""
+
+    def apply_fn(p, ids):
+        return jnp.tanh(p["e"][IDS[:, 0]] @ p["w"]) @ p["o"]
+
+    batch = fj.Batch(None, BATCH.targets[:, 0])
+    params = {name: PARAMS[name] for name in ("e", "w", "o")}
+    factors = fj.kfac_factors(apply_fn, fj.categorical, params, batch, curvature=fj.Curvature(policy="never"))
+    assert [block.kind for block in factors.plan] == ["embedding", "dense", "dense"]
+    exact = fj.group_fisher(apply_fn, estimator="exact", unit="batch", groups="row", example=batch)
+    assert [x.shape for x in jax.tree.leaves(exact.init(params).mean)] == [(2, 5), (2, 3), (2, 3)]

@@ -42,3 +42,8 @@ def test_p_values_are_probabilities(bad):
             adjust({"a": np.array([0.5, bad])})
     with pytest.raises(ValueError, match="method is 'bh' or 'by', found 'storey'"):
         fj.stats.q_values(np.array([0.5]), "storey")
+
+
+def test_of_nothing_nothing_is_adjusted():
+    assert fj.stats.q_values({}) == {}
+    assert fj.stats.holm({"a": {}}) == {"a": {}}

@@ -142,7 +142,12 @@ def _block(leaf: int, path: str, x: Any, uses: list[Spec], found: Structure, rul
 
 
 def _check_rows(path: str, uses: list[Spec], found: Structure) -> None:
-    """Raise where a use is the same for all rows: its gradient is their sum, of which the square is no Fisher."""
+    """Raise where a use is the same for all rows: its gradient is their sum, of which the square is no Fisher.
+
+    Of data that the program holds itself no rows are known.
+    """
+    if not any(spec.use.is_followed for spec in found.survey.specs):
+        return
     for use in (spec.use for spec in uses):
         kinds = {one.kind for one in use.ids}
         without = "row" not in kinds and (use.kind in ("embedding", "scale", "bias") or "position" in kinds)

@@ -45,7 +45,7 @@ def decoder(params, tokens):
         return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
 
     length = tokens.shape[1]
-    hidden = params["embed"][tokens] + params["places"][jnp.arange(length)]
+    hidden = params["embed"][tokens] + params["places"][None, :length]
     normed = norm(hidden, params["first"])
     q, k, v = (normed @ params[name] for name in "qkv")
     seen = jnp.where(jnp.tril(jnp.ones((length, length), bool)), jnp.einsum("bsd,btd->bst", q, k), -1e9)

@@ -193,7 +193,7 @@ def test_scanned_layers_are_blocks_of_their_own(unit):
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), params)
         s = oracle_curvature.scores(layered, "categorical", wide, x.astype(jnp.float64), y)
-    s = s if unit == "token" else s.reshape(3, 2, -1).sum(1) / np.sqrt(2)
+    s = s if unit == "token" else s.reshape(3, 2, -1).sum(1)
     head, bias, kernel = s[:, :12], s[:, 12:21].reshape(-1, 3, 3), s[:, 21:].reshape(-1, 3, 9)
     found = fj.block_spectrum(layered, fj.categorical, params, batch, unit=unit, stacked=True)
     named = fj.block_spectrum(

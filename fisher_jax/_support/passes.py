@@ -34,5 +34,5 @@ def mapped(function: Callable[..., Tree], *arguments: Array | Tree) -> Tree:
     """``jax.vmap``, or one row after the other where an operation has no such rule (``jax.lax.ragged_dot``)."""
     try:
         return jax.vmap(function)(*arguments)
-    except NotImplementedError:
+    except NotImplementedError:  # JAX's own word for that; what a function raises itself, it raises again
         return jax.lax.map(lambda row: function(*row), arguments)

@@ -5,6 +5,7 @@ from typing import Any
 from fisher_jax.models.checked_settings import MOST_LAYERS, Settings
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.families.family import Family
+from fisher_jax.models.families.gpt2 import write_gpt2
 from fisher_jax.models.families.layout import KERNELS, NORMS, Layout, each
 from fisher_jax.models.families.reading import activation, epsilon, share, write_activation
 
@@ -53,16 +54,8 @@ def read_gptj(read: Settings, tied: bool) -> DecoderConfig:
 
 
 def write_gptj(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "n_embd": config.width,
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        "n_inner": config.mlp_size,
-        "n_positions": config.max_positions,
-        "rotary_dim": config.rotary_size,
-        "layer_norm_epsilon": config.norm_eps,
-        "activation_function": write_activation(config, "gelu_new"),
-    }
+    changed = {"rotary_dim": config.rotary_size, "activation_function": write_activation(config, "gelu_new")}
+    return write_gpt2(config) | changed
 
 
 GPTJ = Family(

@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 import beartype
 import beartype.roar
+import jaxtyping
 
+original = jaxtyping.jaxtyped
 check_by_beartype = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # an int may be a float
 
 
@@ -27,3 +29,11 @@ def check(function: Callable) -> Callable:
             return check_by_beartype(function)
         except beartype.roar.BeartypeDecorHintException:  # `Self`, or a protocol that is not for ``isinstance``
             return function
+
+
+def jaxtyped(fn: Callable | None = None, *, typechecker: Callable | None) -> Callable:
+    """`jaxtyping.jaxtyped`, except for functions inside functions: they are made anew for each call of the outer one,
+    and to check them takes longer than all else that a test does."""
+    if fn is None:
+        return lambda fn: jaxtyped(fn, typechecker=typechecker)
+    return fn if "<locals>" in getattr(fn, "__qualname__", "") else original(fn, typechecker=typechecker)

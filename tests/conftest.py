@@ -1,11 +1,13 @@
-"""What all tests share: one cache folder for the session and one load of the shipped model."""
+"""What all tests share: how programs are compiled, a cache folder for the session, one load of the shipped model."""
 
 import shutil
 
 import jaxtyping
 import pytest
 
-from tests import annotations
+from tests import annotations, compiling
+
+compiled, mappings = pytest.StashKey[compiling.Kept](), compiling.Mappings()
 
 
 def pytest_addoption(parser, pluginmanager):
@@ -15,7 +17,28 @@ def pytest_addoption(parser, pluginmanager):
     """
     parser.addoption("--no-types", action="store_true", help="do not check the annotations of the package")
     if "--no-types" not in pluginmanager.getplugin("pytestconfig").invocation_params.args:
+        jaxtyping.jaxtyped = annotations.jaxtyped
         jaxtyping.install_import_hook("fisher_jax", f"{annotations.__name__}.check")
+
+
+def pytest_configure(config):
+    process = getattr(config, "workerinput", {"workerid": "main"})["workerid"]
+    config.stash[compiled] = compiling.Kept(process)
+    config.stash[compiled].open()
+
+
+def pytest_unconfigure(config):
+    config.stash[compiled].close()
+
+
+def pytest_runtest_teardown(item, nextitem):
+    mappings.bound()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine_code(request):
+    """Optimised or not: see `compiling`."""
+    compiling.optimized(request.node.get_closest_marker("optimized") is not None)
 
 
 @pytest.fixture(scope="session", autouse=True)

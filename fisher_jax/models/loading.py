@@ -75,8 +75,8 @@ def load(source: str | os.PathLike | None = None, *, dtype: Any = "float32", sha
       that ``model.safetensors.index.json`` names; other weights beside them are not read (``unread``).
     - ``"org/name"``: such a folder on the Hugging Face hub, of which only these files are fetched.
 
-    Norms, softmax, rotary embedding and logits are float32 whatever the dtype. While a model is loaded, its weights
-    lie in memory once. Dequantised GGUF weights are kept in the cache folder (``$FISHER_JAX_CACHE``, default
+    Hidden states and logits are float32 whatever the dtype of the weights. While a model is loaded, its weights lie
+    in memory once. Dequantised GGUF weights are kept in the cache folder (``$FISHER_JAX_CACHE``, default
     ``~/.cache/fisher_jax``), up to ``$FISHER_JAX_CACHE_GIB`` GiB, 16 by default.
 
     Args:

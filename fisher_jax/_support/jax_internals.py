@@ -40,6 +40,7 @@ __all__ = [
     "equation",
     "has_constants",
     "inside",
+    "instead_of",
     "is_literal",
     "is_plain_ragged",
     "is_traced",
@@ -300,7 +301,12 @@ def as_elementwise(eqn: Any, index: int) -> Any:
         kept = jax.lax.broadcast_in_dim(values[index].transpose(batch[index]), data.shape, range(len(own.shape)))
         return data * kept.astype(dtype)
 
-    traced = jax.make_jaxpr(product)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands))
+    return instead_of(eqn, product, operands)
+
+
+def instead_of(eqn: Any, function: Callable, operands: Sequence[Any]) -> Any:
+    """A function of arrays of these types, traced, all of it at the line of an equation."""
+    traced = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands))
     same_line = functools.partial(_at_line_of, eqn)
     return traced.jaxpr.replace(eqns=list(map(same_line, traced.jaxpr.eqns)))
 

@@ -79,7 +79,7 @@ def parts(program: Program) -> Parts:
 
 def _met(program: Program, head: Head) -> tuple[Array, Array]:
     """What the head meets, and its kernel."""
-    way = _Until(head.use.order, iter(program.structure.survey.own), iter(program.structure.survey.parts))
+    way = _Until.of(head.use.order, program.structure.survey)
     try:
         program.replayed(program.leaves, program.arguments, way)
     except _ReachedError as reached:
@@ -114,6 +114,11 @@ class _Until:
     order: int
     own: Iterator[Spec]
     parts: Iterator[Survey]
+    lookups: Iterator[Any]
+
+    @classmethod
+    def of(cls, order: int, survey: Survey) -> "_Until":
+        return cls(order, iter(survey.own), iter(survey.parts), iter(survey.lookups))
 
     def constant(self, value: Any) -> Any:
         return value
@@ -126,6 +131,9 @@ class _Until:
             raise _ReachedError(inputs[0], view.value)
         return output()
 
+    def instead(self, eqn: Any, values: list) -> Any:
+        return next(self.lookups)
+
     def beside(self, view: View, eqn: Any, values: list) -> Any:
         return view.value
 
@@ -135,8 +143,7 @@ class _Until:
         return plain(x)
 
     def remat(self, eqn: Any, remat: Remat, values: list) -> list:
-        part = next(self.parts)
-        inner = _Until(self.order, iter(part.own), iter(part.parts))
+        inner = _Until.of(self.order, next(self.parts))
         return [inner.generic(v, eqn) for v in evaluate(remat.traced, values, inner)]
 
     def scan(self, eqn: Any, scan: Loop, values: list) -> list:

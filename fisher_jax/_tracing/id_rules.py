@@ -37,14 +37,15 @@ __all__ = [
 
 _SAME = {
     "convert_element_type", "copy", "copy_p", "sharding_constraint", "reduce_precision", "layout_constraint",
-    "reshard", "mesh_cast", "pvary", "pcast", "stop_gradient", "name", "optimization_barrier",
+    "reshard", "mesh_cast", "pvary", "pcast", "stop_gradient", "name", "optimization_barrier", "device_put",
 }  # fmt: skip
 _ELEMENTWISE = {
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e",
     "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex", "conj", "cos", "cosh",
-    "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma",
-    "igammac", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min",
-    "mul", "ne", "neg", "nextafter", "not", "or", "polygamma", "population_count", "pow", "real",
+    "digamma", "div", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma",
+    "igamma_grad_a", "igammac", "imag", "integer_pow", "is_finite", "le", "le_to", "lgamma", "log", "log1p", "log2",
+    "logistic", "lt", "lt_to", "max", "min", "mul", "mulhi", "ne", "neg", "nextafter", "not", "one_minus_square",
+    "or", "polygamma", "population_count", "pow", "real",
     "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
     "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh", "threefry2x32", "xor",
     "zeta",
@@ -130,8 +131,9 @@ def _moved(
     """One id of one operand in the result; ``None`` where it is summed over."""
     if isinstance(one, Lost):
         return one
+    rule = _convolve_positions if one.kind == "position" and _is_convolution(eqn) else _rule(eqn.primitive.name)
     try:
-        values = _rule(eqn.primitive.name)(eqn, operand, one.values, output, loops, constant)
+        values = rule(eqn, operand, one.values, output, loops, constant)
     except LostError as error:
         return Lost(one.kind, eqn.primitive.name, line(eqn), str(error))
     return None if values is None else Ids(one.kind, compressed(values))
@@ -434,6 +436,33 @@ def _convolve(eqn, operand, values, output, loops, constant):
     shape = [1] * len(conv.outputs)
     shape[conv.outputs[0]] = batch
     return values.reshape(*values.shape[:loops], *shape)
+
+
+def _is_convolution(eqn):
+    return eqn.primitive.name == "conv_general_dilated"
+
+
+def _convolve_positions(eqn, operand, values, output, loops, constant):
+    """A convolution gives each position one of its own where it goes over all of them in steps of one, and its window
+    holds the position itself."""
+    conv = convolution(eqn.params)
+    if operand or conv.batch_groups != 1 or any(values.shape[loops + i] > 1 for i in conv.inputs[:2]):
+        return _convolve(eqn, operand, values, output, loops, constant)
+    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    shape = [1] * len(conv.outputs)
+    for i, (own, to, kernel) in enumerate(zip(conv.inputs[2:], conv.outputs[2:], conv.kernel[2:], strict=True)):
+        if values.shape[loops + own] == 1:
+            continue
+        reach = (eqn.invars[1].aval.shape[kernel] - 1) * conv.kernel_dilation[i]
+        in_step = conv.strides[i] == conv.input_dilation[i] == 1 and before[own] == after[to]
+        if not in_step or not 0 <= conv.padding[i][0] <= reach:
+            raise LostError("it is a convolution over them that leaves out some, or is ahead of them")
+        shape[to] = values.shape[loops + own]
+    order = sorted(range(len(conv.inputs) - 2), key=lambda i: conv.outputs[2 + i])
+    moved = values.transpose(
+        [*range(loops), *(loops + i for i in (*conv.inputs[:2], *(conv.inputs[2 + i] for i in order)))]
+    )
+    return moved.reshape(*values.shape[:loops], *shape)
 
 
 def _window(eqn, operand, values, output, loops, constant):

@@ -1,14 +1,69 @@
-"""Ids through operations that take entries by index, or write them: a constant index says which, data do not.
+"""Operations that take entries by index, or write them: a constant index says which, data do not.
 
-Every rule is one of `fisher_jax._tracing.id_rules`.
+`as_slice` is for parameters; every other rule is one of `fisher_jax._tracing.id_rules`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import numpy as np
 
-from fisher_jax._support.jax_internals import lookup
+from fisher_jax._support.jax_internals import instead_of, lookup
 from fisher_jax._tracing.ids import NOBODY, LostError, placed
 
-__all__ = ["dynamic_slice", "dynamic_update_slice", "gather", "scatter"]
+__all__ = ["as_slice", "dynamic_slice", "dynamic_update_slice", "gather", "scatter"]
+
+
+def as_slice(eqn: Any, constant: Callable[[int], np.ndarray | None]) -> Any:
+    """A ``gather`` or ``dynamic_slice`` whose indices are constants at equal distances, as a traced function that
+    slices the operand; ``None`` for any other, and on a mesh.
+
+    Args:
+        constant: the value of operand ``i``, or ``None``.
+    """
+    operand, name = eqn.invars[0].aval, eqn.primitive.name
+    if name not in ("gather", "dynamic_slice") or not operand.sharding.mesh.empty:
+        return None
+    indices = [x for i in range(1, len(eqn.invars)) if (x := constant(i)) is not None]
+    if len(indices) != len(eqn.invars) - 1:
+        return None
+    sliced = _dynamic_slice_as_slice if name == "dynamic_slice" else _gather_as_slice
+    function = sliced(eqn, *indices)
+    return None if function is None else instead_of(eqn, function, [operand])
+
+
+def _dynamic_slice_as_slice(eqn: Any, *indices: np.ndarray) -> Callable | None:
+    sizes = eqn.outvars[0].aval.shape
+    pairs = zip(indices, sizes, eqn.invars[0].aval.shape, strict=True)
+    starts = [int(np.clip(x, 0, n - size)) for x, size, n in pairs]
+    return lambda x: jax.lax.slice(x, starts, [a + n for a, n in zip(starts, sizes, strict=True)])
+
+
+def _gather_as_slice(eqn: Any, index: np.ndarray) -> Callable | None:
+    shape, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    picked = lookup(eqn.params, shape)
+    lead = index.shape[:-1]
+    if picked.row is None or sum(n > 1 for n in lead) > 1:
+        return None
+    row = picked.row
+    places = index[..., picked.column].reshape(-1).astype(np.int64)
+    steps = np.unique(np.diff(places)) if places.size > 1 else np.ones(1, np.int64)
+    if not places.size or steps.size != 1 or steps[0] == 0 or places.min() < 0 or places.max() >= shape[row]:
+        return None
+    starts, ends, strides = [0] * len(shape), list(shape), [1] * len(shape)
+    starts[row], ends[row], strides[row] = int(places.min()), int(places.max()) + 1, abs(int(steps[0]))
+    kept = dict(zip(picked.offset, (i for i in range(len(shape)) if i not in picked.collapsed), strict=True))
+    outer = dict(zip((i for i in range(len(out)) if i not in picked.offset), lead, strict=True))
+    order = [row if i in outer else kept[i] for i in range(len(out)) if outer.get(i, 2) > 1 and kept.get(i) != row]
+    order = order if row in order else [row, *order]
+
+    def sliced(x):
+        found = jax.lax.slice(x, starts, ends, strides)
+        found = found if steps[0] > 0 else jax.lax.rev(found, [row])
+        return found.transpose(order).reshape(out)
+
+    return sliced
 
 
 def dynamic_slice(eqn, operand, values, output, loops, constant):

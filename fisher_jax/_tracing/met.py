@@ -146,6 +146,9 @@ class _Meeting:
         contracted = contraction(eqn.params).contracted[1 - index]
         return any(x.axes[i] & self.lead[x.number] for i in contracted)
 
+    def instead(self, eqn: Any, values: list) -> Any:
+        return None
+
     def beside(self, view: View, eqn: Any, values: list) -> Data:
         return view.value
 

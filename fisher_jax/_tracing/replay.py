@@ -56,12 +56,16 @@ class Replay:
 
     def __post_init__(self):
         self._own, self._parts = iter(self.survey.own), iter(self.survey.parts)
+        self._lookups = iter(self.survey.lookups)
 
     def constant(self, value: Any) -> Any:
         return value
 
     def bind(self, eqn: Any, values: list) -> list:
         return bind(eqn, list(map(plain, values)))
+
+    def instead(self, eqn: Any, values: list) -> Any:
+        return next(self._lookups)
 
     def beside(self, view: View, eqn: Any, values: list) -> Array:
         return view.value

@@ -38,6 +38,7 @@ from fisher_jax._tracing.id_rules import (
     moved_through,
 )
 from fisher_jax._tracing.ids import NOBODY, Carried, Ids, Lost, along, joined
+from fisher_jax._tracing.index_rules import as_slice
 from fisher_jax._tracing.made import Made, followed
 from fisher_jax._tracing.places import input_token_axes
 from fisher_jax._tracing.tracing import evaluate
@@ -87,6 +88,7 @@ class Survey:
         own: uses in this part, in program order; those of loops and rematerialised parts are in ``parts``.
         specs: all uses, those of parts among them.
         met: the operand that is a parameter, while the result of its use is asked for.
+        lookups: of every lookup in a parameter in this part, in program order, what does the same without one.
     """
 
     loops: int = 0
@@ -96,6 +98,7 @@ class Survey:
     parts: list["Survey"] = dataclasses.field(default_factory=list)
     specs: list[Spec] = dataclasses.field(default_factory=list)
     met: int | None = None
+    lookups: list[Any] = dataclasses.field(default_factory=list)
 
     def line(self, eqn: Any) -> str:
         """Where an equation stands; functions of JAX stand where they are called."""
@@ -146,6 +149,10 @@ class Survey:
             )
             for i, (var, one, more) in enumerate(zip(eqn.outvars, carried, beside, strict=True))
         ]
+
+    def instead(self, eqn: Any, values: list) -> Any:
+        self.lookups.append(as_slice(eqn, _known(list(map(plain, values)))))
+        return self.lookups[-1]
 
     def _tokens(self, eqn: Any, operands: list) -> list[Carried]:
         """Tokens of the products that each result comes from, entry by entry."""

@@ -56,6 +56,9 @@ class Way(Protocol):
     def bind(self, eqn: Any, values: list) -> list:
         """Results of an equation without parameters."""
 
+    def instead(self, eqn: Any, values: list) -> Any:
+        """A traced function of the parameter alone that does what a lookup in it does; ``None``: there is none."""
+
     def use(self, view: View, kind: str, eqn: Any, index: int, output: Callable, apply: Any, inputs: tuple) -> Any:
         """The result of a use, which ``output()`` gives; the parameter is operand ``index`` of the equation."""
 
@@ -108,6 +111,8 @@ def _meet(eqn: Any, values: list, way: Way) -> list:
         return [first.scaled(way.bind(eqn, [first.value])[0])]
     if name in _LAYOUT and len(values) == 1 and _stays_a_parameter(eqn):
         return [first.through(x, Step(eqn, i)) for i, x in enumerate(way.bind(eqn, [first.value]))]
+    if name in ("gather", "dynamic_slice") and views == [0] and (sliced := way.instead(eqn, values)) is not None:
+        return evaluate(sliced, [first], way)
     factor = _factor(name, values)
     if factor is not None:
         return [first.scaled(way.bind(eqn, list(map(plain, values)))[0], factor)]

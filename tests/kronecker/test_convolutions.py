@@ -153,3 +153,49 @@ def test_a_convolution_that_groups_examples_is_an_error():
     batch = fj.Batch(jnp.ones((4, 5, 3)), jnp.zeros(2, int))
     with pytest.raises(ValueError, match=r"\['k'\].*batch_group_count=2.*test_convolutions.py.*diagonal="):
         fj.kfac_tools.kfac_coverage(grouped, fj.categorical, {"k": jnp.ones((3, 3, 4))}, batch)
+
+
+def test_a_causal_convolution_before_a_product_knows_its_padding():
+    """As in a state-space layer: with rows of 5, 3 and 1 tokens, the same as from every row cut to its own length."""
+    rng = np.random.default_rng(1)
+    lengths, width, classes = (5, 3, 1), 3, 4
+    shapes = {"conv": (2, 1, width), "in": (width, width), "out": (width, classes)}
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(3, 5, width)), jnp.float32)
+    y = jnp.asarray(rng.integers(0, classes, (3, 5)))
+    layout = ("NWC", "WIO", "NWC")
+
+    def apply_fn(p, x):
+        mixed = jax.lax.conv_general_dilated(
+            x, p["conv"], (1,), [(1, 0)], dimension_numbers=layout, feature_group_count=width
+        )
+        return jax.nn.silu(mixed @ p["in"]) @ p["out"]
+
+    def summed(batch):
+        """The curvature of each leaf times ones."""
+        factors = fj.kfac_factors(apply_fn, fj.categorical, params, batch, curvature=fj.Curvature(policy="never"))
+        product = jax.jit(fj.operators.kfac(factors))
+        zero = jax.tree.map(jnp.zeros_like, params)
+        return {name: product(zero | {name: jnp.ones(params[name].shape)})[name] for name in params}
+
+    real = jnp.arange(5) < jnp.array(lengths)[:, None]
+    together = summed(fj.Batch(x, y, real.astype(jnp.float32), real=real))
+    padded = fj.Batch(jnp.where(real[..., None], x, jnp.nan), y, real.astype(jnp.float32), real=real)
+    for name, found in summed(padded).items():
+        np.testing.assert_allclose(found, together[name], rtol=1e-5)
+    inputs = np.concatenate([np.asarray(x[i, :n]) for i, n in enumerate(lengths)])
+    before = np.concatenate(
+        [np.concatenate([np.zeros((1, width)), np.asarray(x[i, : n - 1])]) for i, n in enumerate(lengths)]
+    )
+    kernel = np.asarray(params["conv"], np.float64)
+    mixed = before * kernel[0, 0] + inputs * kernel[1, 0]
+    a = mixed.T @ mixed / sum(lengths)
+    z = mixed @ np.asarray(params["in"], np.float64)
+    labels = np.concatenate([np.asarray(y[i, :n]) for i, n in enumerate(lengths)])
+    s = 1 / (1 + np.exp(-z))
+    logits = (z * s) @ np.asarray(params["out"], np.float64)
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    g = (np.eye(classes)[labels] - p) @ np.asarray(params["out"], np.float64).T * (s + z * s * (1 - s))
+    wanted = a @ np.ones((width, width)) @ (g.T @ g / sum(lengths))
+    np.testing.assert_allclose(together["in"], wanted, rtol=1e-4)

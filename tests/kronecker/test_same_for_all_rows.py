@@ -35,8 +35,12 @@ def none(p, ids):
 
 # By what the error names.
 REFUSED = {
-    "places in a range": ("pos", "gather", model(lambda p, ids: p["pos"][jnp.arange(LENGTH)][None])),
-    "places with an axis of rows": ("pos", "gather", model(lambda p, ids: p["pos"][jnp.arange(LENGTH)[None]])),
+    "places in no order": ("pos", "gather", model(lambda p, ids: p["pos"][jnp.array([2, 0, 1, 3])][None])),
+    "places beyond the end": (
+        "pos",
+        "gather",
+        model(lambda p, ids: jnp.take(p["pos"], jnp.arange(LENGTH) + 1, 0, mode="clip")[None]),
+    ),
     "relative places": ("rel", "gather", relative),
     "a mask of a kernel": ("w", "mul", model(none, lambda p: p["w"] * MASK)),
     "permuted inputs": ("w", "gather", model(none, lambda p: p["w"][np.array([2, 0, 1])])),
@@ -45,6 +49,18 @@ REFUSED = {
 RIGHT = {
     "added": lambda p, ids: p["pos"][None],
     "sliced": lambda p, ids: p["pos"][None, :LENGTH],
+    "in a range": lambda p, ids: p["pos"][jnp.arange(LENGTH)][None],
+    "in a range with an axis of rows": lambda p, ids: p["pos"][jnp.arange(LENGTH)[None]],
+    "taken": lambda p, ids: jnp.take(p["pos"], jnp.arange(LENGTH), axis=0),
+    "backwards": lambda p, ids: p["pos"][jnp.arange(LENGTH - 1, -1, -1)],
+    "from the end": lambda p, ids: p["pos"][jnp.arange(-LENGTH, 0)],
+    "the first alone": lambda p, ids: p["pos"][jnp.zeros(1, int)],
+    "every second": lambda p, ids: jnp.repeat(p["pos"][jnp.arange(0, LENGTH, 2)], 2, axis=0),
+    "units in a range": lambda p, ids: p["pos"][:, jnp.arange(D)],
+    "cut by a number": lambda p, ids: jax.lax.dynamic_slice_in_dim(p["pos"], 0, LENGTH),
+    "rematerialised": lambda p, ids: jax.checkpoint(
+        lambda pos: jnp.sin(ids * 1.0)[..., None] + pos[jnp.arange(LENGTH)]
+    )(p["pos"]),
     "looked up for every row": lambda p, ids: p["pos"][jnp.broadcast_to(jnp.arange(LENGTH), ids.shape)],
 }
 

@@ -11,6 +11,7 @@ from fisher_jax._tracing.ids import NOBODY, Ids, Lost
 from fisher_jax._tracing.program import trace
 
 ROWS, LENGTH, WIDTH = 4, 6, 3
+GRID = jnp.linspace(-1, 1, 4)
 
 
 def structure_of(function, lead, *arrays):
@@ -186,8 +187,8 @@ def test_a_scan_over_layers_leaves_ids_as_they_are():
         ("a lookup by data", lambda x: jnp.take_along_axis(x, jnp.argsort(x[..., :1], 1), 1), {"position"}),
         ("a matrix over positions", lambda x: jnp.einsum("st,btd->bsd", jnp.ones((LENGTH, LENGTH)), x), {"position"}),
         ("a matrix over rows", lambda x: jnp.einsum("ab,bsd->asd", jnp.ones((ROWS, ROWS)), x), {"row"}),
-        ("a convolution", lambda x: jax.lax.conv_general_dilated(
-            x, jnp.ones((3, WIDTH, 2)), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")), {"position"}),
+        ("a convolution that pads nothing", lambda x: jax.lax.conv_general_dilated(
+            x, jnp.ones((3, WIDTH, 2)), (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")), {"position"}),
         ("a loop that flips", lambda x: jax.lax.fori_loop(0, 3, lambda _, h: jnp.flip(h, 1), x), {"position"}),
         ("a scan over rows", lambda x: jax.lax.scan(lambda c, y: (c + y, c + y), x[0] * 0, x)[1], {"row"}),
     ],
@@ -223,6 +224,9 @@ def test_what_cannot_be_followed_is_lost_and_says_where(name, function, lost):
         ("a factor of each row", lambda x: jnp.linalg.cholesky(jnp.einsum("bsd,bse->bde", x, x)), {"row"}),
         ("eigenvalues of each row", lambda x: jnp.linalg.eigvalsh(jnp.einsum("bsd,bse->bde", x, x)), {"row"}),
         ("a batch of matrices", lambda x: jax.vmap(lambda y: y @ y.T @ y)(x), {"row", "position"}),
+        ("between points of a grid", lambda x: jnp.interp(x, GRID, GRID**2), {"row", "position"}),
+        ("bins", lambda x: jnp.digitize(x, GRID), {"row", "position"}),
+        ("another device", lambda x: jax.device_put(x, jax.devices()[0]), {"row", "position"}),
     ],
 )
 def test_ids_stay_where_each_entry_has_one(name, function, kinds):
@@ -236,3 +240,50 @@ def test_ids_are_never_as_large_as_activations():
     (row, position) = structure_of(lambda x: jnp.tanh(x) @ jnp.ones((4, 50_000)), (8, 512), x).ids[0]
     assert row.values.size == 8
     assert position.values.size == 512
+
+
+def convolved(x, width, padding, stride=1, dilation=1, layout=("NWC", "WIO", "NWC")):
+    groups = x.shape[layout[0].index("C")]
+    kernel = jnp.ones([{"W": width, "I": 1, "O": groups}[axis] for axis in layout[1]])
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride,),
+        [padding],
+        rhs_dilation=(dilation,),
+        dimension_numbers=layout,
+        feature_group_count=groups,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "axis"),
+    [
+        ("causal", lambda x: convolved(x, 4, (3, 0)), 1),
+        ("centred", lambda x: convolved(x, 3, (1, 1)), 1),
+        ("dilated", lambda x: convolved(x, 3, (4, 0), dilation=2), 1),
+        ("channels first", lambda x: convolved(x.swapaxes(1, 2), 4, (3, 0), layout=("NCW", "OIW", "NCW")), 2),
+        ("positions first", lambda x: convolved(x.swapaxes(0, 1), 3, (2, 0), layout=("WNC", "WIO", "WNC")), 0),
+        ("of flipped ones", lambda x: convolved(x[:, ::-1], 3, (2, 0))[:, ::-1], 1),
+    ],
+)
+def test_a_convolution_in_step_keeps_positions(name, function, axis):
+    row, position = (ids_of(function, (ROWS, LENGTH), X)[kind] for kind in ("row", "position"))
+    np.testing.assert_array_equal(position.values.ravel(), np.arange(LENGTH))
+    assert position.axes == (axis,)
+    assert row.axes != position.axes
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "lost"),
+    [
+        ("a position ahead", lambda x: convolved(x, 3, (3, -1)), {"position"}),
+        ("a position behind", lambda x: convolved(x, 3, (-1, 3)), {"position"}),
+        ("every second", lambda x: convolved(x, 3, (2, 0), stride=2), {"position"}),
+        ("no padding", lambda x: convolved(x, 3, (0, 0)), {"position"}),
+        ("rows in one line", lambda x: convolved(x.reshape(1, -1, WIDTH), 3, (2, 0)), {"row"}),
+    ],
+)
+def test_any_other_convolution_loses_them(name, function, lost):
+    found = structure_of(function, (ROWS, LENGTH), X).ids[0]
+    assert lost <= {one.kind for one in found if isinstance(one, Lost)}

@@ -51,8 +51,8 @@ def sharding_rules(mesh: Mesh, **roles: Axes) -> Callable[[str, tuple[int, ...]]
         >>> import fisher_jax as fj, jax
         >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
         >>> rules = fj.models.sharding_rules(mesh, vocab="model", heads="model", mlp="model", width="data")
-        >>> rules("layers/mlp/down/kernel", (2, 16, 8)).spec
-        PartitionSpec(None, 'model', 'data')
+        >>> tuple(rules("layers/mlp/down/kernel", (2, 16, 8)).spec)
+        (None, 'model', 'data')
     """
     for role, axes in roles.items():
         if role not in ROLES:

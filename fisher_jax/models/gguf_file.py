@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jax.sharding import Sharding
 
 from fisher_jax._support.errors import InputError, shown
 from fisher_jax.models.checked_settings import MOST_EXPERTS, MOST_HEAD, MOST_INDEX, MOST_LAYERS, REQUIRED, Settings
@@ -16,6 +17,7 @@ from fisher_jax.models.gguf_parts import parts_of
 from fisher_jax.models.number_ranges import EPSILON, ROPE_BASE, ROPE_FACTOR, ROPE_PART
 from fisher_jax.models.optional_packages import optional
 from fisher_jax.models.weight_names import assemble, check_entries
+from fisher_jax.models.weight_rows import Rows
 
 __all__ = ["GgufFile"]
 
@@ -47,8 +49,8 @@ class GgufFile:
         gguf = optional("gguf", f"reading {path.name}")
         self.path, self.label = path, path.name
         self.kinds, self.dequantize = gguf.GGMLQuantizationType, gguf.quants.dequantize
-        sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
-        self.parts = parts_of(path, sizes)
+        self.units = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+        self.parts = parts_of(path, self.units)
         self.tensors = {name: tensor for header in self.parts.values() for name, tensor in header.tensors.items()}
         self.places = {name: part for part, header in self.parts.items() for name in header.tensors}
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
@@ -208,16 +210,18 @@ class GgufFile:
             return numbers.astype(np.float32) - np.float32(1)
         return numbers
 
-    def params(self, config: DecoderConfig, dtype) -> dict:
-        """The decoder's parameters as NumPy arrays, layers stacked."""
+    def unit(self, name: str) -> tuple[int, int]:
+        return self.units[self.tensors[name].kind]
 
+    def params(self, config: DecoderConfig, dtype, shardings: Mapping[str, Sharding] | None = None) -> dict:
+        """The decoder's parameters, layers stacked: NumPy arrays, or, with the sharding of every path, on devices."""
         layout = ARCHITECTURES[self.architecture].layout
 
-        def select(path: str, stored: np.ndarray) -> np.ndarray:
+        def select(path: str, stored: np.ndarray) -> Rows:
             return layout.selected(config, path, stored)
 
         used = {SHORT, LONG} if SHORT in self.names else {FREQUENCIES}
-        return assemble(self, config, layout.names, dtype, select, ignored=used)
+        return assemble(self, config, layout.names, dtype, select, used, shardings)
 
 
 class GgufSettings(Settings):

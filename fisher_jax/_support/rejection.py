@@ -24,6 +24,7 @@ OPTION_OUT_OF_RANGE = 8
 NOT_REAL_OR_NOT = 16
 WEIGHT_OF_PADDING = 32
 ROW_OF_PADDING = 64
+TAPS_OF_ANOTHER_LOSS = 128
 
 _BITS = {
     "non_finite": NON_FINITE,
@@ -33,6 +34,7 @@ _BITS = {
     "not_real_or_not": NOT_REAL_OR_NOT,
     "weight_of_padding": WEIGHT_OF_PADDING,
     "row_of_padding": ROW_OF_PADDING,
+    "taps_of_another_loss": TAPS_OF_ANOTHER_LOSS,
 }
 
 _SENTENCES = {
@@ -43,6 +45,8 @@ _SENTENCES = {
     NOT_REAL_OR_NOT: "a value of Batch.real that is neither 0 nor 1",
     WEIGHT_OF_PADDING: "a weight that is not 0 where Batch.real is 0",
     ROW_OF_PADDING: "a row in which nothing is real, in a model whose rows depend on each other: leave such rows out",
+    TAPS_OF_ANOTHER_LOSS: "taps of a loss whose gradient at the outputs, times taps_scale, is not that of the summed "
+    "log-likelihood (a penalty of the outputs, smoothed labels, a mean of means, another scale): leave taps= out",
 }
 
 

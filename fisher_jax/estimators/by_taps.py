@@ -21,6 +21,7 @@ from fisher_jax._tracing.uses import Spec
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import tokens_of, unit_ids
 from fisher_jax.estimators import gram
+from fisher_jax.estimators.loss_of_taps import of_another_loss
 from fisher_jax.estimators.problem import Problem, square, zeros_like
 from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.moments import Moments
@@ -66,6 +67,7 @@ def by_taps(problem: Problem, params: Tree, batch: Batch, taps: list[Tap], scale
     finite = functools.reduce(
         jnp.logical_and, [jnp.all(jnp.isfinite(jnp.asarray(t.cotangents))) for t in taps], jnp.bool_(True)
     )
+    bad |= of_another_loss(problem.likelihood, structure.head, params, taps, tokens, scale)
     return moments, bad | rejection.reason_mask(non_finite=~finite)
 
 

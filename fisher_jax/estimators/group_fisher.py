@@ -113,10 +113,11 @@ def group_fisher(
         ``update(state, params, batch, key=None)``; ``key`` is needed by ``signs``, ``sampled`` and true kinds.
         ``head`` and ``sequence`` also take ``taps=`` of the training loss (``fj.value_grad_and_taps``), so that there
         is no second pass, and ``taps_scale=``, which turns the gradient of that loss into that of the summed
-        log-likelihood: the sum of weights for a mean loss, 1 for a sum. Rows are followed wherever the model moves
-        them; a use where they cannot be told apart is an error. Leaves that are not floating are ``None`` in the
-        statistic; parameters that the loss does not use get zeros, and are one group. A batch of weight 0 changes
-        nothing.
+        log-likelihood: the sum of weights for a mean loss, 1 for a sum. Taps whose cotangents at the outputs are
+        then others (a penalty of the outputs, smoothed labels) reject the batch. Rows are followed wherever the
+        model moves them; a use where they cannot be told apart is an error. Leaves that are not floating are
+        ``None`` in the statistic; parameters that the loss does not use get zeros, and are one group. A batch of
+        weight 0 changes nothing.
 
     Raises:
         ValueError: a complex parameter, an unknown option, a unit that the estimator does not have, groups without an

@@ -22,6 +22,7 @@ from fisher_jax._tracing.structure import Head, Structures
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_batch
 from fisher_jax.batch.tokens import check_outputs, tokens_of, unit_ids
+from fisher_jax.estimators.loss_of_taps import of_another_loss
 from fisher_jax.groups import Group, Heads, resolve
 from fisher_jax.likelihoods import categorical
 from fisher_jax.lm_head.scores import VALUE_BITS
@@ -235,6 +236,7 @@ def _from_taps(problem: HeadProblem, params: Tree, batch: Batch, taps: list[Tap]
 
     moments = meshes.replicating(run, hidden, cotangents, weights, ids)
     finite = jnp.all(jnp.isfinite(cotangents))
+    bad |= of_another_loss(categorical, found, params, [tap], tokens, scale)
     moments = reject_if(moments, bad | rejection.reason_mask(non_finite=~finite))
     return map_values(moments, lambda x: _placed(problem, params, found, x))
 

@@ -163,6 +163,46 @@ def test_taps_of_the_training_loss_give_what_a_pass_of_its_own_gives(estimator, 
         assert fj.welford.count(state) == fj.welford.count(wanted) == (3 if unit == "sequence" else 2)
 
 
+def of_outputs(loss):
+    """A training loss from one pass through the model."""
+
+    def total(params, batch):
+        outputs = apply_fn(params, batch.inputs)
+        return loss(outputs, fj.categorical.log_prob(outputs, batch.targets), batch.weights)
+
+    return total
+
+
+def mean(values, weights):
+    return jnp.sum(weights * values) / weights.sum()
+
+
+OTHER_LOSSES = {
+    "a penalty of the outputs": lambda z, lp, w: mean(0.1 * jax.nn.logsumexp(z, -1) ** 2 - lp, w),
+    "smoothed labels": lambda z, lp, w: -mean(0.8 * lp + 0.2 * jax.nn.log_softmax(z).mean(-1), w),
+    "a mean of the means of rows": lambda z, lp, w: -jnp.mean((w * lp).sum(-1) / jnp.maximum(w.sum(-1), 1e-9)),
+    "a sum": lambda z, lp, w: -jnp.sum(w * lp),
+}
+
+
+@pytest.mark.parametrize("estimator", ["head", "sequence"])
+def test_taps_of_another_loss_are_rejected(estimator):
+    params, batch = problem(jnp.float32)
+    fisher = fj.group_fisher(apply_fn, estimator=estimator, groups="row", example=batch)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def observed(params, batch, loss):
+        taps = fj.capture(of_outputs(loss))(params, batch)[1]
+        return fisher.observe(params, batch, taps=taps, taps_scale=batch.weights.sum())
+
+    fj.check(observed(params, batch, lambda z, lp, w: -mean(lp, w)))
+    fj.check(observed(params, batch, lambda z, lp, w: mean(lp, w)))
+    for loss in OTHER_LOSSES.values():
+        moments = observed(params, batch, loss)
+        with pytest.raises(fj.RejectedBatchError, match="taps_scale, is not that of the summed log-likelihood"):
+            fj.check(moments)
+
+
 def test_tracking_from_taps_in_a_chain():
     params, batch = problem(jnp.float32)
     fisher = fj.group_fisher(apply_fn, estimator="sequence", groups="row", example=batch)

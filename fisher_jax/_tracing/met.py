@@ -133,9 +133,11 @@ class _Meeting:
         if name == "lt" and isinstance(plain(values[0]), _Given) and _is_zero(values[1]):
             integers = jnp.issubdtype(first.type.dtype, jnp.integer)
             return dataclasses.replace(first, type=out, negative=True) if integers else None
+        rest = [x for x in values if plain(x) is not first]
+        known = all(not isinstance(x, View | Data) and not (isinstance(x, Known) and x.params) for x in rest)
+        if known and (_is_vector_of_indices(eqn, first) or _is_one_hot(eqn, first)):
+            return dataclasses.replace(first, type=out)
         if name in _ARITHMETIC:
-            rest = [x for x in values if plain(x) is not first]
-            known = all(not isinstance(x, View | Data) and not (isinstance(x, Known) and x.params) for x in rest)
             same = (out.shape == first.type.shape or name == "slice") and out.dtype != bool
             return dataclasses.replace(first, type=out) if known and same else None
         axes = _axes_after(eqn, first)
@@ -202,6 +204,25 @@ def _lies_along(x: _Given, shape: tuple[int, ...]) -> bool:
         and not x.negative
         and all(axes or n == 1 for axes, n in zip(x.axes, shape, strict=True))
     )
+
+
+def _is_vector_of_indices(eqn: Any, x: _Given) -> bool:
+    """An index beside those of other axes, which are constants, as in a lookup under ``vmap``."""
+    if eqn.primitive.name != "concatenate":
+        return False
+    axis = eqn.params["dimension"]
+    return x.type.shape[axis] == 1 and bool(jnp.issubdtype(x.type.dtype, jnp.integer))
+
+
+def _is_one_hot(eqn: Any, x: _Given) -> bool:
+    """An index compared with all that there are, along an axis of their own."""
+    if eqn.primitive.name != "eq":
+        return False
+    shapes = [var.aval.shape for var in eqn.invars if var.aval.shape != x.type.shape]
+    if len(shapes) != 1 or len(shapes[0]) != len(x.type.shape):
+        return False
+    along = [i for i, n in enumerate(shapes[0]) if n > 1]
+    return len(along) == 1 and x.type.shape[along[0]] == 1 and not x.axes[along[0]]
 
 
 def _is_zero(x: Any) -> bool:

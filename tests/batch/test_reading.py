@@ -234,6 +234,26 @@ def test_a_model_that_reads_its_padding_goes_on_reading_it(apply_fn, consumer):
     same(found, want)
 
 
+LOOKUPS = {
+    "one by one": lambda table, ids: jax.vmap(jax.vmap(lambda i: table[i]))(ids),
+    "slices of one row": lambda table, ids: jax.vmap(
+        jax.vmap(lambda i: jax.lax.dynamic_index_in_dim(table, i, keepdims=False))
+    )(ids),
+    "a product with one-hot rows": lambda table, ids: jax.nn.one_hot(ids, V) @ table,
+    "by rows": lambda table, ids: jax.vmap(lambda row: jnp.take(table, row, axis=0))(ids),
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_a_lookup_is_one_however_it_is_written(name):
+    params, given = draw()
+    ids = [np.where(given["real"], given["ids"], other) for other in (0, 3)]
+    found, wanted = (
+        WHOLE["exact"](lambda p, i: body(p, LOOKUPS[name](p["embed"], i))[1], params, batch_of(given, x)) for x in ids
+    )
+    same(found, wanted)
+
+
 def translation(params, inputs):
     """The source has as many positions as the target, of which alone ``real`` speaks; its padding is zeros."""
     source = inputs["x"] @ params["input"]

@@ -1,5 +1,6 @@
 """The states of several tasks as one."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,22 +19,23 @@ def merged(tasks: Sequence[Task]) -> dict[str, Any]:
     Raises:
         InputError: arrays that cannot be read, or have another form than those of the first task.
     """
-    merge = jax.jit(_merge, donate_argnums=0)
     whole: dict[str, Any] = {}
     for task in tasks:
         arrays = ReportStore(task.folder).restore()[task.name]
         if whole and _form(arrays) != _form(whole):
             raise InputError(f"{task.place} holds other arrays than {tasks[0].place}; measure it again.")
-        whole = merge(whole, arrays) if whole else arrays
+        whole = {name: _add(whole[name], x) if whole else x for name, x in arrays.items()}
     return whole
 
 
-def _merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+def _add(a: Any, b: Any) -> Any:
+    return _merge(a, b) if isinstance(a, State) else a + b
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _merge(a: State, b: State) -> State:
     # Separate runs number their documents anew.
-    return {
-        name: fj.welford.merge(fj.welford.finish(x), b[name]) if isinstance(x, State) else x + b[name]
-        for name, x in a.items()
-    }
+    return fj.welford.merge(fj.welford.finish(a), b)
 
 
 def _form(arrays: dict[str, Any]) -> Any:

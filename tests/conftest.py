@@ -1,5 +1,6 @@
 """What all tests share: how programs are compiled, a cache folder for the session, one load of the shipped model."""
 
+import gc
 import shutil
 
 import jaxtyping
@@ -29,6 +30,12 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     config.stash[compiled].close()
+
+
+def pytest_collection_finish(session):
+    """What was imported stays: nobody looks through it again, as JAX's check for leaks does many times."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_teardown(item, nextitem):

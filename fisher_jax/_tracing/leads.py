@@ -17,7 +17,8 @@ def leads_of(function: Callable, arguments: Sequence[Any], lead: Lead) -> list[L
 
     An array whose first axis is as long as there are rows may be of something else (``[positions, positions]``
     where a batch has as many rows). Where there are several such arrays, the function is traced for another number
-    of rows, and of positions: with all of them longer, or else with as few left out as it takes.
+    of rows, and of positions: with all of them longer, or else with as few left out as it takes. What can have more
+    positions alone, with the outputs as before, has positions of its own, as the source of a translation has.
     """
     shapes = [tuple(x.shape) for x in arguments]
     rows = [i for i, shape in enumerate(shapes) if lead and shape[:1] == lead[:1]]
@@ -25,6 +26,7 @@ def leads_of(function: Callable, arguments: Sequence[Any], lead: Lead) -> list[L
     full = [i for i in rows if len(lead) > 1 and shapes[i][: len(lead)] == lead]
     if len(lead) == 2:
         full = _moving(function, arguments, full, 1, (1, -1))
+        full = [i for i in full if not _is_apart(function, arguments, i, lead)] or full
     return [lead if i in full else lead[:1] if i in rows else () for i in range(len(shapes))]
 
 
@@ -39,7 +41,21 @@ def _moving(function: Callable, arguments: Sequence[Any], where: list[int], axis
     return where  # a program for these sizes alone
 
 
+def _is_apart(function: Callable, arguments: Sequence[Any], i: int, lead: Lead) -> bool:
+    """Whether an argument can have more positions where the outputs have as many as before."""
+    found = _outputs(function, arguments, [i], 1, 1)
+    return found is not None and all(x.shape[:2] == lead for x in found)
+
+
 def _runs(function: Callable, arguments: Sequence[Any], where: Sequence[int], axis: int, change: int) -> bool:
+    return _outputs(function, arguments, where, axis, change) is not None
+
+
+def _outputs(
+    function: Callable, arguments: Sequence[Any], where: Sequence[int], axis: int, change: int
+) -> list | None:
+    """Types of the results where some arguments have another length along an axis; ``None`` where it does not run."""
+
     def other(i: int, x: Any) -> jax.ShapeDtypeStruct:
         shape = list(x.shape)
         if i in where:
@@ -48,8 +64,7 @@ def _runs(function: Callable, arguments: Sequence[Any], where: Sequence[int], ax
 
     given = [other(i, x) for i, x in enumerate(arguments)]
     try:
-        jax.eval_shape(function, given)
+        return jax.tree.leaves(jax.eval_shape(function, given))
     except Exception:
         # Whatever a model raises for sizes that it is not made for.
-        return False
-    return True
+        return None

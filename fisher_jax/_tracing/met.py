@@ -48,6 +48,11 @@ class _Given(Data):
     negative: bool = False  # whether the input is below 0, as JAX asks of every index
 
 
+@dataclasses.dataclass(frozen=True)
+class _Patched(Data):
+    """A function of parameters in which some entries are no parameter's: a table with a row of zeros for padding."""
+
+
 def met(apply_fn: Callable, params: Any, inputs: Any, lead: Sequence[Sequence[int]]) -> list[int]:
     """For every leaf of the inputs the worst of what it meets first: `CONTENT`, `SHIFT` or `USED`.
 
@@ -104,14 +109,16 @@ class _Meeting:
         pieces = [x for x in map(plain, values) if isinstance(x, _Given)]
         if pieces and (moved := self._moved(eqn, pieces, values)) is not None:
             return [moved]
-        if eqn.primitive.name in ("add", "sub", "mul", "div", "add_any"):
+        if pieces and eqn.primitive.name in ("add", "sub", "mul", "div", "add_any"):
             shape = eqn.outvars[0].aval.shape
             for x in pieces:
                 self._note([x], SHIFT if _lies_along(x, shape) else USED)
             return [Data(eqn.outvars[0].aval)]
         is_lookup = eqn.primitive.name == "gather" and isinstance(values[0], Known) and values[0].params
-        self._note(values, CONTENT if is_lookup else USED)
-        return [Data(var.aval) for var in eqn.outvars]
+        says_what_is_padding = is_lookup and isinstance(values[0].value, _Patched)
+        self._note(values, CONTENT if is_lookup and not says_what_is_padding else USED)
+        kind = _Patched if _is_patched(eqn, values) else Data
+        return [kind(var.aval) for var in eqn.outvars]
 
     def _moved(self, eqn: Any, pieces: list[_Given], values: list) -> _Given | None:
         """The same input after an equation that only moves it, or counts it up."""
@@ -167,6 +174,15 @@ class _Meeting:
         outs = evaluate(scan.traced, [*consts, *types[first:head], *xs], self)
         self.use_all(outs)
         return [Data(var.aval) for var in eqn.outvars]
+
+
+def _is_patched(eqn: Any, values: list) -> bool:
+    """Whether a function of parameters is made of one and of arrays that are none's."""
+    of_parameters = [isinstance(x, Known) and x.params for x in values]
+    arrays = [not own and len(var.aval.shape) > 0 for own, var in zip(of_parameters, eqn.invars, strict=True)]
+    return any(of_parameters) and (
+        any(arrays) or eqn.primitive.name == "pad" or any(isinstance(plain(x), _Patched) for x in values)
+    )
 
 
 def _inside(x: Any, inner: Data, how: str) -> Any:

@@ -29,6 +29,8 @@ from fisher_jax.likelihoods import Likelihood, bernoulli, categorical, gaussian
 __all__ = [
     "Tokens",
     "check_outputs",
+    "fisher_factor",
+    "fisher_product",
     "has_weight",
     "log_probs",
     "mean_of",
@@ -71,6 +73,7 @@ def tokens_of(likelihood: Likelihood, outputs: Any, batch: Batch, labels_matter:
         ValueError: outputs that are not one floating array ``[..., K]``; weights or targets that do not fit them.
     """
     check_outputs(outputs)
+    _check_rows(outputs.shape, batch.inputs)
     weights, bad = weights_of(batch, outputs.shape[:-1], wide_dtype(outputs.dtype))
     targets = None
     if labels_matter:
@@ -119,6 +122,18 @@ def check_outputs(outputs: Any) -> None:
         )
 
 
+def _check_rows(shape: tuple[int, ...], inputs: Any) -> None:
+    """Raise for outputs ``[n]`` of ``n`` rows, which would be those of one token."""
+    if len(shape) != 1 or shape[0] < 2:
+        return
+    if any(jnp.shape(x)[:1] == shape for x in jax.tree.leaves(inputs)):
+        raise ValueError(
+            f"outputs of shape {list(shape)} are those of one token, and an input has {shape[0]} rows: return "
+            f"[{shape[0]}, 1], as in outputs[:, None], for one output of each row (targets too), or give the batch "
+            "an axis of rows"
+        )
+
+
 def weigh(weights: Any, lead: tuple[int, ...], dtype: Any, of: str = "token") -> tuple[Array, Array]:
     """One usable weight per token (all ones without ``weights``), and a mask of reasons to reject those given.
 
@@ -162,7 +177,32 @@ def log_probs(likelihood: Likelihood, outputs: Array, targets: Any, weights: Arr
     shape = counted.shape + (1,) * (jnp.ndim(targets) - counted.ndim)
     targets = jnp.where(counted.reshape(shape), targets, jnp.zeros_like(targets))
     found = likelihood.log_prob(outputs, targets)
+    if jnp.shape(found) != counted.shape:
+        raise ValueError(
+            f"log_prob of the likelihood {likelihood.name!r} gives one number for each token, shape "
+            f"{list(counted.shape)}, found {list(jnp.shape(found))} for outputs {list(outputs.shape)}: sum over the "
+            "last axis, as in .sum(-1), and over no other"
+        )
     return jnp.where(counted, found, jnp.zeros_like(found))
+
+
+def fisher_factor(likelihood: Likelihood, outputs: Array, k: Array | int) -> Array:
+    """Column ``k`` of the factor of the output-space Fisher, in the shape of the outputs."""
+    return _like_outputs("fisher_factor", likelihood, likelihood.fisher_factor(outputs, k), outputs)
+
+
+def fisher_product(likelihood: Likelihood, outputs: Array, tangent: Array) -> Array:
+    """The output-space Fisher times a tangent, in the shape of the outputs."""
+    return _like_outputs("fisher_product", likelihood, likelihood.fisher_product(outputs, tangent), outputs)
+
+
+def _like_outputs(name: str, likelihood: Likelihood, found: Array, outputs: Array) -> Array:
+    if jnp.shape(found) != outputs.shape:
+        raise ValueError(
+            f"{name} of the likelihood {likelihood.name!r} gives an array like the outputs, shape "
+            f"{list(outputs.shape)}, found {list(jnp.shape(found))}"
+        )
+    return found
 
 
 _SMOOTH = (bernoulli, categorical, gaussian)

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fisher_jax._support import processes
 from fisher_jax._support.errors import InputError
 from fisher_jax.checkpoint import arrays as arrays_room
 from fisher_jax.checkpoint import facts as facts_room
-from fisher_jax.checkpoint import generations, processes, sums
+from fisher_jax.checkpoint import generations, sums
 from fisher_jax.checkpoint.build import build, match
 from fisher_jax.checkpoint.describe import describe as describe_state
 from fisher_jax.checkpoint.describe import measured

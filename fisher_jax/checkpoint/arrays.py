@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fisher_jax._support import processes
 from fisher_jax._support.errors import InputError
 from fisher_jax._support.printable import first_line
-from fisher_jax.checkpoint import processes, sums
+from fisher_jax.checkpoint import sums
 from fisher_jax.checkpoint.facts import DamagedError, check
 from fisher_jax.checkpoint.nodes import Array
 

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from fisher_jax._support import meshes, passes, rejection
 from fisher_jax.batch import Batch
-from fisher_jax.batch.tokens import log_probs, readable, unit_ids
+from fisher_jax.batch.tokens import fisher_factor, log_probs, readable, unit_ids
 from fisher_jax.estimators.problem import Problem, read, split, zeros_like
 from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.moments import Moments, of_tokens, union
@@ -41,7 +41,7 @@ def by_token(problem: Problem, params: Tree, batch: Batch, key: Array | None) ->
 
     def squares(token, column):
         # Elementwise, so that outputs stay as they are sharded.
-        every = scores if scores is not None else problem.likelihood.fisher_factor(outputs, column)
+        every = scores if scores is not None else fisher_factor(problem.likelihood, outputs, column)
         (grads,) = pullback(jnp.where((place == token)[..., None], every, 0).astype(outputs.dtype))
         return problem.reduce(grads)
 

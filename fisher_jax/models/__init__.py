@@ -9,6 +9,7 @@ from fisher_jax.models.decoder import Decoder
 from fisher_jax.models.functions import DecoderFunctions, abstract_params, from_config, init_params
 from fisher_jax.models.loading import LanguageModel, load
 from fisher_jax.models.saving import save
+from fisher_jax.models.shardings import sharding_rules
 from fisher_jax.models.tokenizer import Tokenizer
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "init_params",
     "load",
     "save",
+    "sharding_rules",
 ]

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fisher_jax._support.dtypes import wide
 from fisher_jax.models.config import DecoderConfig
+from fisher_jax.models.dense import Dense, along_last, normal
 from fisher_jax.models.experts import Experts
 
 __all__ = ["Decoder"]
@@ -15,7 +17,6 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-normal = nnx.initializers.normal(0.02)
 
 
 class Norm(nnx.Module):
@@ -42,25 +43,16 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def along_last(vector, like):
-    """An array with leading axes of size one, so that it works under ``jax_numpy_rank_promotion="raise"``."""
-    return vector.reshape((1,) * (like.ndim - vector.ndim) + vector.shape)
-
-
-def dense(size_in: int, size_out: int, bias: bool, dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(size_in, size_out, use_bias=bias, param_dtype=dtype, kernel_init=normal, rngs=rngs)
-
-
 class Attention(nnx.Module):
     """Causal attention with grouped key and value heads; logits and softmax in float32."""
 
     def __init__(self, config: DecoderConfig, dtype, rngs: nnx.Rngs):
         self.config = config
         q_size, kv_size = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-        self.q = dense(config.width, q_size, config.qkv_bias, dtype, rngs)
-        self.k = dense(config.width, kv_size, config.qkv_bias, dtype, rngs)
-        self.v = dense(config.width, kv_size, config.qkv_bias, dtype, rngs)
-        self.o = dense(q_size, config.width, config.out_bias, dtype, rngs)
+        self.q = Dense(config.width, q_size, config.qkv_bias, dtype, rngs)
+        self.k = Dense(config.width, kv_size, config.qkv_bias, dtype, rngs)
+        self.v = Dense(config.width, kv_size, config.qkv_bias, dtype, rngs)
+        self.o = Dense(q_size, config.width, config.out_bias, dtype, rngs)
         self.q_norm = self.qk_norm(config.num_heads, dtype)
         self.k_norm = self.qk_norm(config.num_kv_heads, dtype)
 
@@ -163,10 +155,10 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: DecoderConfig, dtype, rngs: nnx.Rngs):
         self.activation = config.activation
-        gate = dense(config.width, config.mlp_size, config.mlp_bias, dtype, rngs) if config.gated else None
+        gate = Dense(config.width, config.mlp_size, config.mlp_bias, dtype, rngs) if config.gated else None
         self.gate = gate
-        self.up = dense(config.width, config.mlp_size, config.mlp_bias, dtype, rngs)
-        self.down = dense(config.mlp_size, config.width, config.mlp_bias, dtype, rngs)
+        self.up = Dense(config.width, config.mlp_size, config.mlp_bias, dtype, rngs)
+        self.down = Dense(config.mlp_size, config.width, config.mlp_bias, dtype, rngs)
 
     def __call__(self, x):
         act = ACTIVATIONS[self.activation]
@@ -213,6 +205,8 @@ class Decoder(nnx.Module):
     """Tokens ``[B, S]`` to the hidden states ``[B, S, D]`` that the head multiplies: final-normed, times
     ``logit_multiplier``.
 
+    Everything between the weights is at least float32, whatever they are stored in.
+
     ``layers`` holds one `Layer` whose parameters have a leading axis of ``num_layers``; it is scanned, so
     compile time does not grow with depth. What differs between layers beside their parameters is scanned too.
     """
@@ -232,11 +226,11 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens):
         config, length = self.config, tokens.shape[1]
-        x = jnp.take(self.embedding[...], tokens, axis=0)
+        x = wide(jnp.take(self.embedding[...], tokens, axis=0))
         if config.embedding_multiplier != 1.0:
             x = x * config.embedding_multiplier
         if self.positions is not None:
-            x = x + self.positions[...][None, :length]
+            x = x + wide(self.positions[...][None, :length])
         graphdef, stacked = nnx.split(self.layers)
         tables = rotary_choices(config, length) if config.positions == "rotary" else []
 

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fisher_jax.models.config import DecoderConfig
+from fisher_jax.models.dense import Dense, normal, product
 
 __all__ = ["Experts"]
-
-normal = nnx.initializers.normal(0.02)
 
 
 class Kernels(nnx.Module):
@@ -42,9 +41,7 @@ class Experts(nnx.Module):
         assert config.experts_per_token is not None
         self.activation, self.normed = activation, config.norm_expert_weights
         self.number, self.per_token = config.num_experts, config.experts_per_token
-        self.router = nnx.Linear(
-            config.width, self.number, use_bias=False, param_dtype=dtype, kernel_init=normal, rngs=rngs
-        )
+        self.router = Dense(config.width, self.number, False, dtype, rngs)
         self.experts = ExpertMlps(config, dtype, rngs)
 
     def __call__(self, x):
@@ -53,7 +50,8 @@ class Experts(nnx.Module):
 
         def one(total, scanned):
             gate, up, down, weight = scanned
-            return total + weight[..., None] * ((self.activation(x @ gate) * (x @ up)) @ down), None
+            mixed = product(self.activation(product(x, gate)) * product(x, up), down)
+            return total + weight[..., None] * mixed, None
 
         one = jax.checkpoint(one, prevent_cse=False)
         return jax.lax.scan(one, jnp.zeros_like(x), (*kernels, jnp.moveaxis(weights, -1, 0)))[0]

@@ -55,18 +55,18 @@ class DecoderFunctions:
         return outline(self)
 
     def hidden(self, params: Any, tokens: Int[ArrayLike, "rows positions"]) -> Float[Array, "rows positions width"]:
-        """Final-normed hidden states ``[B, S, D]``, what the head multiplies, in the parameters' dtype; times
+        """Final-normed hidden states ``[B, S, D]``, what the head multiplies, at least float32; times
         ``logit_multiplier``."""
         tokens = self.checked(tokens)
         return nnx.merge(self.graphdef, nnx.State(jax.tree.map(nnx.Param, params)))(tokens)
 
     def apply(self, params: Any, tokens: Int[ArrayLike, "rows positions"]) -> Float[Array, "rows positions vocab"]:
         """Logits ``[B, S, V]``, float32: ``hidden head^T + head_bias``, soft-capped where there is a cap."""
-        head = self.head(params)
+        hidden, head = self.hidden(params, tokens), self.head(params)
         logits = jnp.einsum(
             "bsd,vd->bsv",
-            self.hidden(params, tokens),
-            head,
+            hidden,
+            head.astype(hidden.dtype),
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )

@@ -1,20 +1,23 @@
 """GGUF files: configuration and weights."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jax.sharding import Sharding
 
 from fisher_jax._support.errors import InputError, shown
 from fisher_jax.models.checked_settings import MOST_EXPERTS, MOST_HEAD, MOST_INDEX, MOST_LAYERS, REQUIRED, Settings
-from fisher_jax.models.config import DecoderConfig, linear_divisors
+from fisher_jax.models.config import DecoderConfig, linear_divisors, yarn_divisors
 from fisher_jax.models.families.gguf_architectures import ARCHITECTURES
 from fisher_jax.models.gguf_parts import parts_of
 from fisher_jax.models.number_ranges import EPSILON, ROPE_BASE, ROPE_FACTOR, ROPE_PART
 from fisher_jax.models.optional_packages import optional
 from fisher_jax.models.weight_names import assemble, check_entries
+from fisher_jax.models.weight_rows import Rows
 
 __all__ = ["GgufFile"]
 
@@ -23,7 +26,8 @@ READ = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
     "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "expert_count",
-    "expert_used_count", "expert_feed_forward_length",
+    "expert_used_count", "expert_feed_forward_length", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+    "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.attn_factor",
 }  # fmt: skip
 FLOATS = {
     kind: np.dtype(dtype)
@@ -45,8 +49,8 @@ class GgufFile:
         gguf = optional("gguf", f"reading {path.name}")
         self.path, self.label = path, path.name
         self.kinds, self.dequantize = gguf.GGMLQuantizationType, gguf.quants.dequantize
-        sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
-        self.parts = parts_of(path, sizes)
+        self.units = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+        self.parts = parts_of(path, self.units)
         self.tensors = {name: tensor for header in self.parts.values() for name, tensor in header.tensors.items()}
         self.places = {name: part for part, header in self.parts.items() for name in header.tensors}
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
@@ -118,13 +122,44 @@ class GgufFile:
             dual = {} if short == long else {"rope_divisors_long": long, "rope_original_positions": original}
             amplitude = read.number("rope.scaling.attn_factor", 1.0, **ROPE_PART)
             return {"rope_divisors": short, **dual, "rope_amplitude": amplitude}
+        if kind == "yarn" and FREQUENCIES not in self.names:
+            return self.yarn(read, rope_size, max_positions)
         if kind not in ("none", "linear"):
-            raise InputError(f"{self.label} has rotary scaling {shown(kind)}; supported: none, linear and llama3")
+            beside = f" beside {FREQUENCIES}" if kind == "yarn" else ""
+            raise InputError(
+                f"{self.label} has rotary scaling {shown(kind)}{beside}; supported: none, linear, llama3 and yarn"
+            )
         read.must("rope.scaling.attn_factor", 1.0)
         factor = read.number("rope.scaling.factor", **ROPE_FACTOR) if kind == "linear" else 1.0
         if FREQUENCIES in self.names:
             return {"rope_divisors": tuple(x * factor for x in self.factors(FREQUENCIES, rope_size))}
         return {} if kind == "none" else {"rope_divisors": linear_divisors(factor, rope_size)}
+
+    def yarn(self, read: Settings, rope_size: int, max_positions: int) -> dict[str, Any]:
+        """YaRN as llama.cpp computes it: its range is rounded outwards, and its amplitude is
+        ``attn_factor * (1 + 0.1 log(factor))``."""
+        read.must("rope.scaling.yarn_ext_factor", 1.0)
+        factor = read.number("rope.scaling.factor", **ROPE_FACTOR)
+        names = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor")
+        amplitude = math.prod(read.number(name, 1.0, **ROPE_PART) for name in names)
+        fast, slow = (
+            read.number(f"rope.scaling.yarn_beta_{end}", told, **ROPE_PART)
+            for end, told in (("fast", 32.0), ("slow", 1.0))
+        )
+        base = read.number("rope.freq_base", ARCHITECTURES[self.architecture].rope_base, **ROPE_BASE)
+        if fast <= slow or base == 1:
+            raise InputError(
+                f"{self.label} asks for yarn with beta_fast {fast:g}, beta_slow {slow:g} and freq_base {base:g}: the "
+                "first must be above the second, and the last above 1"
+            )
+        original = read.integer("rope.scaling.original_context_length", 1, MOST_INDEX, max_positions)
+        return {
+            "rope_divisors": yarn_divisors(
+                factor=factor, beta_fast=fast, beta_slow=slow, original_positions=original, base=base,
+                rope_size=rope_size,
+            ),
+            "rope_amplitude": amplitude * (1 + 0.1 * math.log(max(factor, 1.0))),
+        }  # fmt: skip
 
     def factors(self, name: str, rope_size: int) -> tuple[float, ...]:
         """A tensor of one positive number for each rotary frequency."""
@@ -175,16 +210,18 @@ class GgufFile:
             return numbers.astype(np.float32) - np.float32(1)
         return numbers
 
-    def params(self, config: DecoderConfig, dtype) -> dict:
-        """The decoder's parameters as NumPy arrays, layers stacked."""
+    def unit(self, name: str) -> tuple[int, int]:
+        return self.units[self.tensors[name].kind]
 
+    def params(self, config: DecoderConfig, dtype, shardings: Mapping[str, Sharding] | None = None) -> dict:
+        """The decoder's parameters, layers stacked: NumPy arrays, or, with the sharding of every path, on devices."""
         layout = ARCHITECTURES[self.architecture].layout
 
-        def select(path: str, stored: np.ndarray) -> np.ndarray:
+        def select(path: str, stored: np.ndarray) -> Rows:
             return layout.selected(config, path, stored)
 
         used = {SHORT, LONG} if SHORT in self.names else {FREQUENCIES}
-        return assemble(self, config, layout.names, dtype, select, ignored=used)
+        return assemble(self, config, layout.names, dtype, select, used, shardings)
 
 
 class GgufSettings(Settings):

@@ -1,12 +1,15 @@
 """Hugging Face folders: ``config.json``, ``*.safetensors`` (in one piece or sharded), ``tokenizer.json``."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Sharding
 
 from fisher_jax._support.errors import InputError, shown
+from fisher_jax._support.processes import is_first
 from fisher_jax.models.checked_settings import Settings
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.families import FAMILIES
@@ -15,6 +18,7 @@ from fisher_jax.models.json_files import MOST_BYTES, is_there, read_json, read_t
 from fisher_jax.models.safetensors_file import FLOATS, StoredTensor, mapped, read_header
 from fisher_jax.models.tokenizer import Tokenizer
 from fisher_jax.models.weight_names import assemble, check_entries, same_values
+from fisher_jax.models.weight_rows import Rows
 
 __all__ = ["INDEX", "ONLY", "HfFolder", "shards_of"]
 
@@ -104,6 +108,9 @@ class HfFolder:
     def values(self, name: str, rows: np.ndarray) -> np.ndarray:
         return rows
 
+    def unit(self, name: str) -> tuple[int, int]:
+        return 1, 1
+
     def kinds_of_matrices(self) -> set[str]:
         """The types that its matrices are stored in."""
         return {tensor.kind for tensor in self.stored_tensors.values() if len(tensor.shape) > 1}
@@ -111,20 +118,24 @@ class HfFolder:
     def head_name(self) -> str:
         return self.family.layout.names["head"] if self.family else "lm_head.weight"
 
-    def params(self, config: DecoderConfig, dtype) -> dict:
-        """The decoder's parameters as NumPy arrays, layers stacked."""
+    def params(self, config: DecoderConfig, dtype, shardings: Mapping[str, Sharding] | None = None) -> dict:
+        """The decoder's parameters, layers stacked: NumPy arrays, or, with the sharding of every path, on devices.
+
+        With shardings, the first process alone compares the head of a tied model with its embedding.
+        """
         layout = FAMILIES[self.settings["model_type"]].layout
         ignored = {name for name in self.names if name.endswith(layout.buffers)}
         embedding, head = layout.names["embedding"], layout.names["head"]
         if config.tied and head in self.names:
-            if embedding in self.names and not same_values(self, head, embedding):
+            compared = embedding in self.names and (shardings is None or is_first())
+            if compared and not same_values(self, head, embedding):
                 raise InputError(f"{self.label} says tie_word_embeddings, but its {head} differs from {embedding}")
             ignored.add(head)
 
-        def select(path: str, stored: np.ndarray) -> np.ndarray:
+        def select(path: str, stored: np.ndarray) -> Rows:
             return layout.selected(config, path, stored)
 
-        return assemble(self, config, layout.names, dtype, select, ignored)
+        return assemble(self, config, layout.names, dtype, select, ignored, shardings)
 
     def tokenizer(self, rows: int = 2**18) -> Tokenizer:
         """From ``tokenizer.json``, for a head of at most so many rows."""

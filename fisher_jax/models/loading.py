@@ -15,21 +15,24 @@ import numpy as np
 from fisher_jax._support.errors import InputError, shown
 from fisher_jax._support.outline import outline
 from fisher_jax._support.printable import one_line
+from fisher_jax._support.processes import is_first, several, together
 from fisher_jax.models import weight_cache
 from fisher_jax.models.config import DecoderConfig
-from fisher_jax.models.functions import DecoderFunctions, from_config, kept_dtype, weight_dtype
+from fisher_jax.models.functions import DecoderFunctions, abstract_params, from_config, kept_dtype, weight_dtype
 from fisher_jax.models.gguf_file import GgufFile
 from fisher_jax.models.gguf_parts import name_of
 from fisher_jax.models.gguf_tokenizer import tokenizer_from_gguf, too_many_tokens
 from fisher_jax.models.hf_folder import INDEX, ONLY, HfFolder, shards_of
 from fisher_jax.models.json_files import read_json
 from fisher_jax.models.optional_packages import optional
+from fisher_jax.models.shardings import shardings_of
 from fisher_jax.models.tokenizer import Tokenizer
 from fisher_jax.models.weight_names import flatten, unflatten
 
 __all__ = ["AUTO", "LanguageModel", "files_of", "load", "shipped_file"]
 
 SHIPPED, AUTO = "smollm2", "auto"
+LONGEST = 3600.0  # seconds that a process waits until all others have read their parts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +62,7 @@ class LanguageModel(DecoderFunctions):
         return outline(self)
 
 
-def load(source: str | os.PathLike | None = None, *, dtype: Any = "float32") -> LanguageModel:
+def load(source: str | os.PathLike | None = None, *, dtype: Any = "float32", sharding: Any = None) -> LanguageModel:
     """A language model with its weights in ``dtype``: float32, bfloat16, or ``"auto"``.
 
     ``"auto"`` is bfloat16 where the files store every matrix in bfloat16, or some in fewer bits (quantised GGUF
@@ -72,12 +75,18 @@ def load(source: str | os.PathLike | None = None, *, dtype: Any = "float32") -> 
       that ``model.safetensors.index.json`` names; other weights beside them are not read (``unread``).
     - ``"org/name"``: such a folder on the Hugging Face hub, of which only these files are fetched.
 
-    Norms, softmax, rotary embedding and logits are float32 whatever the dtype. While a model is loaded, its weights
-    lie in memory once. Dequantised GGUF weights are kept in the cache folder (``$FISHER_JAX_CACHE``, default
+    Hidden states and logits are float32 whatever the dtype of the weights. While a model is loaded, its weights lie
+    in memory once. Dequantised GGUF weights are kept in the cache folder (``$FISHER_JAX_CACHE``, default
     ``~/.cache/fisher_jax``), up to ``$FISHER_JAX_CACHE_GIB`` GiB, 16 by default.
 
+    Args:
+        sharding: where the weights lie; ``None``: on one device. What `sharding_rules` gives, any other function
+            ``(path, shape) -> jax.sharding.Sharding``, one ``Sharding`` for all, or a tree of them like the params.
+            Only the parts of the files that lie on devices of this process are read, without the cache. A program of
+            several processes calls `load` on each of them; the first one takes the fingerprint for all.
+
     Raises:
-        InputError: whatever cannot be loaded exactly as its files say.
+        InputError: whatever cannot be loaded exactly as its files say; a sharding that does not fit the shapes.
 
     Example:
         >>> import fisher_jax as fj
@@ -87,12 +96,28 @@ def load(source: str | os.PathLike | None = None, *, dtype: Any = "float32") -> 
         fisher_jax._support.errors.InputError: there is no file or folder a/folder/that/is/not/there; give a .gguf ...
     """
     dtype = AUTO if isinstance(dtype, str) and dtype == AUTO else weight_dtype(dtype).name
+    if sharding is None or not several():
+        return load_files(source, dtype, sharding)
+    models = []
+
+    def step() -> list[str]:
+        models.append(load_files(source, dtype, sharding))
+        return [models[0].fingerprint, models[0].config.to_json()]
+
+    (fingerprint, config), *others = together(step, f"load {source}", timeout=LONGEST)
+    if any(other[1] != config for other in others):
+        raise InputError("the processes of this program load models of different shapes; give all of them one model")
+    return dataclasses.replace(models[0], fingerprint=fingerprint)
+
+
+def load_files(source: str | os.PathLike | None, dtype: str, sharding: Any) -> LanguageModel:
+    """With a sharding, all processes but the first one leave the fingerprint empty."""
     try:
         path = files_of(source)
         if path.is_file():
-            return load_gguf(path, dtype)
+            return load_gguf(path, dtype, sharding)
         local = Path(str(source)).expanduser()
-        return load_folder(path, local.resolve().name if local.is_dir() else str(source), dtype)
+        return load_folder(path, local.resolve().name if local.is_dir() else str(source), dtype, sharding)
     except OSError as error:
         raise InputError(f"{shown(str(source))} cannot be read ({error.strerror}); check the path") from error
 
@@ -129,30 +154,44 @@ def shipped_file() -> Path:
     return files[0]
 
 
-def load_gguf(path: Path, dtype: str) -> LanguageModel:
+def load_gguf(path: Path, dtype: str, sharding: Any) -> LanguageModel:
     file = GgufFile(path)
-    found, fingerprint = dtype_for(file, dtype), fingerprint_of(file.parts)
+    found = dtype_for(file, dtype)
+    if sharding is not None:
+        config = file.config()
+        tokenizer = tokenizer_from_gguf(file)
+        shardings = shardings_of(sharding, abstract_params(config, found))
+        params = file.params(config, found, shardings)
+        fingerprint = fingerprint_of(file.parts) if is_first() else ""
+        return build(config, params, tokenizer, name_of(path), fingerprint, told(file))
+    fingerprint = fingerprint_of(file.parts)
     about = name_of(path), fingerprint, told(file)
     entry = weight_cache.read(fingerprint, found.name)
     if entry is not None:
-        return build(entry.config, unflatten(entry.params), Tokenizer.from_json(entry.tokenizer), *about)
+        params = jax.device_put(unflatten(entry.params))
+        return build(entry.config, params, Tokenizer.from_json(entry.tokenizer), *about)
     config = file.config()
     tokenizer = tokenizer_from_gguf(file)
     params = file.params(config, found)
-    model = build(config, params, tokenizer, *about)
+    model = build(config, jax.device_put(params), tokenizer, *about)
     entry = weight_cache.Entry(flatten(params), config, tokenizer.to_json())
     weight_cache.write(fingerprint, found.name, entry, path.name)
     return model
 
 
-def load_folder(path: Path, name: str, dtype: str) -> LanguageModel:
+def load_folder(path: Path, name: str, dtype: str, sharding: Any) -> LanguageModel:
     folder = HfFolder(path)
     config = folder.config()
     # Whatever can be refused is refused before a tensor is read.
     tokenizer = folder.tokenizer(config.vocab_size)
     check_rows(name, tokenizer, config)
-    params = folder.params(config, dtype_for(folder, dtype))
-    return build(config, params, tokenizer, name, folder.fingerprint(), told(folder), folder.unread)
+    found = dtype_for(folder, dtype)
+    if sharding is None:
+        params, fingerprint = jax.device_put(folder.params(config, found)), folder.fingerprint()
+    else:
+        params = folder.params(config, found, shardings_of(sharding, abstract_params(config, found)))
+        fingerprint = folder.fingerprint() if is_first() else ""
+    return build(config, params, tokenizer, name, fingerprint, told(folder), folder.unread)
 
 
 def dtype_for(file: GgufFile | HfFolder, asked: str) -> np.dtype:
@@ -186,7 +225,7 @@ def build(
         config=config,
         graphdef=from_config(config).graphdef,
         name=name,
-        params=jax.device_put(params),
+        params=params,
         tokenizer=tokenizer,
         fingerprint=fingerprint,
         stored=stored,

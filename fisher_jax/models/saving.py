@@ -129,14 +129,18 @@ def family_settings(family: Family, config: DecoderConfig) -> dict[str, Any]:
 
 def differences(config: DecoderConfig, again: DecoderConfig) -> list[str]:
     """Fields in which the decoders differ; divisors count as equal to the rounding of float32, in which GGUF files
-    keep them."""
+    keep them, and the attention scale counts by its value."""
+
+    def value(of: DecoderConfig, name: str) -> Any:
+        found = getattr(of, name)
+        return of.head_size**-0.5 if name == "attention_scale" and found is None else found
 
     def same(one: Any, two: Any) -> bool:
         divisors = all(isinstance(x, tuple) and isinstance(x[0], float) for x in (one, two))
         return one == two or (divisors and len(one) == len(two) and np.allclose(one, two, rtol=TOLERANCE, atol=0))
 
     names = [field.name for field in dataclasses.fields(config)]
-    return [name for name in names if not same(getattr(config, name), getattr(again, name))]
+    return [name for name in names if not same(value(config, name), value(again, name))]
 
 
 def switches(config: DecoderConfig) -> str:

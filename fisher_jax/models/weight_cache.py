@@ -14,7 +14,7 @@ import numpy as np
 from fisher_jax._support.errors import InputError, shown
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.safetensors_file import mapped, read_header, write_safetensors
-from fisher_jax.models.weight_names import aligned, blocks
+from fisher_jax.models.weight_rows import aligned, blocks
 
 __all__ = ["Entry", "Kept", "empty", "folder", "kept", "limit", "read", "write"]
 

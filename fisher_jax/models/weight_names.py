@@ -1,39 +1,82 @@
 """From the tensors of a weight file to the decoder's parameters: names, orientations, completeness."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from fisher_jax._support.errors import InputError, shown
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.functions import abstract_params
+from fisher_jax.models.weight_rows import Rows, TensorFile, aligned, blocks, fill, spans
 
-__all__ = [
-    "TensorFile", "aligned", "assemble", "blocks", "check_entries", "flatten", "same_values", "unflatten",
-]  # fmt: skip
-
-
-class TensorFile(Protocol):
-    """One or several weight files: what is in them, and each tensor as it lies there."""
-
-    label: str
-    names: frozenset[str]
-    shapes: dict[str, tuple[int, ...]]
-
-    def stored(self, name: str) -> np.ndarray:
-        """The tensor mapped into memory: numbers, or for quantised ones the bytes of each row along the last axis."""
-        ...
-
-    def values(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """The numbers of some rows of `stored`."""
-        ...
+__all__ = ["assemble", "check_entries", "flatten", "same_values", "unflatten"]
 
 
-# Numbers that are read, dequantised and checked at a time.
-BLOCK = 2**21
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where one parameter lies: the tensors of its layers, in the order of its stacked axes.
+
+    Attributes:
+        names: the tensor at every index of the stacked axes.
+        select: see `assemble`.
+    """
+
+    file: TensorFile
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    names: Mapping[tuple[int, ...], str]
+    select: Callable[[str, np.ndarray], Rows]
+
+    @property
+    def stacked(self) -> int:
+        return len(next(iter(self.names)))
+
+    @property
+    def is_kernel(self) -> bool:
+        return self.path.endswith("/kernel") and len(self.shape) - self.stacked > 1
+
+    def rows(self, index: tuple[int, ...]) -> Rows:
+        """Those of one layer; an ``InputError`` where they are another number than the configuration says."""
+        name, wanted = self.names[index], self.shape[self.stacked :]
+        stored = self.file.stored(name)
+        # Of another rank they cannot even be selected.
+        rows = self.select(self.path, stored) if stored.ndim == len(wanted) else Rows(stored)
+        shape = (*rows.shape[:-1], self.file.shapes[name][-1]) if rows.are_bytes else rows.shape
+        found = swapped(shape) if self.is_kernel and len(shape) > 1 else shape
+        if found != wanted:
+            raise InputError(
+                f"{name} in {self.file.label} gives {self.path} the shape {list(found)}, "
+                f"but the configuration wants {list(wanted)}"
+            )
+        return rows
+
+    def part(self, where: tuple[tuple[int, int], ...]) -> np.ndarray:
+        """A part of the parameter, from beginning to end along every axis, filled in blocks of rows."""
+        stacked, inside = where[: self.stacked], tuple(slice(*span) for span in where[self.stacked :])
+        inside = swapped(inside) if self.is_kernel else inside
+        out = None
+        for place in np.ndindex(*(end - start for start, end in stacked)):
+            index = tuple(start + i for (start, _), i in zip(stacked, place, strict=True))
+            rows = self.rows(index)
+            # Allocated when one tensor has the right shape, for as many as there are names.
+            out = aligned(tuple(end - start for start, end in where), self.dtype) if out is None else out
+            target = out[place]
+            fill(target.swapaxes(-1, -2) if self.is_kernel else target, self.file, self.names[index], rows, inside)
+        assert out is not None
+        return out
+
+    def whole(self) -> np.ndarray:
+        return self.part(tuple((0, size) for size in self.shape))
+
+
+def swapped(axes: tuple) -> tuple:
+    return (*axes[:-2], axes[-1], axes[-2])
 
 
 def assemble(
@@ -41,8 +84,9 @@ def assemble(
     config: DecoderConfig,
     names: Mapping[str, str],
     dtype,
-    select: Callable[[str, np.ndarray], np.ndarray],
+    select: Callable[[str, np.ndarray], Rows],
     ignored: Iterable[str] = (),
+    shardings: Mapping[str, Sharding] | None = None,
 ):
     """The decoder's parameters as a nested dict of NumPy arrays, layers stacked, cast once to ``dtype``.
 
@@ -54,83 +98,46 @@ def assemble(
         select: ``select(path, stored)`` gives the rows of a stored tensor, in their order, that are the parameter of
             one layer, kernels as ``[out, in]``. Quantised rows are bytes, so they stay whole.
         ignored: tensors without use.
+        shardings: of every path; then the parameters are ``jax.Array``s, and only the parts that lie on devices of
+            this process are read.
 
     Raises:
         InputError: tensors are missing, left over, of another shape than the configuration says, or not finite.
     """
     shapes = flatten(abstract_params(config, dtype))
-    sources = {
-        path: {index: names[path].format(*index) for index in np.ndindex(leaf.shape[: names[path].count("{}")])}
-        for path, leaf in shapes.items()
-    }
-    wanted = {name for group in sources.values() for name in group.values()}
+    sources = []
+    for path, leaf in shapes.items():
+        stacked = leaf.shape[: names[path].count("{}")]
+        tensors = {index: names[path].format(*index) for index in np.ndindex(stacked)}
+        sources.append(Source(file, path, leaf.shape, leaf.dtype, tensors, select))
+    wanted = {name for source in sources for name in source.names.values()}
     if missing := wanted - file.names:
         raise InputError(f"{file.label} lacks {listed(missing)}, which its configuration asks for")
     if unused := file.names - wanted - set(ignored):
         raise InputError(f"{file.label} holds {listed(unused)}, for which its configuration has no use")
-
-    params = {}
-    for path, leaf in shapes.items():
-        shape, out = leaf.shape[names[path].count("{}") :], None
-        kernel = path.endswith("/kernel")
-        for index, name in sources[path].items():
-            rows = file.stored(name)
-            # Of another rank they cannot even be selected.
-            rows = select(path, rows) if rows.ndim == len(shape) else rows
-            if (found := shape_of(file, name, rows, kernel)) != shape:
-                raise InputError(
-                    f"{name} in {file.label} gives {path} the shape {list(found)}, "
-                    f"but the configuration wants {list(shape)}"
-                )
-            # Allocated when one tensor has the right shape, for as many as there are names.
-            out = aligned(leaf.shape, leaf.dtype) if out is None else out
-            target = out[index]
-            fill(target.swapaxes(-1, -2) if kernel else target, file, name, rows)
-        params[path] = out
-    return unflatten(params)
+    if shardings is None:
+        return unflatten({source.path: source.whole() for source in sources})
+    return unflatten({source.path: placed(source, shardings[source.path]) for source in sources})
 
 
-def shape_of(file: TensorFile, name: str, rows: np.ndarray, kernel: bool) -> tuple[int, ...]:
-    """The shape of the parameter in these rows."""
-    shape = (*rows.shape[:-1], file.shapes[name][-1]) if rows.dtype == np.uint8 else rows.shape
-    return (*shape[:-2], shape[-1], shape[-2]) if kernel and len(shape) > 1 else shape
-
-
-def fill(target: np.ndarray, file: TensorFile, name: str, rows: np.ndarray) -> None:
-    """Writes rows of a file into an array, a block at a time; an ``InputError`` where they are not finite."""
-    bad = 0
-    for block in blocks(target.shape):
-        with np.errstate(over="ignore"):  # what becomes infinite is refused below
-            values = file.values(name, rows[block]).astype(target.dtype, copy=False)
-        bad += values.size - int(np.count_nonzero(np.isfinite(values)))
-        target[block] = values
-    if bad:
-        raise InputError(f"{name} in {file.label} has {bad} values that are NaN or infinite; the file is damaged")
-
-
-def blocks(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
-    """Indices of the rows of an array, together at most `BLOCK` numbers where a row is not longer."""
-    if len(shape) < 2:
-        yield (slice(None),)
-        return
-    step = max(1, BLOCK // shape[-1])
-    for place in np.ndindex(shape[:-2]):
-        for start in range(0, shape[-2], step):
-            yield (*place, slice(start, start + step))
+def placed(source: Source, sharding: Sharding) -> jax.Array:
+    """A parameter on the devices of its sharding. Each part is read once, one after the other."""
+    devices: dict[tuple, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(source.shape).items():
+        devices.setdefault(spans(index or (), source.shape), []).append(device)
+    arrays = []
+    for where, there in devices.items():
+        values = source.part(where)
+        arrays += [
+            jax.device_put(values, SingleDeviceSharding(device, memory_kind=sharding.memory_kind)) for device in there
+        ]
+    return jax.make_array_from_single_device_arrays(source.shape, sharding, arrays, dtype=source.dtype)
 
 
 def same_values(file: TensorFile, first: str, second: str) -> bool:
     """Whether two tensors hold the same numbers."""
     a, b = file.stored(first), file.stored(second)
     return a.shape == b.shape and all(np.array_equal(a[block], b[block]) for block in blocks(a.shape))
-
-
-def aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """An array without values that `jax.device_put` takes over on the CPU, where it would copy any other."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def check_entries(file: TensorFile, config: DecoderConfig) -> None:

@@ -13,7 +13,7 @@ from fisher_jax._support.meshes import Place, laid_out
 from fisher_jax._support.selection import Selection
 from fisher_jax._tracing.reading import read
 from fisher_jax.batch import Batch
-from fisher_jax.batch.tokens import Tokens, log_probs, readable
+from fisher_jax.batch.tokens import Tokens, fisher_product, log_probs, readable
 from fisher_jax.likelihoods import Likelihood
 
 __all__ = ["Operator", "chunks", "kept_product", "linearize", "product", "tokens", "weight"]
@@ -127,7 +127,7 @@ def _sandwich(operator: Operator, point: Any, push: Callable, weights: Array, mo
     """``J^T (w H J v)``, with ``H = 1`` for the empirical Fisher."""
     moved = push(tangent)
     if operator.kind == "ggn":
-        curved = operator.likelihood.fisher_product(readable(point, weights), readable(_wide(moved), weights))
+        curved = fisher_product(operator.likelihood, readable(point, weights), readable(_wide(moved), weights))
         cotangent = (weights[..., None] * curved).astype(moved.dtype)
     else:
         cotangent = (weights * moved).astype(moved.dtype)

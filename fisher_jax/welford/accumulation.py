@@ -210,6 +210,17 @@ def closed(x: Any) -> State:
     if isinstance(found, State):
         return found if found.open is None else dataclasses.replace(_close(found, found.open), open=None)
     state = _as_state(found)
-    if found.first is None:
-        return state
-    return _close(_close(state, _fragment(found.first)), _fragment(found.last))
+    if found.first is not None:
+        state = _close(_close(state, _fragment(found.first)), _fragment(found.last))
+    return _without_numbers_where_rejected(state)
+
+
+def _without_numbers_where_rejected(state: State) -> State:
+    """Moments of a batch that cannot be used are NaN."""
+
+    def leaf(x: Array) -> Array:
+        rejected = state.rejected.reshape(state.rejected.shape + (1,) * (x.ndim - state.rejected.ndim))
+        return jnp.where(rejected != 0, jnp.full_like(x, jnp.nan), x)
+
+    names = ("mean", "m2", "square_mean", "square_m2")
+    return dataclasses.replace(state, **{name: jax.tree.map(leaf, getattr(state, name)) for name in names})

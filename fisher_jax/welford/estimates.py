@@ -22,7 +22,8 @@ def _unscaled(tree: Tree, exponent: int) -> Tree:
 def mean(x: Readable) -> Tree:
     """``sum_u w_u f_u / sum_u w_u``, per weighted token: a tree of the statistic's shapes, at least float32.
 
-    Zero where nothing was observed. An unfinished document counts with what it has.
+    Zero where nothing was observed. An unfinished document counts with what it has. NaN of moments whose batch cannot
+    be used; `fisher_jax.check` says why.
 
     Example:
         >>> import fisher_jax as fj, jax.numpy as jnp

@@ -45,6 +45,25 @@ def by_its_own_mask(params, ids):
     return body(params, h)[1]
 
 
+def by_a_row_of_zeros(params, ids):
+    return body(params, params["embed"].at[V - 1].set(0)[ids])[1]
+
+
+def by_a_row_beside(params, ids):
+    return body(params, jnp.concatenate([params["embed"][:-1], jnp.zeros((1, D))])[ids])[1]
+
+
+def by_a_padded_table(params, ids):
+    return body(params, jnp.pad(params["embed"][:-1], ((0, 1), (0, 0)))[ids])[1]
+
+
+def by_a_masked_table(params, ids):
+    return body(params, (params["embed"] * (np.arange(V) != V - 1)[:, None])[ids])[1]
+
+
+BY_IDS = (by_its_own_mask, by_a_row_of_zeros, by_a_row_beside, by_a_padded_table, by_a_masked_table)
+
+
 def with_bias(params, inputs):
     """Attention over all positions, of which a bias of minus infinity takes some away."""
     h = inputs["x"] @ params["input"]
@@ -175,8 +194,13 @@ def test_time_major_inputs_are_right_or_refused(shape, consumer):
     same(ALL[consumer](time_major, params, batch_of(given, inputs)), wanted(consumer, *shape))
 
 
-@pytest.mark.parametrize("consumer", ["exact", "sequence", "ggn", "kfac_factors"])
-@pytest.mark.parametrize("apply_fn", [by_its_own_mask, with_bias, with_flag])
+@pytest.mark.parametrize(
+    ("apply_fn", "consumer"),
+    [
+        *((apply_fn, name) for apply_fn in (*BY_IDS, with_bias, with_flag) for name in ("exact", "sequence", "ggn")),
+        *((apply_fn, "kfac_factors") for apply_fn in (by_its_own_mask, with_bias, with_flag)),
+    ],
+)
 def test_a_model_that_reads_its_padding_goes_on_reading_it(apply_fn, consumer):
     """Padding is an id, a bias or a flag to the model: the same as rows that are cut, one by one."""
     params, given = draw()
@@ -184,7 +208,7 @@ def test_a_model_that_reads_its_padding_goes_on_reading_it(apply_fn, consumer):
     x = {"x": given["x"], "bias": np.where(real, 0, -np.inf).astype(np.float32), "padding": ~real}
     x["bias"][-1], x["padding"][-1] = 0, False
     inputs = {
-        by_its_own_mask: np.where(real, given["ids"] % (V - 1), V - 1),
+        **dict.fromkeys(BY_IDS, np.where(real, given["ids"] % (V - 1), V - 1)),
         with_bias: {"x": x["x"], "bias": x["bias"]},
         with_flag: {"x": x["x"], "padding": x["padding"]},
     }[apply_fn]
@@ -208,3 +232,25 @@ def test_a_model_that_reads_its_padding_goes_on_reading_it(apply_fn, consumer):
     if consumer != "ggn":
         found, want = found[0], want[0]
     same(found, want)
+
+
+def translation(params, inputs):
+    """The source has as many positions as the target, of which alone ``real`` speaks; its padding is zeros."""
+    source = inputs["x"] @ params["input"]
+    hidden = params["embed"][inputs["ids"]]
+    scores = jnp.einsum("bsd,btd->bst", hidden, source) - 1e9 * (inputs["x"] == 0).all(-1)[:, None]
+    return body(params, hidden + jnp.einsum("bst,btd->bsd", jax.nn.softmax(scores), source))[1]
+
+
+@pytest.mark.parametrize("consumer", ["exact", "sequence", "kfac_factors"])
+def test_a_source_that_is_as_long_as_its_target_has_positions_of_its_own(consumer):
+    """The same as with a source that is longer by padding."""
+    params, given = draw()
+    longer = np.pad(given["x"], ((0, 0), (0, 2), (0, 0)))
+    found, wanted = (
+        ALL[consumer](translation, params, batch_of(given, {"ids": given["ids"], "x": x}))
+        for x in (given["x"], longer)
+    )
+    if consumer == "kfac_factors":  # what the source meets is counted with its padding
+        found, wanted = ({name: x[name] for name in ("embed", "kernel", "head")} for x in (found, wanted))
+    same(found, wanted)

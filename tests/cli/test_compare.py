@@ -210,3 +210,18 @@ def test_input_that_cannot_be_used(reports, sentence, others, report, model, tmp
     assert sentence in error
     assert error.count("\n") == 1
     assert not out.exists()
+
+
+def test_the_model_is_held_in_the_dtype_of_its_reports(model, tmp_path):
+    found = []
+
+    def loading(source, **options):
+        found.append(load(source, **options))
+        return found[-1]
+
+    values = np.random.default_rng(0).gamma(16.0, 1 / 16, (8, load(model).config.vocab_size))
+    for name in "ab":
+        keep(tmp_path / "report", name, load(model), {"true": values}, dtype="bfloat16")
+    arguments = ["compare", str(tmp_path / "report"), "--model", str(model), "--out", str(tmp_path / "out")]
+    assert quick(arguments, load=loading) == 0
+    assert [one.dtype for one in found] == ["bfloat16"]

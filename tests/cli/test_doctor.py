@@ -24,6 +24,7 @@ from fisher_jax.cli.doctor.subject import make_subject
 from fisher_jax.cli.main import main
 from fisher_jax.models import DecoderConfig
 
+pytestmark = pytest.mark.optimized
 NAMES = [check.name for check in CHECKS]
 
 

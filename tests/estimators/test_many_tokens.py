@@ -7,6 +7,7 @@ import pytest
 import fisher_jax as fj
 from tests.oracle_loops import case, close, label_scores, only, scores
 
+pytestmark = pytest.mark.optimized
 KEY = jax.random.key(5)
 
 

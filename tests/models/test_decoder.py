@@ -21,6 +21,7 @@ CONFIGS = {
     "gpt2": tiny.GPT2,
     "soft cap": dataclasses.replace(tiny.LLAMA, logit_soft_cap=2.0),
 }
+MIXED = dataclasses.replace(tiny.LLAMA, num_experts=3, experts_per_token=2)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 
@@ -117,15 +118,15 @@ def test_logits_ask_for_full_precision_where_products_default_to_less():
     assert jaxpr.count("HIGHEST") == 2  # both sides of the one product with the head
 
 
-def test_bfloat16_stays_near_float32_and_keeps_its_dtype():
-    config = tiny.LLAMA
+@pytest.mark.parametrize("config", [tiny.LLAMA, tiny.GPT2, MIXED], ids=["llama", "gpt2", "experts"])
+def test_weights_in_bfloat16_are_computed_with_in_float32(config):
     half = tiny.random_params(config, dtype="bfloat16")
     full = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
     functions, tokens = from_config(config), tiny.tokens(config)
-    assert jax.eval_shape(functions.hidden, half, tokens).dtype == jnp.bfloat16
+    assert jax.eval_shape(functions.hidden, half, tokens).dtype == jnp.float32
     got, want = jax.jit(functions.apply)(half, tokens), jax.jit(functions.apply)(full, tokens)
     assert got.dtype == jnp.float32
-    assert 0 < jnp.abs(got - want).max() < 0.05 * jnp.abs(want).max()
+    np.testing.assert_allclose(got, want, atol=1e-5 * jnp.abs(want).max())
 
 
 def test_parameters_are_a_plain_dict_stacked_by_layer():

@@ -13,6 +13,7 @@ from reference_models import NAMES, reference, token_ids, told, write_folder
 from safetensors.numpy import load_file
 
 from fisher_jax import models
+from fisher_jax._support.errors import InputError
 from fisher_jax.models.beside_weights import read_origin
 from fisher_jax.models.families import FAMILIES
 from fisher_jax.models.families.gguf_architectures import ARCHITECTURES
@@ -134,6 +135,16 @@ def test_settings_follow_from_the_decoder_alone(name):
     # Without LongRoPE, Phi-3 computes what Mistral does.
     assert written["model_type"] == ("mistral" if name == "phi3" else kind)
     assert config_from_hf(hf_settings(config, {"model_type": kind}), name, has_head=False) == config
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "granite"])
+def test_an_attention_scale_that_says_the_default_is_written(name):
+    config = config_of(name)
+    plain = dataclasses.replace(config, attention_scale=None)
+    said = dataclasses.replace(config, attention_scale=config.head_size**-0.5)
+    assert hf_settings(said) == hf_settings(plain)
+    with pytest.raises(InputError, match="attention_scale"):
+        hf_settings(dataclasses.replace(config, attention_scale=0.3), {"model_type": "llama"})
 
 
 def test_the_page_of_families_lists_each_of_them_and_its_architecture_of_gguf():

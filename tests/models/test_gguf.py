@@ -68,7 +68,7 @@ def test_reordering_moves_row_2i_to_i_and_row_2i_plus_1_to_half_plus_i():
         ({"arch": "gemma"}, "architecture 'gemma'.*llama, qwen2, qwen3"),
         ({"model": "t5"}, "tokenizer of the kind 't5'.*unigram"),
         ({"pre": "bloom"}, "pre-tokenizer 'bloom'.*smollm"),
-        ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "rotary scaling 'yarn'"),
+        ({"metadata": {"llama.rope.scaling.type": "su"}}, "rotary scaling 'su'.*yarn"),
         ({"metadata": {"llama.attention.clamp_kqv": 8.0}}, "not supported: attention.clamp_kqv"),
         ({"metadata": {"llama.expert_count": 8}}, "lacks .*expert_used_count"),
         ({"metadata": {"llama.rope.dimension_count": 4}}, "rope.dimension_count 4.*head size 6"),

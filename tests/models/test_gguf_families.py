@@ -17,10 +17,12 @@ HEADS = {"attention.key_length": 16, "attention.value_length": 16}
 CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 PHI4 = {"rope.dimension_count": 12, "rope.scaling.attn_factor": 1.5, "attention.sliding_window": 0}
 GEMMA3 = HEADS | {"attention.sliding_window": 7}
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
 METADATA = {
     "gemma2": HEADS | CAPS | {"attention.sliding_window": 7},
     "gemma3": GEMMA3,
     "gemma3_linear": GEMMA3 | {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+    "qwen2_yarn": YARN,
     "olmo2": {},
     "phi3": {"rope.dimension_count": 16, "attention.sliding_window": 9},
     "phi4_mini": PHI4 | {"rope.scaling.original_context_length": 16},
@@ -31,6 +33,7 @@ METADATA = {
 }
 # Not in the metadata: llama.cpp takes it from the size of the model.
 SAID = {
+    "qwen2_yarn": {"window": None, "window_layers": None},
     "gemma2": {"attention_scale": None},
     "gemma3": {"attention_scale": None},
     "gemma3_linear": {"attention_scale": None},
@@ -66,7 +69,9 @@ def test_decoder_and_parameters_are_those_of_the_folder(name, tmp_path):
         ("smollm3", {"attention.sliding_window": 9}, "not supported: attention.sliding_window"),
         ("granite", {"logit_scale": 0.0}, "logit_scale 0"),
         ("gpt_neox", {"rope.dimension_count": 18}, "rope_size is 18.*at most 16"),
-        ("phi3", {"rope.scaling.type": "yarn"}, "rotary scaling 'yarn'"),
+        ("phi3", {"rope.scaling.type": "su"}, "rotary scaling 'su'"),
+        ("qwen2_yarn", {"rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor"),
+        ("qwen2_yarn", {"rope.scaling.yarn_beta_slow": 64.0}, "beta_fast 32, beta_slow 64"),
     ],
 )
 def test_metadata_that_are_not_honoured_are_refused(name, metadata, sentence, tmp_path):

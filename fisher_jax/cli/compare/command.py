@@ -38,7 +38,7 @@ def compared(settings: CompareSettings, console: Terminal, tools: Tools) -> Comp
         check_alike(a, b)
         names = called(a, b)
     with console.stage("model", settings.model):
-        model = tools.load(settings.model)
+        model = tools.load(settings.model, dtype=a.progress.settings["--dtype"])
         check_model(a, model)
     with console.stage("test", f"{names[1]} minus {names[0]}, every row of the head"):
         rows = {kind: row_shift(a, b, kind) for kind in settings.kinds}

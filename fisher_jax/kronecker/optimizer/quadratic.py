@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax._support.dtypes import wide
-from fisher_jax.batch.tokens import Tokens, log_probs, mean_of
+from fisher_jax.batch.tokens import Tokens, fisher_product, log_probs, mean_of
 from fisher_jax.likelihoods import Likelihood
 
 __all__ = ["LocalModel", "best_step", "local_model", "loss", "tree_dot"]
@@ -59,7 +59,7 @@ def local_model(
     """Two Jacobian-vector products give ``C``; ``damping`` is added to its products of directions."""
     outputs, push = jax.linearize(outputs_of, moving)
     tangents = [push(jax.tree.map(lambda d, p: d.astype(p.dtype), d, moving)) for d in directions]
-    curved = [likelihood.fisher_product(outputs, t) for t in tangents]
+    curved = [fisher_product(likelihood, outputs, t) for t in tangents]
 
     def entry(i, j):
         fisher = mean_of(jnp.sum(wide(tangents[i]) * wide(curved[j]), -1), tokens.weights)

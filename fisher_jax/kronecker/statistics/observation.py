@@ -16,7 +16,7 @@ from fisher_jax._support.placement import automatic, spec_of
 from fisher_jax._tracing.program import Program, differentiate, with_ids
 from fisher_jax._tracing.reading import readable_inputs
 from fisher_jax.batch import Batch
-from fisher_jax.batch.tokens import log_probs, readable, tokens_of
+from fisher_jax.batch.tokens import fisher_factor, log_probs, readable, tokens_of
 from fisher_jax.kronecker.blocks.plan import Block, Rules
 from fisher_jax.kronecker.blocks.problem import Problem
 from fisher_jax.kronecker.factors.forms import chosen
@@ -67,7 +67,7 @@ def observe(problem: Problem, program: Program, blocks: tuple[Block, ...], batch
         def loss(outputs):
             fixed = jax.lax.stop_gradient(outputs)
             if rules.estimator == "ggn":
-                direction = problem.likelihood.fisher_factor(readable(fixed, root), column)
+                direction = fisher_factor(problem.likelihood, readable(fixed, root), column)
                 return jnp.sum(root[..., None] * (direction * readable(outputs, root)))
             targets = tokens.targets
             if sampled:

@@ -10,12 +10,14 @@ import numpy as np
 from fisher_jax._support.errors import InputError
 from fisher_jax.models.config import DecoderConfig
 from fisher_jax.models.weight_names import flatten
+from fisher_jax.models.weight_rows import Rows
 
 __all__ = ["LLAMA_NAMES", "Layout", "each", "interleave", "undo_interleaving"]
 
 KERNELS, NORMS = {"kernel": "weight", "bias": "bias"}, {"scale": "weight", "bias": "bias"}
 # Parts that rotary positions turn, hence ordered by pairs of coordinates.
-TURNED = ("q", "k", "q_norm", "k_norm")
+NORMS_OF_HEADS = ("q_norm", "k_norm")
+TURNED = ("q", "k", *NORMS_OF_HEADS)
 
 
 def each(ends: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
@@ -67,27 +69,32 @@ class Layout:
     prefix: str = ""
     buffers: tuple[str, ...] = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
-    def selected(self, config: DecoderConfig, path: str, tensor: np.ndarray) -> np.ndarray:
+    def selected(self, config: DecoderConfig, path: str, tensor: np.ndarray) -> Rows:
         """The rows ``[out, ...]`` of the parameter of one layer in a file's tensor; what does not fit comes back in a
         shape of its own."""
         turn = path.endswith("/kernel") and not self.turned
         if tensor.ndim > 2:  # experts side by side
-            return np.swapaxes(tensor, -1, -2) if turn else tensor
+            return Rows(np.swapaxes(tensor, -1, -2) if turn else tensor)
         rows = tensor.T if turn else tensor
         fused = [other for other in self.names if self.names[other] == self.names[path]]
+        turned = self.interleaved and part_of(path) in TURNED
+        if turned and part_of(path) in NORMS_OF_HEADS:
+            return Rows(in_heads(undo_interleaving, config, path, rows))
+        if len(fused) == 1 and not turned:
+            return Rows(rows)
+        order = np.arange(len(rows))
         if len(fused) > 1:
-            rows = self.part(config, rows, [outputs(config, other) for other in fused], fused.index(path))
-        if self.interleaved and part_of(path) in TURNED:
-            rows = in_heads(undo_interleaving, config, path, rows)
-        return rows
+            order = self.part(config, order, [outputs(config, other) for other in fused], fused.index(path))
+        if turned:
+            order = in_heads(undo_interleaving, config, path, order)
+        return in_order(rows, order)
 
     def part(self, config: DecoderConfig, rows: np.ndarray, sizes: list[int], index: int) -> np.ndarray:
         """Of a fused tensor, which is refused by its shape where the parts do not fill it."""
         if len(rows) != sum(sizes):
             return rows
         if self.by_head:
-            parts = rows.reshape(config.num_heads, len(sizes), config.head_size, *rows.shape[1:])
-            return parts[:, index].reshape(-1, *rows.shape[1:])
+            return rows.reshape(config.num_heads, len(sizes), config.head_size)[:, index].reshape(-1)
         start = sum(sizes[:index])
         return rows[start : start + sizes[index]]
 
@@ -124,6 +131,13 @@ class Layout:
         return np.concatenate(by_head, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
+def in_order(rows: np.ndarray, order: np.ndarray) -> Rows:
+    """Neighbours stay a view of the file."""
+    if len(order) and np.all(np.diff(order) == 1):
+        return Rows(rows[order[0] : order[-1] + 1])
+    return Rows(rows, order)
+
+
 def places(template: str, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """The index of every tensor in a stacked parameter of this shape."""
     return itertools.product(*map(range, shape[: template.count("{}")]))
@@ -142,8 +156,7 @@ def outputs(config: DecoderConfig, path: str) -> int:
 
 def in_heads(move: Callable[..., np.ndarray], config: DecoderConfig, path: str, rows: np.ndarray) -> np.ndarray:
     """Rows moved within each head; scales for each head have an axis of heads of their own."""
-    norm = part_of(path) in ("q_norm", "k_norm")
-    units = rows.reshape(-1) if norm else rows
+    units = rows.reshape(-1) if part_of(path) in NORMS_OF_HEADS else rows
     # Rows that the heads cannot share are refused by their shape.
     if len(units) % config.head_size:
         return rows

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import orbax.checkpoint
 
 from fisher_jax._support.errors import ConflictError, InputError
 
@@ -29,8 +28,10 @@ def _share(value: Any, what: str, timeout: float = TIMEOUT) -> list[Any]:
     Raises:
         RuntimeError: a process did not, within ``timeout`` seconds.
     """
+    import orbax.checkpoint  # slow to import
+
     client = orbax.checkpoint.multihost.get_jax_distributed_client()
-    own, key = jax.process_index(), f"fisher_jax/checkpoint/{next(_rounds)}"
+    own, key = jax.process_index(), f"fisher_jax/{next(_rounds)}"
     client.key_value_set(f"{key}/{own}", json.dumps(value))
     found = []
     for process in range(jax.process_count()):

@@ -1,7 +1,9 @@
 """Parts that separate jobs measured, and runs on several texts, become one report; anything else is refused."""
 
+import base64
 import csv
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -9,13 +11,17 @@ import signal
 from pathlib import Path
 
 import jax
+import matplotlib.image
 import numpy as np
 import pytest
 from running import after, interrupt, main, never, quick
 from tiny import write_model
 
 import fisher_jax as fj
+from fisher_jax._support.errors import InputError
 from fisher_jax.cli.commands import settings_of
+from fisher_jax.cli.report.join.checks import chosen
+from fisher_jax.cli.run.choice_error import TaskChoiceError
 
 FEW = ["--task", "first", "--max-tokens", "600", "--held-out-tokens", "0"]
 ALL = ["--parameters", "all", "--task", "first", "--max-tokens", "1000", "--held-out-tokens", "0", "--seed", "3"]
@@ -90,16 +96,21 @@ def test_joined_parts_are_one_run(joined, finished_report):
 
 
 def test_the_joined_page_is_that_of_one_run(joined, finished_report):
-    pages = [json.loads((out / "parts" / "first.json").read_text()) for out in (finished_report, joined)]
-    one, other = ({k: page[k] for k in ("settings", "title", "lead")} for page in pages)
-    assert one == other
-    blocks = [[block for block in page["blocks"] if block["block"] != "table"] for page in pages]
-    names = [[(block["block"], block.get("name"), block.get("text")) for block in page] for page in blocks]
-    assert names[0] == names[1]
-    assert sum(block["block"] == "picture" for block in blocks[0]) == 6
-    tables = [[row for b in page["blocks"] if b["block"] == "table" for row in b["rows"]] for page in pages]
-    kept = [[row for row in rows if not row[0].startswith(("time", "rate"))] for rows in tables]
-    assert kept[0] == kept[1]
+    one, other = (json.loads((out / "parts" / "first.json").read_text()) for out in (finished_report, joined))
+    for name in ("settings", "title", "lead"):
+        assert one[name] == other[name]
+    assert len(one["blocks"]) == len(other["blocks"])
+    for x, y in zip(one["blocks"], other["blocks"], strict=True):
+        assert {k: v for k, v in x.items() if k not in ("rows", "light", "dark")} == {
+            k: v for k, v in y.items() if k not in ("rows", "light", "dark")
+        }
+        if x["block"] == "picture":
+            pictures = [matplotlib.image.imread(io.BytesIO(base64.b64decode(of["light"]))) for of in (x, y)]
+            assert pictures[0].shape == pictures[1].shape
+            assert np.abs(pictures[0] - pictures[1]).mean() < 1e-3
+        elif x["block"] == "table":
+            kept = [[row for row in of["rows"] if not row[0].startswith(("time", "rate"))] for of in (x, y)]
+            assert kept[0] == kept[1]
 
 
 def test_the_joined_table_is_that_of_one_run(joined, finished_report):
@@ -339,24 +350,35 @@ def test_a_text_counts_once(tmp_path, days, report_arguments, texts, capsys):
     assert "would count twice" in error
 
 
-def test_of_several_tasks_the_one_that_all_hold_is_joined(tmp_path, days, report_arguments, texts, capsys):
-    """What several fit is asked, with a command for each answer."""
-    folders = []
-    for number, day in enumerate(days):
-        out = shutil.copytree(day, tmp_path / day.name)
-        own = texts[10 * number : 10 * number + 10]
-        assert quick(report_arguments(out, *FEW, "--task", "both", "--text", *own)) == 0
-        folders.append(out)
-    assert join(tmp_path / "week", folders) == 0
-    assert list(fj.checkpoint.metadata(tmp_path / "week" / "state")["tasks"]) == ["both"]
-    named = [f"{folder}:{folder.name}" for folder in folders]
-    assert join(tmp_path / "named", named) == 0
-    assert_same_numbers(
-        states(tmp_path / "week", "both"),
-        states(tmp_path / "named", next(iter(fj.checkpoint.metadata(tmp_path / "named" / "state")["tasks"]))),
-    )
-    capsys.readouterr()
-    assert "have none in common" in refused(capsys, tmp_path / "out", [folders[0], days[1]])
+@pytest.fixture
+def with_two_tasks(tmp_path, days):
+    """The same folders, each with a second task."""
+    outs = []
+    for day in days:
+        held, about = fj.checkpoint.restore(day / "state"), fj.checkpoint.metadata(day / "state")["tasks"]
+        outs.append(tmp_path / day.name)
+        outs[-1].mkdir()
+        metadata = {"tasks": {**about, "both": about[day.name]}}
+        fj.checkpoint.save(outs[-1] / "state", {**held, "both": held[day.name]}, metadata=metadata)
+    return outs
+
+
+def test_of_several_tasks_the_one_that_all_hold_is_joined(with_two_tasks, days):
+    one, other = map(str, with_two_tasks)
+
+    def names(*places, task=""):
+        return [found.name for found in chosen(places, task)]
+
+    assert names(one, other) == ["both", "both"]
+    assert names(f"{one}:monday", f"{other}:both") == ["monday", "both"]
+    assert names(f"{one}:monday", f"{other}:tuesday") == ["monday", "tuesday"]
+    with pytest.raises(InputError, match="has no task 'monday'"):
+        names(one, other, task="monday")
+    with pytest.raises(InputError, match="have none in common"):
+        names(one, str(days[1]))
+    with pytest.raises(TaskChoiceError) as asked:
+        names(one, one)
+    assert [way.added for way in asked.value.ways] == [("--task", "monday"), ("--task", "both")]
 
 
 def test_settings_of_join_are_frozen():

@@ -49,11 +49,11 @@ def _speaking_of_out() -> Iterator[None]:
 
 def _join(settings: JoinSettings, console: Terminal, tools: Tools) -> tuple[ReportSettings, Findings | Part]:
     with console.stage("folders", f"{len(settings.folders)} to be joined"):
+        store = _store(settings)
         tasks = chosen(settings.folders, settings.task)
         check(tasks, settings.page())
         tasks.sort(key=_part_number)
         report = _report_settings(settings, tasks)
-        store = ReportStore(settings.out)
         _check_out(store, report.task, overwrite=settings.overwrite)
     with console.stage("model", report.model):
         model = tools.load(report.model, dtype=report.dtype)
@@ -129,10 +129,16 @@ def _texts(settings: JoinSettings, tasks: Sequence[Task]) -> list[Text]:
     return [text._replace(names=list(names)) for text, names in zip(texts, moved, strict=True)]
 
 
-def _check_out(store: ReportStore, task: str, *, overwrite: bool) -> None:
-    """Raises InputError where the folder to write is one to read, or something would be lost."""
+def _store(settings: JoinSettings) -> ReportStore:
+    """That of the folder to write, which is not one to read."""
+    store = ReportStore(settings.out)
     if any(progress.part is not None for progress in store.runs.values()):
         raise InputError(f"{store.out} holds parts of runs; give the folder to write first: join OUT FOLDER ...")
+    return store
+
+
+def _check_out(store: ReportStore, task: str, *, overwrite: bool) -> None:
+    """Raises InputError where an unfinished run would be lost."""
     earlier = store.runs.get(task)
     if earlier is not None and not earlier.finished and not overwrite:
         raise InputError(

@@ -44,8 +44,8 @@ class JoinSettings(Settings):
         metavar="M",
     )  # fmt: skip
     text: tuple[tuple[str, ...], ...] = option(
-        (), text_source, "where the text lies now; of several texts, --text for each, in the order of the "
-        "folders (default: where it lay)", metavar="FILE", nargs="+", action="append",
+        (), text_source, "where the text lies now; of several texts, --text for each, in the order of "
+        "the folders (default: where it lay)", metavar="FILE", nargs="+", action="append",
     )  # fmt: skip
     level: float | None = option(
         None, values.fraction(0.95), f"of the intervals {_AS_ASKED}", group="how to show it", metavar="P"

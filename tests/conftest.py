@@ -26,6 +26,7 @@ def pytest_configure(config):
     process = getattr(config, "workerinput", {"workerid": "main"})["workerid"]
     config.stash[compiled] = compiling.Kept(process)
     config.stash[compiled].open()
+    compiling.optimized(False)  # what lives longer than a module is made before `machine_code`
 
 
 def pytest_unconfigure(config):

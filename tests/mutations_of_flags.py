@@ -16,6 +16,7 @@ class Case(NamedTuple):
 # A command that is right, to which one option is added.
 BASES = {
     "report": ["report"],
+    "join": ["join", "out", "one", "two"],
     "compare": ["compare", "nowhere"],
     "spectrum": ["spectrum"],
     "train": ["train"],
@@ -27,10 +28,14 @@ _COUNT = "count"
 KINDS: dict[str, dict[str, str]] = {
     "report": {
         "--model": "model", "--text": "text", "--split-documents": "choice", "--max-tokens": _COUNT,
-        "--held-out-tokens": _COUNT, "--task": "task", "--parameters": "choice", "--kind": "choice",
+        "--held-out-tokens": _COUNT, "--part": "part", "--task": "task", "--parameters": "choice", "--kind": "choice",
         "--groups": "choice", "--unit": "choice", "--level": "fraction", "--row-length": _COUNT,
         "--batch-size": _COUNT, "--dtype": "choice", "--seed": "seed", "--out": "out",
         "--resume": "switch", "--overwrite": "switch", "--checkpoint-every": "real",
+    },
+    "join": {
+        "--task": "task", "--overwrite": "switch", "--model": "model", "--text": "text", "--level": "fraction",
+        "--kind": "choice", "--seed": "seed",
     },
     "compare": {"--model": "model", "--kind": "choice", "--q": "fraction", "--out": "out"},
     "spectrum": {
@@ -81,6 +86,8 @@ _VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "count": (("0.5", "-1", "-7", "1.0e0.5", "1e18", "1e30", str(2**63), str(2**64), *_NO_NUMBER),
               ("1e2", "1_000", "1,000", "007", "+3", "0", "3.0", str(2**31))),
     "seed": (("-1", str(2**32), str(2**63), str(2**64), "0.5", "1e18", *_NO_NUMBER), ("0", "7", str(2**32 - 1))),
+    "part": (("0/4", "5/4", "x/4", "3/0", "3", "3/", "/4", "-1/4", "1/-4", "1/2/3", "1.5/4", "1/4 ", "1/10000000",
+              "1/1e3", "0/0", *_NO_NUMBER), ("1/1", "16/16", "01/04", "3/1000000")),
     "fraction": (("0", "1", "-0.5", "95", "1e-400", "0.99999999999999999", *_NO_NUMBER), ("0.5", "1e-3", ".5")),
     "real": (("1e31", "1e308", "-1e308", "1e18", *_NO_NUMBER), ("1e-3", "0.5", "1", "-0.5", "0", "1e-46")),
     "task": (("", "\x00", _LONG, ".", "..", "a/b", "a\nb", "\x1b[2J", "\u202eabc", "\udcff", "a" * 100_000, "=1+1",

@@ -13,6 +13,7 @@ from fisher_jax.cli.cache.settings import CacheSettings
 from fisher_jax.cli.compare.settings import CompareSettings
 from fisher_jax.cli.doctor.settings import DoctorSettings
 from fisher_jax.cli.merge.settings import MergeSettings
+from fisher_jax.cli.report.join.settings import JoinSettings
 from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.cli.run.options import Settings, add_options, settings_from
 from fisher_jax.cli.run.tools import Tools
@@ -24,9 +25,10 @@ _VERSION = f"fisher-jax {installed('fisher-jax', 'of no package')}"
 
 
 # What it is in a line of the help, and its options: the module of these has no heavy import, so that help is instant,
-# and tells the rest. `run` in the module ``command`` of its folder does it.
+# and tells the rest. `run` in the module ``command`` beside it does it.
 _COMMANDS: dict[str, tuple[str, type[Settings]]] = {
     "report": ("which vocabulary tokens of a language model matter", ReportSettings),
+    "join": ("one report from the parts of a run, or from several days", JoinSettings),
     "compare": ("which tokens and layers matter more in one text than in another", CompareSettings),
     "spectrum": ("eigenvalues of the curvature of a language model's loss", SpectrumSettings),
     "train": ("train a small language model with K-FAC, AdamW and others", TrainSettings),
@@ -82,6 +84,6 @@ def run_command(arguments: Sequence[str] | None, started: Callable[[], None], to
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     name, settings = settings_of(arguments)
     print(f"{_VERSION}: starting up", flush=True)
-    module = importlib.import_module(f"fisher_jax.cli.{name}.command")
+    module = importlib.import_module(_COMMANDS[name][1].__module__.removesuffix("settings") + "command")
     started()
     return module.run(settings, tools)

@@ -24,14 +24,15 @@ class Rows(NamedTuple):
     """Right-padded token rows, rows of one document consecutive; `documents` numbers them from 0."""
 
     tokens: Int32[np.ndarray, "rows seq_len"]
-    lengths: Int32[np.ndarray, " rows"]  # at least 2
+    lengths: Int32[np.ndarray, " rows"]  # at least 2, or 0: an empty row
     documents: Int32[np.ndarray, " rows"]
     names: tuple[str, ...]  # by document number
+    first_batch: int = 0  # its number in the plan that these rows are a part of
 
     @property
     def num_targets(self) -> int:
         """Next-token targets: a row of n tokens has n - 1, and consecutive rows overlap by one token."""
-        return int(np.sum(self.lengths - 1))
+        return int(np.sum(self.lengths[self.lengths > 0] - 1))
 
     def rows_in_batch(self, batch_size: int) -> int:
         """No batch has more rows than there are."""
@@ -76,6 +77,10 @@ class Packed(NamedTuple):
     num_documents: int  # in the corpus, chosen or not
     corpus_targets: int  # targets of the whole corpus (of its documents' readable beginnings)
     whole_documents_held_out: bool
+
+    def digest(self) -> str:
+        """SHA-256 of what is streamed and of what is held out."""
+        return hashlib.sha256(f"{self.stream.digest()} {self.held_out.digest()}".encode()).hexdigest()
 
     @property
     def choice(self) -> str:

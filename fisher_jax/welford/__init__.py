@@ -5,7 +5,7 @@ that float32 keeps about 1e-10 over billions of tokens without float64. Where me
 numbers.
 """
 
-from fisher_jax.welford.accumulation import add, merge
+from fisher_jax.welford.accumulation import add, finish, merge
 from fisher_jax.welford.estimates import (
     count,
     interval,
@@ -24,6 +24,7 @@ __all__ = [
     "State",
     "add",
     "count",
+    "finish",
     "init",
     "interval",
     "mean",

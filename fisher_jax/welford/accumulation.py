@@ -155,7 +155,8 @@ def merge(a: State, b: State) -> State:
     """Both streams as one: joins two runs, or the shards of one run.
 
     Associative, and independent of the order up to rounding. The streams are taken to hold different observations;
-    only where ``b`` consists of one unfinished document with the id of ``a``'s unfinished one are the two joined.
+    only where ``b`` consists of one unfinished document with the id of ``a``'s unfinished one are the two joined. Ids
+    that were given anew in each run say nothing of another run's: `finish` ``a`` before.
 
     Raises:
         ValueError: states of another unit, scale, tree, shape or dtype, or one `plain` and the other not.
@@ -178,6 +179,27 @@ def merge(a: State, b: State) -> State:
         opened = select(same, join_fragments(a.open, b.open, _PAIRS), select(has_b, b.open, a.open))
         a = _close(a, a.open, when=has_b & ~same)
     return dataclasses.replace(union(a, b, _PAIRS), open=opened, rejected=rejected, reasons=reasons)
+
+
+def finish(state: State) -> State:
+    """The same state, its last document counted: rows that follow belong to other documents, whatever their id.
+
+    For states of separate runs, each of which numbers its documents itself, before `merge`. A state whose unit is not
+    the document is returned as it is.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> observed = fj.welford.observe(jnp.array([1.0, 2.0]), unit="document", units=jnp.array([0, 0]))
+        >>> monday = tuesday = fj.welford.add(fj.welford.init(observed), observed)  # one document each, number 0
+        >>> fj.welford.count(fj.welford.merge(monday, tuesday))
+        1
+        >>> fj.welford.count(fj.welford.merge(fj.welford.finish(monday), tuesday))
+        2
+    """
+    if state.open is None:
+        return state
+    empty = jax.tree.map(jnp.zeros_like, state.open)
+    return dataclasses.replace(_close(state, state.open), open=empty)
 
 
 def closed(x: Any) -> State:

@@ -9,7 +9,7 @@ import numpy as np
 import fisher_jax as fj
 from fisher_jax.cli.report.layers import on_parts, part_sizes
 from fisher_jax.cli.report.settings import ReportSettings
-from fisher_jax.cli.report.store import ReportStore, TaskProgress
+from fisher_jax.cli.report.store import ReportStore, TaskProgress, Text
 
 ROW_LENGTH = 32
 MOST = 20  # documents
@@ -45,7 +45,8 @@ def keep(out, task, model, rows, layers=None, *, counts=None, fingerprint=None, 
         arrays["layers"] = state_of(layers)
     progress = TaskProgress(
         settings, fingerprint or model.fingerprint, text or f"digest of {task}", 1, done,
-        tokens=10 * len(next(iter(rows.values()))), model_name="tiny", text_names=[task],
+        tokens=10 * len(next(iter(rows.values()))), model_name="tiny",
+        texts=[Text([task], "none", text or f"digest of {task}")],
     )  # fmt: skip
     ReportStore(Path(out)).save(task, arrays, progress)
     return out

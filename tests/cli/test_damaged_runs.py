@@ -61,6 +61,8 @@ def _same_types(before, after):
     """Whether every value has the type that it had, so that no later step trips over it."""
     if isinstance(before, dict):
         return isinstance(after, dict) and all(k in after and _same_types(v, after[k]) for k, v in before.items())
+    if isinstance(after, tuple):  # a named one
+        return all(_same_types(x, y) for x, y in zip(before, after, strict=True))
     if isinstance(before, (list, tuple)):
         return isinstance(after, (list, tuple)) and all(_same_types(before[0], x) for x in after)
     numeric = {float: (float, int)}.get(type(before), type(before))
@@ -133,7 +135,8 @@ def test_every_odd_value_in_the_facts_of_a_training_run_is_refused_or_means_what
         lambda task: task["settings"].pop("--kind"),
         lambda task: task["settings"].update({"--row-length": "32"}),
         lambda task: task["settings"].update({"--unit": "word"}),
-        lambda task: task.update(text_names="first"),
+        lambda task: task.update(texts="first"),
+        lambda task: task.update(part=[0, 3]),
         lambda task: task.update(log_loss=math.nan),
         lambda task: task.update(model=None),
     ],

@@ -31,7 +31,7 @@ def accumulate(
     display: StreamProgress,
     tools: Tools,
 ) -> dict[str, Any]:
-    """Streams the rows from batch `progress.batches_done` on and returns the final state of the task.
+    """Streams the rows from their batch `progress.batches_done` on and returns the final state of the task.
 
     The state holds Welford states of the row groups, `empirical` and `true`, label `counts` for every vocabulary
     row, with `--groups param` the Welford state of every entry, `param`, and with `--parameters all` that of
@@ -50,7 +50,8 @@ def accumulate(
     with checkpoints(settings.checkpoint_every, tools) as checkpoint:
         for tokens, mask, units in rows.batches(settings.batch_size, start=progress.batches_done):
             started = time.monotonic()
-            state, loss_sum, count = step(model.params, state, tokens, mask, units, progress.batches_done)
+            number = rows.first_batch + progress.batches_done
+            state, loss_sum, count = step(model.params, state, tokens, mask, units, number)
             loss_sum, count = float(loss_sum), int(count)
             _check_batch(state, loss_sum, rows, progress.batches_done, settings.batch_size)
             progress.batches_done += 1

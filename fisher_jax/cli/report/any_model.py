@@ -23,7 +23,7 @@ from fisher_jax.cli.report.importance import importance
 from fisher_jax.cli.report.orderings import orderings
 from fisher_jax.cli.report.pruning import PruningResult, prune
 from fisher_jax.cli.report.settings import KINDS, ReportSettings
-from fisher_jax.cli.report.store import ReportStore, TaskProgress
+from fisher_jax.cli.report.store import ReportStore, TaskProgress, Text
 from fisher_jax.cli.report.token_texts import token_texts
 from fisher_jax.cli.report.writing import ReportFolder
 from fisher_jax.cli.run.options import DTYPES
@@ -194,7 +194,8 @@ class _Run(NamedTuple):
                 seen = "more batches"
             number = earlier.num_batches
         model = _digest("", self.params)
-        fresh = TaskProgress(s.fixed(), model, seen, number, model_name=s.model, text_names=[s.task])
+        texts = [Text([s.task], "none", seen)]
+        fresh = TaskProgress(s.fixed(), model, seen, number, model_name=s.model, texts=texts, page=s.of_page())
         return store.begin(s.task, fresh, overwrite=s.overwrite), seen
 
     def _stream(

@@ -1,45 +1,24 @@
 """`fisher-jax report` from start to end."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-import fisher_jax as fj
-from fisher_jax.cli.report.accumulate import accumulate, hidden_and_targets
+from fisher_jax.cli.report.accumulate import accumulate
+from fisher_jax.cli.report.conclusion import Reading, check_room, conclude, report_folder, tell
 from fisher_jax.cli.report.findings import Findings
-from fisher_jax.cli.report.importance import importance
-from fisher_jax.cli.report.layers import columns, read_layers
-from fisher_jax.cli.report.orderings import orderings
 from fisher_jax.cli.report.parts import Part
-from fisher_jax.cli.report.pruning import PruningResult, prune
-from fisher_jax.cli.report.settings import KINDS, ReportSettings
+from fisher_jax.cli.report.planning import plan_of, text_of
+from fisher_jax.cli.report.settings import ReportSettings
 from fisher_jax.cli.report.store import ReportStore, TaskProgress
-from fisher_jax.cli.report.summary import summary, told_again
-from fisher_jax.cli.report.writing import ReportFolder
-from fisher_jax.cli.run.folder import check_writable
-from fisher_jax.cli.run.progress import StreamProgress
+from fisher_jax.cli.run.progress import StreamProgress, duration
 from fisher_jax.cli.run.row_length import check_attention, row_length
 from fisher_jax.cli.run.run_folder import run_folder
-from fisher_jax.cli.run.terminal import Terminal, stored_and_kept
+from fisher_jax.cli.run.terminal import Terminal
 from fisher_jax.cli.run.tools import Tools
 from fisher_jax.models import LanguageModel
-from fisher_jax.text.corpora import describe_sources, documents
-from fisher_jax.text.packing import Packed, longest_document, pack
-
-OTHER_KIND = {"empirical": "true", "true": "empirical"}
-# One Welford state in float32 per row or entry, with its corrections, twice on disk while it is replaced.
-_STATE_BYTES = 2 * 40
-_REPORT_BYTES = 20 * 2**20
-
-
-class Reading(NamedTuple):
-    """A model, and the text that it reads."""
-
-    settings: ReportSettings
-    model: LanguageModel
-    packed: Packed
-    tools: Tools
+from fisher_jax.text.corpora import describe_sources
+from fisher_jax.text.dividing import part_of
+from fisher_jax.text.packing import Packed, Rows
 
 
 def run(settings: ReportSettings, tools: Tools) -> int:
@@ -50,54 +29,47 @@ def run(settings: ReportSettings, tools: Tools) -> int:
         store = ReportStore(settings.out)
         store.check_before_loading(settings.task, resume=settings.resume, overwrite=settings.overwrite)
         found = _measure_and_write(settings, console, store, tools)
-    if isinstance(found, Findings):
-        summary(console, found)
+    if found is None:
+        _tell_part(console, settings, store.runs[settings.task])
     else:
-        told_again(console, settings, found)
+        tell(console, settings, found)
     return 0
 
 
 def _measure_and_write(
     settings: ReportSettings, console: Terminal, store: ReportStore, tools: Tools
-) -> Findings | Part:
-    """What was found, or the part of the page of a task that was finished before."""
+) -> Findings | Part | None:
+    """What was found, or the part of the page of a task that was finished before; nothing for a part of a run."""
     with console.stage("model", settings.model):
         model = tools.load(settings.model, dtype=settings.dtype)
         console.print(f"  {model.name}: vocabulary {model.config.vocab_size:,}, width {model.config.width:,}")
         console.say_weights(model)
         console.say_unread(model)
-    settings = replace(settings, dtype=model.dtype)
     settings = _fitted(settings, model, tools)
     with console.stage("text", describe_sources(settings.text)):
-        packed = _pack(settings, model)
-        console.print(f"  {packed.choice}")
-        _warn_about_intervals(console, settings, packed)
-        check_attention(model.config, packed.stream.rows_in_batch(settings.batch_size), settings.row_length)
+        plan = plan_of(settings, settings.text, settings.split_documents, model)
+        console.print(f"  {plan.choice}")
+        rows = _rows(console, settings, plan)
+        _warn_about_intervals(console, settings, plan)
+        check_attention(model.config, rows.rows_in_batch(settings.batch_size), settings.row_length)
     fresh = TaskProgress(
         settings=settings.fixed(),
         model=model.fingerprint,
-        text=packed.stream.digest(),
-        num_batches=packed.stream.num_batches(settings.batch_size),
+        text=rows.digest(),
+        num_batches=rows.num_batches(settings.batch_size),
         model_name=model.name,
-        text_names=list(settings.text),
+        model_source=settings.model,
+        texts=[text_of(settings, plan)],
+        page=settings.of_page(),
+        part=settings.part,
     )
-    tokens = _tokens(model)
     progress = store.begin(settings.task, fresh, overwrite=settings.overwrite)
+    reading = Reading(settings, model, plan, rows, tools)
     state = store.restore()[settings.task] if progress.batches_done else None
     if settings.overwrite and settings.task in store.runs:
-        ReportFolder(settings, tokens, model, store, store.restore(), tools).drop()
-    reading = Reading(settings, model, packed, tools)
+        report_folder(reading, store, store.restore()).drop()
     arrays = _stream(console, reading, store, progress, state)
-    folder = ReportFolder(settings, tokens, model, store, {**store.restore(), settings.task: arrays}, tools)
-    found = folder.part() or _findings(console, reading, progress, arrays)
-    if not folder.is_current():
-        with console.stage("report", "pictures and tables"):
-            folder.write(found if isinstance(found, Findings) else None)
-    return found
-
-
-def _tokens(model: LanguageModel) -> list[str]:
-    return [model.tokenizer.token_text(i) for i in range(model.config.vocab_size)]
+    return conclude(console, reading, store, progress, arrays) if settings.part is None else None
 
 
 def _after_interrupt(store: ReportStore | None, settings: ReportSettings) -> str:
@@ -113,26 +85,25 @@ def _after_interrupt(store: ReportStore | None, settings: ReportSettings) -> str
 
 
 def _fitted(settings: ReportSettings, model: LanguageModel, tools: Tools) -> ReportSettings:
-    """With rows that fit the model, once the disk was found to hold its states."""
-    entries = model.config.vocab_size * (2 + (model.config.width if settings.groups == "param" else 0))
-    check_writable(settings.out, bytes_needed=_REPORT_BYTES + _STATE_BYTES * entries, tools=tools)
-    return replace(settings, row_length=row_length(settings.row_length, model.config.max_positions, model.name))
+    """In the model's dtype and with rows that fit it, once the disk was found to hold its states."""
+    check_room(settings, model, tools)
+    length = row_length(settings.row_length, model.config.max_positions, model.name)
+    return replace(settings, dtype=model.dtype, row_length=length)
 
 
-def _pack(settings: ReportSettings, model: LanguageModel) -> Packed:
-    longest = longest_document(settings.max_tokens, settings.held_out_tokens, settings.row_length)
-    return pack(
-        documents(settings.text, split=settings.split_documents, longest=longest),
-        model.tokenizer.encode,
-        seq_len=settings.row_length,
-        max_targets=settings.max_tokens,
-        held_out_targets=settings.held_out_tokens,
-        vocab_size=model.config.vocab_size,
-    )
+def _rows(console: Terminal, settings: ReportSettings, plan: Packed) -> Rows:
+    """Those that are streamed here."""
+    if settings.part is None:
+        return plan.stream
+    rows = part_of(
+        plan.stream, *settings.part, settings.batch_size, whole_documents=settings.unit == "document"
+    )  # fmt: skip
+    console.print(f"  part {settings.part}: {rows.num_targets:,} of these {plan.stream.num_targets:,} tokens")
+    return rows
 
 
-def _warn_about_intervals(console: Terminal, settings: ReportSettings, packed: Packed) -> None:
-    if settings.unit == "document" and len(packed.stream.names) < 2:
+def _warn_about_intervals(console: Terminal, settings: ReportSettings, plan: Packed) -> None:
+    if settings.unit == "document" and len(plan.stream.names) < 2:
         console.print(
             "  note: one document gives no intervals; give more files, --split-documents blank-line, or --unit "
             "sequence"
@@ -142,7 +113,7 @@ def _warn_about_intervals(console: Terminal, settings: ReportSettings, packed: P
 def _stream(
     console: Terminal, reading: Reading, store: ReportStore, progress: TaskProgress, state: dict[str, Any] | None
 ) -> dict[str, Any]:
-    settings, rows = reading.settings, reading.packed.stream
+    settings, rows = reading.settings, reading.rows
     if progress.finished and state is not None:
         return state
     verb = f"going on after batch {progress.batches_done} of" if progress.batches_done else "in"
@@ -159,56 +130,13 @@ def _stream(
         return accumulate(reading.model, rows, settings, store, progress, state, display, reading.tools)
 
 
-def _findings(
-    console: Terminal, reading: Reading, progress: TaskProgress, arrays: dict[str, Any]
-) -> Findings:  # fmt: skip
-    settings, model, packed, _ = reading
-    main = importance(arrays, settings.kind, settings.level)
-    other = importance(arrays, OTHER_KIND[settings.kind], settings.level)
-    by_entry = np.asarray(fj.welford.mean(arrays["param"])) if "param" in arrays else None
-    pruning = None
-    if len(packed.held_out.lengths):
-        with console.stage("pruning", f"loss on {packed.held_out.num_targets:,} held-out tokens"):
-            pruning = _prune(reading, arrays, by_entry)
-    return Findings(
-        settings=settings,
-        model_name=model.name,
-        dtype=stored_and_kept(model),
-        text=describe_sources(settings.text),
-        choice=packed.choice,
-        held_out=_held_out(packed, pruning),
-        tied=model.config.tied,
-        tokens=_tokens(model),
-        main=main,
-        other=other,
-        loss=progress.log_loss / max(progress.tokens, 1),
-        pruning=pruning,
-        by_column=None if by_entry is None else by_entry.sum(axis=0, dtype=np.float64),
-        layers=read_layers(arrays["layers"], model, settings) if "layers" in arrays else None,
-        columns=columns(model.config),
-        timings=console.seconds,
-        rate=progress.tokens / max(progress.seconds, 1e-9),
+def _tell_part(console: Terminal, settings: ReportSettings, progress: TaskProgress) -> None:
+    """For a part of a run, which has no page."""
+    console.summary(
+        f"part {progress.part} of {progress.model_name} on {settings.task} is measured",
+        [
+            f"{progress.tokens:,} tokens in {duration(progress.seconds)}; {console.took}",
+            "When all parts are measured, `fisher-jax join` makes one report of their folders.",
+        ],
+        ("part", settings.out),
     )
-
-
-def _held_out(packed: Packed, pruning: PruningResult | None) -> str:
-    if pruning is None:
-        return ""
-    if packed.whole_documents_held_out:
-        return f"{pruning.num_tokens:,} tokens of {pruning.num_documents} documents that were not used above"
-    return f"the last {pruning.num_tokens:,} tokens, which were not used above but stand next to them"
-
-
-def _prune(reading: Reading, arrays: dict[str, Any], by_entry: np.ndarray | None) -> PruningResult:
-    settings, model, packed, _ = reading
-    held_out = hidden_and_targets(model, packed.held_out, settings.batch_size)
-    head, bias = model.head(model.params), model.head_bias(model.params)
-    weights = np.asarray(head, np.float32)
-    saliency = None
-    if by_entry is not None:
-        saliency = 0.5 * np.einsum("vd,vd,vd->v", by_entry, weights, weights, dtype=np.float64)
-    empirical, true = (np.asarray(fj.welford.mean(arrays[kind])) for kind in KINDS)
-    counts = np.asarray(arrays["counts"])
-    ranked = orderings(empirical, true, weights, counts, saliency=saliency, seed=settings.seed)
-    shift = None if bias is None else np.asarray(bias, np.float32)
-    return prune(*held_out, head, ranked, bias=shift, soft_cap=model.config.logit_soft_cap)

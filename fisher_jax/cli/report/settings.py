@@ -9,6 +9,7 @@ examples:
   fisher-jax report --text mine.txt --split-documents blank-line --out mine
   fisher-jax report --model path/to/model.gguf --max-tokens 20000 --out quick
   fisher-jax report --resume                        goes on after Ctrl-C or a crash
+  fisher-jax report --part 3/16                     one of 16 jobs, whose parts fisher-jax join makes one report
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from fisher_jax._support.errors import InputError
 from fisher_jax.cli.run import options
 from fisher_jax.cli.run.options import Settings, option
 from fisher_jax.cli.run.texts import default_task
-from fisher_jax.cli.run.values import count, fraction, task_name
+from fisher_jax.cli.run.values import PartNumber, count, fraction, part, task_name
 
 KINDS = ("empirical", "true")
 PARAMETERS = ("head", "all")
@@ -43,6 +44,10 @@ class ReportSettings(Settings):
     held_out_tokens: int = option(
         8192, count(0), "tokens of other documents kept for the pruning curves; 0 for no such curves", fixed=True
     )
+    part: PartNumber | None = option(
+        None, part, "measure one of N parts of these tokens, in a job of its own: parts are cut at documents; "
+        "`fisher-jax join` makes one report of them", metavar="I/N",
+    )  # fmt: skip
     task: str = option("", task_name, "name of this measurement (default: that of the text)", metavar="NAME")
     parameters: str = option(
         "head", None, "the rows of the head alone, or all: every layer too, its tensors and attention heads, from "
@@ -65,7 +70,9 @@ class ReportSettings(Settings):
     batch_size: int = option(8, count(1), "rows per step", fixed=True)
     dtype: str = options.dtype()
     seed: int = options.seed("random orders, ties and signs")
-    out: Path = options.out("report", group="where to keep it")
+    out: Path = options.out(
+        "report", "folder to write (default report/, of --part 3/16 part-03-of-16/)", group="where to keep it"
+    )
     resume: bool = options.resume()
     overwrite: bool = options.overwrite("drop an earlier run of this task")
     checkpoint_every: float = options.checkpoint_every()
@@ -90,4 +97,10 @@ class ReportSettings(Settings):
                 "batches apart; give one of these to --unit, or --parameters head."
             )
         max_tokens = self.max_tokens or MAX_TOKENS[self.parameters]
-        return replace(self, max_tokens=max_tokens, task=self.task or default_task(self.text))
+        return replace(self, max_tokens=max_tokens, task=self.task or default_task(self.text), out=self._place())
+
+    def _place(self) -> Path:
+        if self.part is None or self.out is not type(self).out:  # one that was given is another object
+            return self.out
+        of = str(self.part.of)
+        return Path(f"part-{self.part.number:0{len(of)}}-of-{of}")

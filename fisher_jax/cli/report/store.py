@@ -5,7 +5,7 @@ The folder `state` of a report is one checkpoint: `{task: {"empirical": ..., "tr
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import fisher_jax as fj
 from fisher_jax._support.errors import InputError
@@ -13,6 +13,7 @@ from fisher_jax.cli.report.settings import GROUPS, KINDS, PARAMETERS, UNITS, Rep
 from fisher_jax.cli.run.options import DTYPES
 from fisher_jax.cli.run.records import check, like, record, value
 from fisher_jax.cli.run.store import RunStore
+from fisher_jax.cli.run.values import PartNumber
 from fisher_jax.welford import State
 
 _CHOICES = {
@@ -22,6 +23,14 @@ _CHOICES = {
     "--unit": UNITS,
     "--dtype": DTYPES,
 }
+
+
+class Text(NamedTuple):
+    """A text that rows were chosen from."""
+
+    names: list[str]  # as --text had them
+    split: str  # as --split-documents had it
+    digest: str  # of all rows chosen from it, and of those held out
 
 
 @dataclass
@@ -37,7 +46,14 @@ class TaskProgress:
     tokens: int = 0
     seconds: float = 0.0
     model_name: str = ""
-    text_names: list[str] = field(default_factory=list)
+    model_source: str = ""  # as --model had it; nothing where no command measured
+    texts: list[Text] = field(default_factory=list)  # one, or those of the runs that were joined
+    page: dict[str, Any] = field(default_factory=dict)  # settings of the page, as they were asked for first
+    part: PartNumber | None = None  # None: all rows
+
+    @property
+    def text_names(self) -> list[str]:
+        return [name for text in self.texts for name in text.names]
 
     @property
     def finished(self) -> bool:
@@ -100,11 +116,15 @@ class ReportStore(RunStore[TaskProgress]):
         return {
             "the model": f"{model.model_name} ({model.model[:12]})",
             **progress.settings,
+            "--part": "no --part" if progress.part is None else str(progress.part),
             "the text": f"{' '.join(text.text_names)} ({text.text[:12]})",
         }
 
     def begin(self, name: str, fresh: TaskProgress, *, overwrite: bool) -> TaskProgress:
         others = [progress for other, progress in self.runs.items() if other != name]
+        if any((other.part is None) != (fresh.part is None) for other in others):
+            held, now = ("whole runs", "a part") if fresh.part is not None else ("parts of runs", "a whole run")
+            raise InputError(f"{self.out} holds {held}, and this is {now}; choose another --out.")
         if others and others[0].model != fresh.model:
             raise InputError(
                 f"{self.out} holds tasks measured on {others[0].model_name}, and this model is "
@@ -136,6 +156,12 @@ def tasks_of_facts(facts: Any) -> dict[str, TaskProgress]:
             check(progress.settings.get(name, values[0]) in values, f"{name} is {progress.settings[name]!r}")
         for name in ("--row-length", "--batch-size"):
             check(progress.settings[name] > 0, f"{name} is {progress.settings[name]}")
+        like(ReportSettings().of_page(), progress.page, ())
+        check(
+            progress.page.get("--kind", KINDS[0]) in KINDS, f"--kind of the page is {progress.page.get('--kind')!r}"
+        )
+        part = progress.part
+        check(part is None or 1 <= part.number <= part.of, f"the part is {part}")
     return tasks
 
 

@@ -11,9 +11,9 @@ from fisher_jax.cli.run.choice_error import TaskChoiceError, Way, listed
 
 def unfinished(progress: TaskProgress) -> str:
     """Why a task cannot be read yet, or nothing."""
-    if progress.finished:
-        return ""
-    return f"is not finished ({progress.so_far})"
+    if not progress.finished:
+        return f"is not finished ({progress.so_far})"
+    return "" if progress.part is None else f"is part {progress.part} of a run"
 
 
 def lacks_layers(progress: TaskProgress) -> str:

@@ -61,13 +61,18 @@ def read_task(task: Task) -> Task:
     """The task with its arrays.
 
     Raises:
-        InputError: it is not finished.
+        InputError: it is not finished, or a part of a run.
     """
     progress = task.progress
     if not progress.finished:
         raise InputError(
             f"the task {task.name!r} in {task.folder} is not finished ({progress.so_far}); go on with it first: "
             "fisher-jax report --resume."
+        )
+    if progress.part is not None:
+        raise InputError(
+            f"the task {task.name!r} in {task.folder} is part {progress.part} of a run; join all parts first: "
+            "fisher-jax join."
         )
     return task._replace(arrays=ReportStore(task.folder).restore()[task.name])
 

@@ -7,12 +7,15 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from typing import NamedTuple
 
 from fisher_jax._support.printable import printable, shortened
 
 MOST = 10**12  # more tokens or rows than any machine sees
 LONGEST_ROW = 10_000_000  # tokens
 LONGEST_RUN = 2**31 - 1  # steps, counted in 32 bits
+MOST_PARTS = 1_000_000
+_PART = re.compile(r"(\d{1,7})/(\d{1,7})", re.ASCII)
 _WHOLE = re.compile(r"[+-]?(\d+(_\d+)*|\d{1,3}(,\d{3})+)", re.ASCII)
 _REAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.ASCII | re.IGNORECASE)
 # What float32 holds with room for squares.
@@ -21,6 +24,16 @@ _LONGEST_NUMBER = 40
 # Bytes, of most file systems; what lies in a folder needs some as well.
 _LONGEST_NAME, _LONGEST_FOLDER, _LONGEST_PATH = 255, 200, 3800
 _LONGEST_TASK = 120  # bytes: it becomes part of file names
+
+
+class PartNumber(NamedTuple):
+    """One part of a run, numbered from 1, and how many there are."""
+
+    number: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
 
 
 def count(minimum: int, maximum: int = MOST) -> Callable[[str], int]:
@@ -37,6 +50,19 @@ def count(minimum: int, maximum: int = MOST) -> Callable[[str], int]:
 
 # Beyond 32 bits `jax.random.key` drops the upper ones, so that two seeds would be the same.
 seed = count(0, 2**32 - 1)
+
+
+def part(text: str) -> PartNumber:
+    """3/16: the third of sixteen parts."""
+    found = _PART.fullmatch(text)
+    if found is None:
+        raise ArgumentTypeError(f"must be a part and how many there are, such as 3/16, not {_shown(text)}")
+    number, of = map(int, found.groups())
+    if not 1 <= of <= MOST_PARTS:
+        raise ArgumentTypeError(f"must be of 1 to {MOST_PARTS:,} parts, not {_shown(text)}")
+    if not 1 <= number <= of:
+        raise ArgumentTypeError(f"{_shown(text)} is none of the parts 1/{of} to {of}/{of}")
+    return PartNumber(number, of)
 
 
 def seconds(text: str) -> float:

@@ -31,8 +31,8 @@ class JoinSettings(Settings):
         type=values.folder, help="folder to write", group="what to join", positional=True, metavar="OUT"
     )
     folders: tuple[str, ...] = option(
-        type=values.file_or_folder, help="what `fisher-jax report` wrote, or FOLDER:TASK where a folder holds several "
-        "tasks", positional=True, metavar="FOLDER", nargs="+",
+        type=values.file_or_folder, help="what `fisher-jax report` wrote, or FOLDER:TASK where a folder holds "
+        "several tasks", positional=True, metavar="FOLDER", nargs="+",
     )  # fmt: skip
     task: str = option(
         "", values.task_name, "the task to join, where folders hold several (default: the one that all hold)",

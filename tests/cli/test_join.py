@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -387,3 +388,21 @@ def test_settings_of_join_are_frozen():
     assert settings.text == (("wikipedia",), ("news", "pubmed"))
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.task = "x"
+
+
+def test_the_example_of_the_guide_runs():
+    page = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(code, "docs/jobs.md", "exec"), {})
+
+
+def test_commands_of_the_guide_are_understood(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text(encoding="utf-8")
+    shell = "\n".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).replace("\\\n", " ")
+    commands = re.findall(r"^fisher-jax (.*)$", shell, re.M)
+    assert len(commands) == 5
+    for command in commands:
+        words = re.sub(r'"\$SLURM_ARRAY_TASK_ID/16"', "3/16", command).replace('"$part" $resume', "part-03-of-16")
+        words = re.sub(r"\S*\*\.txt", "wikipedia", words)
+        settings_of(words.split())

@@ -23,9 +23,11 @@ def _start(arguments):
         text=True,
         # It compiles the same program as the tests: a setting of XLA that a person gives stays, and so does this one.
         env={
-            **os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-eltwise",
-        },  # fmt: skip
+        },
     )
 
 

@@ -54,7 +54,7 @@ def _differs(
     product = jnp.einsum("th,vh->tv", hidden[places], matrix, preferred_element_type=cotangents.dtype)
 
     def total(product):
-        z = product if bias is None else product + bias
+        z = product if bias is None else product + bias[None]
         z = head.scale * z
         z = z if head.soft_cap is None else head.soft_cap * jnp.tanh(z / head.soft_cap)
         return jnp.sum(weights[chosen] * log_probs(likelihood, z, targets[chosen], weights[chosen]))

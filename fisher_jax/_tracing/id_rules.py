@@ -487,15 +487,7 @@ def _drawn(eqn, operand, values, output, loops, constant):
     return values.reshape(*values.shape[:loops], *own[:after], *(1,) * (after - min(before, after)))
 
 
-def _searched(eqn, operand, values, output, loops, constant):
-    """Places of numbers among sorted ones that belong to nobody."""
-    if operand == 0 or eqn.params["batch_dims"]:
-        raise LostError("it looks through them")
-    return values
-
-
 _RULES: dict[str, Callable] = {
-    "SearchSorted": _searched,
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,
     "squeeze": _squeeze,

@@ -11,7 +11,6 @@ from fisher_jax._tracing.ids import NOBODY, Ids, Lost
 from fisher_jax._tracing.program import trace
 
 ROWS, LENGTH, WIDTH = 4, 6, 3
-GRID = jnp.linspace(-1, 1, 4)
 
 
 def structure_of(function, lead, *arrays):
@@ -224,8 +223,6 @@ def test_what_cannot_be_followed_is_lost_and_says_where(name, function, lost):
         ("a factor of each row", lambda x: jnp.linalg.cholesky(jnp.einsum("bsd,bse->bde", x, x)), {"row"}),
         ("eigenvalues of each row", lambda x: jnp.linalg.eigvalsh(jnp.einsum("bsd,bse->bde", x, x)), {"row"}),
         ("a batch of matrices", lambda x: jax.vmap(lambda y: y @ y.T @ y)(x), {"row", "position"}),
-        ("between points of a grid", lambda x: jnp.interp(x, GRID, GRID**2), {"row", "position"}),
-        ("bins", lambda x: jnp.digitize(x, GRID), {"row", "position"}),
         ("another device", lambda x: jax.device_put(x, jax.devices()[0]), {"row", "position"}),
     ],
 )

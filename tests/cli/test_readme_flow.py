@@ -22,6 +22,7 @@ SMALL = {
     "report": ["--max-tokens", "500", "--held-out-tokens", "60", "--batch-size", "4"],
     "spectrum": ["--max-products", "12", "--probes", "2", "--density-steps", "3", "--block-tokens", "4"],
     "compare": [],
+    "join": [],
     "train": ["--steps", "2", "--eval-every", "1", "--batch-size", "2", "--held-out-tokens", "60"],
     "merge": ["--documents", "2", "--characters", "40"],
     "trim": ["--documents", "2", "--characters", "40"],
@@ -30,6 +31,7 @@ SMALL = {
 SMALL_MODEL = ["--width", "16", "--layers", "1", "--heads", "2"]
 # Values in the place of those that the README has.
 INSTEAD = {"--max-tokens": "30", "--keep": "280"}
+PARTS = 2  # in the place of 16
 FLAGS = {"--resume", "--density", "--blocks"}
 PLAIN = {"--out", "--parameters", "--model", "--models", "--states", "--base", "--init", "--state", "--task",
          "--compare", "--operator", "--k"}  # fmt: skip
@@ -47,8 +49,8 @@ def commands():
     return [x for x in words if x and x not in OTHERS]
 
 
-def tiny_command(words):
-    """The same on tiny models and texts.
+def tiny_commands(words):
+    """The same on tiny models and texts; for one part of a run, the commands of all its parts.
 
     Fails for a program, a command or an option that it does not know.
     """
@@ -57,12 +59,14 @@ def tiny_command(words):
     done, texts, option = [command], [], None
     for word in rest:
         if word.startswith("--"):
-            assert word in FLAGS | PLAIN | set(INSTEAD) | {"--text"}, f"an unknown option of {command}: {word}"
+            assert word in FLAGS | PLAIN | set(INSTEAD) | {"--text", "--part"}, f"an unknown option of {command}: {word}"
             option = word
             texts += [[]] if word == "--text" else []
             done += [word] if word != "--text" else []
         elif option == "--text":
             texts[-1].append(word)
+        elif word.endswith("-of-16/"):
+            done += sorted(map(str, pathlib.Path().glob(word.replace("-of-16", f"-of-{PARTS}"))))
         else:
             done.append(INSTEAD.get(option, word))
     texts = texts or ([["wikipedia"]] if command in ("report", "spectrum", "train", "trim") else [])
@@ -72,7 +76,11 @@ def tiny_command(words):
         done += ["--task", of] if of and command == "report" else []
     if command in ("report", "spectrum", "compare", "trim") and "--model" not in done:
         done += ["--model", MODEL]
-    return [*done, *SMALL[command], *(SMALL_MODEL if command == "train" and "--init" not in done else [])]
+    done += SMALL[command] + (SMALL_MODEL if command == "train" and "--init" not in done else [])
+    if "--part" not in done:
+        return [done]
+    place = done.index("--part") + 1
+    return [[*done[:place], f"{number}/{PARTS}", *done[place + 1 :]] for number in range(1, PARTS + 1)]
 
 
 @pytest.fixture
@@ -91,14 +99,14 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_every_command_works_in_order(folder, capsys):
-    known = {"report", "spectrum", "compare", "train", "merge", "trim"}
+    known = {"report", "spectrum", "compare", "train", "merge", "trim", "join"}
     found = commands()
     assert {words[3] for words in found} == known
     for words in found:
-        arguments = tiny_command(words)
-        code = quick(arguments)
-        captured = capsys.readouterr()
-        assert code == 0, f"{shlex.join(words[2:])}: {captured.err}"
+        for arguments in tiny_commands(words):
+            code = quick(arguments)
+            captured = capsys.readouterr()
+            assert code == 0, f"{shlex.join(words[2:])}: {captured.err}"
     page = (folder / "report" / "report.html").read_text(encoding="utf-8")
     assert "pubmed" in page
     assert (folder / "trimmed" / "model.safetensors").is_file()
@@ -108,7 +116,7 @@ def test_every_command_works_in_order(folder, capsys):
 def test_a_new_command_or_option_is_noticed():
     for words in ("uv run fisher-jax invent", "uv run fisher-jax report --invented 3", "npm install"):
         with pytest.raises((AssertionError, KeyError)):
-            tiny_command(shlex.split(words))
+            tiny_commands(shlex.split(words))
 
 
 @pytest.fixture

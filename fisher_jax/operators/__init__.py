@@ -23,8 +23,11 @@ from fisher_jax.kronecker.curvature.factors import Factors
 from fisher_jax.kronecker.curvature.product import curvature_product
 from fisher_jax.likelihoods import Likelihood
 from fisher_jax.operators import products
+from fisher_jax.operators.solving import Solution
 
-__all__ = ["empirical_fisher", "fisher", "ggn", "hessian", "kfac", "over_batches", "restrict", "total_weight"]
+__all__ = [
+    "Solution", "empirical_fisher", "fisher", "ggn", "hessian", "kfac", "over_batches", "restrict", "total_weight",
+]  # fmt: skip
 
 Tree = Any
 Matvec = Callable[[Tree], Tree]

@@ -33,7 +33,7 @@ def preconditioner_of(given: Any, b: Tree, damping: Array) -> tuple[Partial, Arr
         factors = dataclasses.replace(given, damping=damping, power=-1.0)
         largest = _largest_eigenvalue(factors)
         smallest = jnp.zeros_like(damping) if largest is None else damping / (damping + largest.astype(damping.dtype))
-        _check_factors(factors, b)
+        jax.eval_shape(_by_factors, factors, b)  # what does not fit is said before the first product
         return Partial(_by_factors, factors), smallest
     if callable(given):
         found = given if isinstance(given, Partial) else Partial(given)
@@ -56,26 +56,37 @@ def _by_diagonal(diagonal: Tree, damping: Array, v: Tree) -> Tree:
 
 
 def _by_factors(factors: Factors, v: Tree) -> Tree:
-    leaves, treedef = jax.tree.flatten(v, is_leaf=lambda x: x is None)
-    filled = list(leaves)
+    """The inverse of every block; entries of leaves that do not move are zeros, and are left out of the result."""
+    leaves, treedef = jax.tree.flatten(v)
+    where = _places(factors, v)
+    filled: list = [None] * _number_of_leaves(factors)
     for block in factors.plan:
         for use, leaf in ((block.use, block.leaf), (block.bias_use, block.bias)):
-            if use is not None and leaf is not None and leaves[leaf] is None:
+            if use is not None and leaf is not None:
                 filled[leaf] = jnp.zeros(use.segments[0].source.shape)
+    for i, x in zip(where, leaves, strict=True):
+        filled[i] = x
     found = kronecker_solve(factors.plan, factors.blocks, filled, factors.damping, factors.form, factors.power)
-    kept = [None if x is None else y for x, y in zip(leaves, found, strict=True)]
-    return jax.tree.unflatten(treedef, kept)
+    return jax.tree.unflatten(treedef, [found[i] for i in where])
 
 
-def _check_factors(factors: Factors, b: Tree) -> None:
-    leaves = jax.tree.leaves(b, is_leaf=lambda x: x is None)
-    where = moving_leaves(factors.plan)
-    if not where or where[-1] >= len(leaves):
+def _number_of_leaves(factors: Factors) -> int:
+    return 1 + max(i for block in factors.plan for i in (block.leaf, block.bias) if i is not None)
+
+
+def _places(factors: Factors, v: Tree) -> list[int]:
+    """Which of the parameters the leaves of ``v`` belong to: all that have blocks, or those that are not ``None``."""
+    number, with_blocks = len(jax.tree.leaves(v)), moving_leaves(factors.plan)
+    if number == len(with_blocks):
+        return with_blocks
+    spaces = jax.tree.leaves(v, is_leaf=lambda x: x is None)
+    found = [i for i, x in enumerate(spaces) if x is not None]
+    if len(spaces) != _number_of_leaves(factors) or not set(found) <= set(with_blocks):
         raise ValueError(
-            f"the factors have blocks for {len(where)} leaves, and b has {len(leaves)}; b is a tree like the "
-            "parameters, as fj.operators.restrict(params) makes it"
+            f"b has {number} leaves, and the factors have blocks for {len(with_blocks)}; b is a tree like the "
+            "parameters, with None where nothing moves, as fj.operators.restrict(params, parameters) makes it"
         )
-    jax.eval_shape(_by_factors, factors, b)
+    return found
 
 
 def _largest_eigenvalue(factors: Factors) -> Array | None:

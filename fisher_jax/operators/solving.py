@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
@@ -18,7 +17,7 @@ from fisher_jax.kronecker.numbers import check_numbers
 from fisher_jax.operators import conjugate_gradients, minimal_residuals
 from fisher_jax.operators.conjugate_gradients import NOT_FINITE, NOT_POSITIVE, RUNNING, Limits
 from fisher_jax.operators.preconditioners import preconditioner_of
-from fisher_jax.operators.tree_vectors import add_scaled, check_like, norm, scalar_dtype, widened
+from fisher_jax.operators.tree_vectors import add_scaled, check_like, each, norm, number_of, scalar_dtype, widened
 
 __all__ = ["Solution", "solve"]
 
@@ -31,7 +30,8 @@ class Solution(NamedTuple):
     """What `fj.solve` found. Arrays have one entry for each right-hand side where there are several.
 
     Attributes:
-        x: a tree like ``b``, which lies on devices as ``b`` does, at least float32; NaN where the product is not positive or not finite.
+        x: a tree like ``b``, at least float32, which lies on devices as ``b`` does; NaN where the product is not
+            positive or not finite.
         residual: ``|b - (C + damping I) x|``, computed from ``x`` by a product of its own.
         relative_residual: ``residual / |b|``; 0 for ``b = 0``.
         error_bound: at least ``sqrt(e^T (C + damping I) e)``, ``e = x - (C + damping I)^-1 b``, for a positive
@@ -122,8 +122,8 @@ def solve(
         >>> batch = fj.Batch(jnp.diag(jnp.array([2.0, 1.0])), jnp.array([[1.0], [1.0]]))
         >>> matvec = fj.operators.ggn(apply_fn, fj.gaussian, params, batch)  # diag(2, 1/2)
         >>> found = fj.solve(matvec, {"kernel": jnp.ones((2, 1))}, damping=0.5)
-        >>> found.x["kernel"].round(4).ravel().tolist(), found.reason
-        ([0.4000000059604645, 1.0], 'converged')
+        >>> [round(float(x), 4) for x in found.x["kernel"][:, 0]], found.reason
+        ([0.4, 1.0], 'converged')
         >>> factors = fj.kfac_factors(apply_fn, fj.gaussian, params, batch)
         >>> found = fj.solve(matvec, {"kernel": jnp.ones((2, 1))}, damping=0.5, preconditioner=factors)
         >>> int(found.num_products)  # K-FAC is exact here: one step, and one look at the residual
@@ -135,7 +135,7 @@ def solve(
     if max_steps < 1:
         raise ValueError(f"max_steps is at least 1, found {max_steps}")
     b = widened(b, "b")
-    lead = _number(b) if several else None
+    lead = number_of(b, "several right-hand sides") if several else None
     x0 = None if x0 is None else check_like(x0, b, "x0")
     matvec = matvec if isinstance(matvec, Partial) else Partial(matvec)
     one = jax.tree.map(lambda x: x[0], b) if several else b
@@ -150,14 +150,6 @@ def solve(
     else:
         state = _run_on_host(method, matvec, given, b, x0, limits, lead is not None)
     return _solution(state, b, lead is not None)
-
-
-def _number(b: Tree) -> int:
-    sizes = {x.shape[0] if x.ndim else None for x in jax.tree.leaves(b)}
-    if len(sizes) != 1 or None in sizes:
-        lengths = ", ".join(sorted(map(str, sizes)))
-        raise ValueError(f"several right-hand sides have one leading axis, found the lengths {lengths}")
-    return jax.tree.leaves(b)[0].shape[0]
 
 
 def _checked(matvec: Partial, v: Tree) -> Tree:
@@ -182,14 +174,7 @@ def _run(method: str, matvec: Partial, given: Partial, b: Tree, x0: Tree, limits
         first = algorithm.start(found, x0, given)
         return jax.lax.while_loop(lambda state: state.status == RUNNING, step, first)
 
-    return _each(one)(b, x0) if several else one(b, x0)
-
-
-def _each(one: Callable) -> Callable:
-    """All right-hand sides side by side; one after the other where Explicit axes do not let a product be batched."""
-    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-        return lambda *trees: jax.lax.map(lambda x: one(*x), trees)
-    return jax.vmap(one)
+    return each(one)(b, x0) if several else one(b, x0)
 
 
 def _run_on_host(method, matvec, given, b, x0, limits, several: bool) -> Any:
@@ -197,7 +182,7 @@ def _run_on_host(method, matvec, given, b, x0, limits, several: bool) -> Any:
     while bool(jnp.any(state.status == RUNNING)):
         v = _vector(method, state, several)
         if several:
-            count = _number(b)
+            count = number_of(b, "several right-hand sides")
             products = [_checked(matvec, jax.tree.map(lambda x, i=i: x[i], v)) for i in range(count)]
             product = jax.tree.map(lambda *x: jnp.stack(x), *products)
         else:

@@ -1,15 +1,28 @@
 """Trees of arrays as vectors: dot products, sums, dtypes."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jaxtyping import Array
 
 from fisher_jax._support.dtypes import common_dtype, is_floating, wide, wide_dtype
 
-__all__ = ["add_scaled", "check_like", "dot", "norm", "scalar_dtype", "select", "widened", "zeros_like"]
+__all__ = [
+    "add_scaled",
+    "check_like",
+    "dot",
+    "each",
+    "norm",
+    "number_of",
+    "scalar_dtype",
+    "select",
+    "widened",
+    "zeros_like",
+]
 
 Tree = Any
 
@@ -48,6 +61,29 @@ def add_scaled(x: Tree, scale: Array, y: Tree) -> Tree:
 
 def select(condition: Array, x: Tree, y: Tree) -> Tree:
     return jax.tree.map(functools.partial(jnp.where, condition), x, y)
+
+
+def each(function: Callable) -> Callable:
+    """``function`` of every entry of a leading axis, side by side.
+
+    One after the other where Explicit axes do not let a product be batched.
+    """
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        return lambda *trees: jax.lax.map(lambda x: function(*x), trees)
+    return jax.vmap(function)
+
+
+def number_of(tree: Tree, what: str) -> int:
+    """The length of the leading axis of every leaf.
+
+    Raises:
+        ValueError: leaves of different lengths, or without axes.
+    """
+    lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(tree)}
+    if len(lengths) != 1 or () in lengths:
+        shown = ", ".join(sorted(str(list(x)) for x in lengths))
+        raise ValueError(f"{what} have one leading axis in all leaves, found the lengths {shown}")
+    return next(iter(lengths))[0]
 
 
 def zeros_like(x: Tree) -> Tree:

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from fisher_jax._support.dtypes import is_floating, wide, wide_dtype
 from fisher_jax._support.meshes import Place, laid_out
 from fisher_jax._support.selection import Selection
+from fisher_jax._tracing.program import with_wide_sums
 from fisher_jax._tracing.reading import read
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import Tokens, fisher_product, log_probs, readable
@@ -96,7 +97,7 @@ def kept_product(operator: Operator, moving: Tree, kept: tuple, v: Tree) -> Tree
 
 def _function(operator: Operator, params: Tree, part: Tokens) -> Callable[[Tree], Any]:
     """What is differentiated: the outputs, the log-likelihoods of the tokens, or the summed loss."""
-    apply_fn, remat = operator.apply_fn, operator.remat
+    apply_fn, remat = with_wide_sums(operator.apply_fn), operator.remat
     if remat:
         apply_fn = jax.checkpoint(apply_fn, policy=None if remat is True else remat)
 

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from fisher_jax._support.dtypes import is_floating, wide, wide_dtype
 from fisher_jax._support.meshes import Place, laid_out, places
 from fisher_jax._support.selection import Chosen, Selection, select
+from fisher_jax._tracing.program import with_wide_sums
 from fisher_jax._tracing.reading import read
 from fisher_jax.batch import Batch
 from fisher_jax.batch.arguments import check_arguments
@@ -122,7 +123,7 @@ def kept_product(operator: Operator, moving: Tree, kept: tuple, v: Tree) -> Tree
 
 def _function(operator: Operator, params: Tree, part: Tokens) -> Callable[[Tree], Any]:
     """What is differentiated: the outputs, the log-likelihoods of the tokens, or the summed loss."""
-    apply_fn, remat = operator.apply_fn, operator.remat
+    apply_fn, remat = with_wide_sums(operator.apply_fn), operator.remat
     if remat:
         apply_fn = jax.checkpoint(apply_fn, policy=None if remat is True else remat)
 
@@ -184,7 +185,7 @@ def gradient(operator: Operator, params: Tree, batch: Batch) -> Tree:
     total, usable = _normaliser(part, bad)
 
     def loss(moving: Tree) -> Array:
-        outputs = operator.apply_fn(operator.selection.join(moving, params), part.inputs)
+        outputs = with_wide_sums(operator.apply_fn)(operator.selection.join(moving, params), part.inputs)
         return -jnp.sum(part.weights * log_probs(operator.likelihood, outputs, part.targets, part.weights))
 
     return _placed(operator, _scaled(_wide(jax.grad(loss)(moving)), total, usable))

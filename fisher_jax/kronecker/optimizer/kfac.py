@@ -73,8 +73,9 @@ def kfac(
       the step of ``x`` alone is predicted to cause below ``kl_clip`` nats.
     - `fj.Adaptive`: the update ``u = -a x + m (last update)`` has ``a`` and ``m`` that minimise the exact quadratic
       model of the loss on this batch, ``g . u + u . (GGN + (damping + weight_decay) I) u / 2`` (two Jacobian-vector
-      products; Martens and Grosse 2015, section 7), with ``weight_decay / 2 |params|**2`` in the loss, among
-      ``min_momentum min(1, updates / 50) <= m <= max_momentum``; ``a`` is then multiplied by ``rate_scale``. Every
+      products; Martens and Grosse 2015, section 7), among ``min_momentum min(1, updates / 50) <= m <= max_momentum``;
+      ``a`` is then multiplied by ``rate_scale``. The loss has ``weight_decay / 2 |params|**2`` in it: here ``g`` is
+      ``grads + weight_decay params``, and ``x = (F + (damping + weight_decay) I)^-1 g``. Every
       ``adapt_period`` updates, and at each of the first 50, the loss after the step is evaluated and the damping
       follows the Levenberg-Marquardt rule (section 6.5): it is multiplied by ``0.9`` for each update since the last
       look where the loss fell by more than 3/4 of what the model predicts, and divided by as much below 1/4. Where it

@@ -1,8 +1,8 @@
 """How many products does a damped solve with the GGN of a language model take, by preconditioner?
 
 The decoder of bytes of `natural_gradient_language.py` (two layers of width 64), trained by AdamW on Wikipedia. The
-GGN is over 64 rows of 64 bytes, the right-hand sides are loss gradients of four held-out rows, and a solve is done at a
-relative residual of 1e-3. Preconditioners are what a user has: nothing, a diagonal Fisher, K-FAC, EK-FAC.
+GGN is over 64 rows of 64 bytes, the right-hand sides are loss gradients of four held-out rows, and a solve is done at
+a relative residual of 1e-3. Preconditioners are what a user has: nothing, a diagonal Fisher, K-FAC, EK-FAC.
 
     uv run python experiments/solves.py            # writes results/solves.md and .json
     uv run python experiments/solves.py --quick    # does it run? numbers mean nothing
@@ -12,7 +12,6 @@ import argparse
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from measure import write
@@ -53,9 +52,7 @@ def preconditioners(apply_fn, params, batch):
         # The embedding that is the head too is a sum of two products without common eigenvectors.
         choice = (lambda path: "embed" not in path) if correct else False
         curvature = fj.Curvature(estimator="sampled", eigenvalue_correction=choice)
-        return fj.kfac_factors(
-            apply_fn, fj.categorical, params, batch, key=jax.random.key(1), curvature=curvature
-        )
+        return fj.kfac_factors(apply_fn, fj.categorical, params, batch, key=jax.random.key(1), curvature=curvature)
 
     return {"none": None, "diagonal": diagonal, "K-FAC": factors(False), "EK-FAC": factors(True)}
 
@@ -83,7 +80,9 @@ def main():
                 fj.solve(matvec, b, damping=damping, preconditioner=way, rtol=1e-3, max_steps=MOST) for b in queries
             ]
             products = np.mean([int(x.num_products) for x in found])
-            row[name] = float(products) if all(bool(x.converged) for x in found) else f"{products:.0f} ({found[0].reason})"
+            row[name] = (
+                float(products) if all(bool(x.converged) for x in found) else f"{products:.0f} ({found[0].reason})"
+            )
             print(damping, name, row[name], flush=True)
         table.append(row)
     if not quick:

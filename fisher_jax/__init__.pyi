@@ -70,6 +70,7 @@ from .spectra.blocks.of_batch import block_spectrum as block_spectrum
 # Inverse curvature
 from .operators.solving import solve as solve
 from .uses.influence import influence as influence
+from .uses.laplace import laplace as laplace
 
 # Use
 from .uses.pruning import saliency as saliency, prune_mask as prune_mask

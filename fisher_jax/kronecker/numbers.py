@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array
 
 from fisher_jax._support import rejection
+from fisher_jax._support.jax_internals import is_traced
 
-__all__ = ["at", "check_numbers", "outside"]
+__all__ = ["at", "check_numbers", "check_scalar", "outside"]
 
 _FINITE = (lambda x: (x >= 0) & (x < math.inf), "at least 0")
 # What each may be, and in words.
@@ -53,6 +54,22 @@ def check_numbers(**given: Any) -> None:
             raise ValueError(f"{sentence}; found {found!r}")
         if not allowed(float(found)):
             raise ValueError(f"{sentence}; found {found!r}")
+
+
+def check_scalar(name: str, found: Any, *, positive: bool) -> None:
+    """Raise for what is not one finite number in its range; of traced numbers only the shape is seen."""
+    words = "positive" if positive else "at least 0"
+    sentence = f"{name} is one number, {words}"
+    if isinstance(found, bool) or not isinstance(found, numbers.Real | jax.Array | np.ndarray):
+        raise ValueError(f"{sentence}; found {type(found).__name__}")
+    array: Any = found
+    if jnp.shape(array) != () or not jnp.issubdtype(jnp.result_type(array), jnp.number):
+        raise ValueError(f"{sentence}; found shape {list(jnp.shape(array))} and dtype {jnp.result_type(array)}")
+    if is_traced(array):
+        return
+    value = float(array)
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{sentence}; found {value:g}")
 
 
 def outside(**given: Any) -> Array:

@@ -13,7 +13,7 @@ from fisher_jax._support.errors import InputError
 from fisher_jax._support.jax_internals import is_traced
 from fisher_jax._support.meshes import laid_out, places
 from fisher_jax._support.outline import outline
-from fisher_jax.kronecker.numbers import check_numbers
+from fisher_jax.kronecker.numbers import check_scalar
 from fisher_jax.operators import conjugate_gradients, minimal_residuals
 from fisher_jax.operators.conjugate_gradients import NOT_FINITE, NOT_POSITIVE, RUNNING, Limits
 from fisher_jax.operators.preconditioners import preconditioner_of
@@ -131,7 +131,8 @@ def solve(
     """
     if method not in _METHODS:
         raise ValueError(f"method is one of {', '.join(_METHODS)}, found {method!r}")
-    check_numbers(damping=damping)
+    check_scalar("damping", damping, positive=False)
+    check_scalar("rtol", rtol, positive=False)
     if max_steps < 1:
         raise ValueError(f"max_steps is at least 1, found {max_steps}")
     b = widened(b, "b")

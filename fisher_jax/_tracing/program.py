@@ -25,6 +25,7 @@ from fisher_jax.batch.arguments import explained
 __all__ = [
     "Program",
     "Tap",
+    "applied",
     "check_parameters",
     "differentiate",
     "frozen",
@@ -297,7 +298,7 @@ def with_wide_sums(apply_fn: Callable) -> Callable:
     return run
 
 
-def _applied_wide(use: Use, operand: Array, inputs: tuple) -> Array:
+def applied(use: Use, operand: Array, inputs: tuple) -> Array:
     """The output of a use, whose pullback adds up the rows of a narrow table in float32."""
     assert use.apply is not None
     if use.kind != "embedding":
@@ -313,6 +314,6 @@ def gradient_of_use(use: Use, depth: int, inputs: tuple, cotangent: Array) -> Ar
     elif use.apply is None:
         found = cotangent
     else:
-        _, pullback = jax.vjp(lambda w: _applied_wide(use, w, inputs), zeros(use.operand))
+        _, pullback = jax.vjp(lambda w: applied(use, w, inputs), zeros(use.operand))
         (found,) = pullback(cotangent)
     return use.segments[depth].transpose(found)

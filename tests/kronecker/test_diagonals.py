@@ -105,3 +105,33 @@ def test_where_positions_are_lost_the_user_says_which_axes_they_are():
     np.testing.assert_allclose(found, squares(apply_fn, params), rtol=2e-4)
     with pytest.raises(ValueError, match=r"tokens lie along axes 0, 1, 2 .* not along axes 0, 3"):
         diagonal(apply_fn, params, positions={"['a']": (0, 3)}, **options)
+
+
+def to_slots(p, x):
+    """Two experts, whose tokens a dispatch that reads the data brings to slots: positions are summed away."""
+    gate = jnp.argmax(0 * x[..., :2] + jax.nn.one_hot(jnp.arange(LENGTH) % 2, 2), -1)
+    chosen = jax.nn.one_hot(gate, 2)
+    slot = jnp.sum((jnp.cumsum(chosen, 1) - 1) * chosen, -1).astype(int)
+    dispatch = chosen[..., None] * jax.nn.one_hot(slot, LENGTH)[:, :, None]
+    hidden = jnp.tanh(jnp.einsum("btec,btd->becd", dispatch, x) + p["a"][:, None])
+    return jnp.einsum("btec,becd->btd", dispatch, hidden)
+
+
+def test_a_bias_in_slots_of_experts_asks_for_its_tokens_and_takes_them():
+    def in_slots(p, x):
+        return to_slots(p, x) @ p["o"]
+
+    def in_place(p, x):
+        return jnp.tanh(x + p["a"][jnp.arange(LENGTH) % 2]) @ p["o"]
+
+    shapes = {"a": (2, HEADS * SIZE), "o": (HEADS * SIZE, K)}
+    params = {name: jnp.asarray(RNG.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    options = {"estimator": "empirical", "policy": "never"}
+    with pytest.raises(ValueError, match=r"\['a'\].*slots.*positions="):
+        fj.kfac_factors(in_slots, fj.categorical, params, BATCH, curvature=fj.Curvature(**options))
+    told = fj.Curvature(**options, positions={"['a']": (0, 2)})
+    factors = fj.kfac_factors(in_slots, fj.categorical, params, BATCH, curvature=told)
+    ones = jax.tree.map(jnp.ones_like, params)
+    found = fj.operators.kfac(factors)(ones)["a"]
+    exact = fj.group_fisher(in_place, estimator="exact", example=BATCH)
+    np.testing.assert_allclose(found, fj.mean(exact.observe(params, BATCH))["a"], rtol=1e-5)

@@ -25,7 +25,7 @@ from fisher_jax._tracing.places import (
     of_rows,
     of_tokens,
 )
-from fisher_jax._tracing.program import Tap
+from fisher_jax._tracing.program import Tap, applied
 from fisher_jax._tracing.uses import Segment, Use
 from fisher_jax.kronecker.blocks.convolution import patches
 from fisher_jax.kronecker.blocks.layout import through
@@ -289,8 +289,8 @@ def _diagonal(tap: Tap, lead: int) -> Tree:
         by_entry = g * wide(tap.inputs[0]) if tap.kind == "scale" and tap.inputs else g
         return {"squares": _back(use.segments[-1], _squares(tap, by_entry, lead))}
     if use.apply is not None:
-        apply, inputs = use.apply, tap.inputs or ()
-        _, pullback = jax.vjp(lambda w: apply(w, *inputs), jnp.zeros(use.operand.shape, use.operand.dtype))
+        zeros = jnp.zeros(use.operand.shape, use.operand.dtype)
+        _, pullback = jax.vjp(lambda w: applied(use, w, tap.inputs or ()), zeros)
         (g,) = pullback(tap.cotangents)
     return {"gradient": _back(use.segments[-1], wide(g))}
 
@@ -299,6 +299,8 @@ def _squares(tap: Tap, x: Array, lead: int) -> Array:
     """Of an operand that was broadcast: a token's gradient is the sum over all of its entries, such as heads.
 
     Where rows and positions are lost, the axes are theirs if there are no more than the ``lead`` ones of the loss.
+    Where a product has summed positions away, as the dispatch to slots of an expert does, nobody knows whether an
+    axis that is left is of tokens.
     """
     use = tap.use
     broadcast = {i for i in input_token_axes(use, x.ndim) if x.shape[i] > 1}
@@ -312,6 +314,13 @@ def _squares(tap: Tap, x: Array, lead: int) -> Array:
                 f"fj.Curvature(positions={{{tap.path!r}: axes}}) which they are"
             )
         tokens = broadcast
+    elif lead > 1 and {one.kind for one in use.ids if not isinstance(one, Lost)} == {"row"} and broadcast - tokens:
+        raise ValueError(
+            f"the gradient of {tap.path}{_place(tap)} is summed over axes {sorted(broadcast)} of its output "
+            f"{list(x.shape)}; {sorted(tokens)} are rows, a product has summed positions away, and it is "
+            f"not known whether {sorted(broadcast - tokens)} holds tokens (slots of an expert) or not (heads): say "
+            f"with fj.Curvature(positions={{{tap.path!r}: axes}}) which axes are"
+        )
     by_token = x.sum(tuple(broadcast - tokens), keepdims=True)
     return jnp.sum(by_token**2, tuple(tokens), keepdims=True).reshape(use.operand.shape)
 

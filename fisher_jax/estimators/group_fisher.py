@@ -10,6 +10,7 @@ from fisher_jax import groups as groups_room
 from fisher_jax import welford
 from fisher_jax._support import meshes
 from fisher_jax._support.dtypes import is_floating
+from fisher_jax._support.lanes import Laid
 from fisher_jax._tracing import roles
 from fisher_jax._tracing.program import check_parameters, trace
 from fisher_jax._tracing.structure import Structures
@@ -150,7 +151,7 @@ def group_fisher(
         return head_estimator(chosen, example)
     observe_with: Callable = by_token if estimator == "exact" else by_batch if _whole(estimator, unit) else by_row
 
-    structures = Structures()
+    structures, laid = Structures(), Laid()
 
     def grouped(params: Tree) -> list:
         check_parameters(params)
@@ -163,12 +164,13 @@ def group_fisher(
 
     def problem(params: Tree) -> Problem:
         return Problem(
-            apply_fn, likelihood, structures, grouped(params), combine, estimator, kind, unit, num_samples,
+            apply_fn, likelihood, structures, laid, grouped(params), combine, estimator, kind, unit, num_samples,
             temperature, chunk_size, rows_independent,
         )  # fmt: skip
 
     def init(params: Tree):
         check_parameters(params)
+        laid.note_params(params)
         if example is not None and observe_with is by_row:
             problem(params).rows_alone(params, example.inputs)
         like = jax.eval_shape(lambda p: problem(p).reduce(_floating(p)), params)

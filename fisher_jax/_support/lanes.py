@@ -80,16 +80,23 @@ class Lanes:
             check_vma=False,
         )(shared, jax.tree.map(self._spread, rows))  # fmt: skip
 
-    def together(self, function: Callable[[Tree], Tree], found: Tree) -> Tree:
-        """``function`` of what lanes found, stacked: a tree of the arrays of one lane."""
+    def together(self, function: Callable[..., Tree], found: Tree, *others: Tree) -> Tree:
+        """``function`` of what the lanes found, stacked: a tree like ``found``, of the arrays of one lane."""
         if not self.explicit:
-            return function(found)
+            return function(found, *others)
         out = jax.tree.map(lambda x: PartitionSpec(*jax.typeof(x).sharding.spec[1:]), found)
-        return automatic(function, out, found)
+        return automatic(function, out, found, *others)
 
     def joined(self, x: Array) -> Array:
         """Rows that lanes found, ``[lanes, rows of a lane, ...]``, as ``[rows, ...]``."""
-        return self.together(lambda x: x.reshape(-1, *x.shape[2:]), x)
+
+        def join(x: Array) -> Array:
+            return x.reshape(-1, *x.shape[2:])
+
+        if not self.explicit:
+            return join(x)
+        lane, _, *rest = jax.typeof(x).sharding.spec
+        return automatic(join, PartitionSpec(lane, *rest), x)
 
     def _split(self, x: Array) -> Array:
         x = jnp.asarray(x)

@@ -147,7 +147,7 @@ def group_fisher(
             raise ValueError("estimator='head' has neither combine= nor num_samples=: it is exact, and one leaf")
         if likelihood is not categorical:
             raise ValueError(f"estimator='head' is for fj.categorical outputs, found {likelihood.name}")
-        chosen = HeadProblem(apply_fn, Structures(), head_groups(groups), kind, unit, temperature, chunk_size)
+        chosen = HeadProblem(apply_fn, Structures(), Laid(), head_groups(groups), kind, unit, temperature, chunk_size)
         return head_estimator(chosen, example)
     observe_with: Callable = by_token if estimator == "exact" else by_batch if _whole(estimator, unit) else by_row
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax._support import rejection
 from fisher_jax.welford.moments import Fragment, Moments, close, join_fragments, one, select
 
 __all__ = ["of_parts"]
@@ -16,7 +17,7 @@ Tree = Any  # a pytree of arrays
 
 def of_parts(parts: Moments) -> Moments:
     """Moments of a batch from those of its consecutive parts, stacked along a first axis."""
-    flags: dict[str, Any] = {"rejected": parts.rejected.max(0), "reasons": jnp.bitwise_or.reduce(parts.reasons)}
+    flags: dict[str, Any] = {"rejected": parts.rejected.max(0), "reasons": rejection.any_of(parts.reasons)}
     if parts.unit == "batch":
         found = one(_pooled(parts.mean, None, parts.weight)[0], parts.weight.sum(), parts.unit)
         return dataclasses.replace(found, scale=parts.scale, **flags)

@@ -21,6 +21,11 @@ CASES = {
     "signs, sequence, param": "both",
     "signs, document, column": "auto",
     "sampled, sequence, row": "auto",
+    "head, token, row": "auto",
+    "head, token, param": "both",
+    "head, sequence, column": "auto",
+    "head, sequence, param": "auto",
+    "head, document, row": "explicit",
 }
 
 

@@ -21,6 +21,8 @@ CASES = {
     "signs, sequence, param": "both",
     "signs, document, column": "auto",
     "sampled, sequence, row": "auto",
+    "exact, token, row": "both",
+    "exact, document, param": "auto",
     "head, token, row": "auto",
     "head, token, param": "both",
     "head, sequence, column": "auto",

@@ -85,7 +85,8 @@ class Lanes:
         if not self.explicit:
             return function(found, *others)
         out = jax.tree.map(lambda x: PartitionSpec(*jax.typeof(x).sharding.spec[1:]), found)
-        return automatic(function, out, found, *others)
+        with jax.sharding.use_abstract_mesh(self.mesh):
+            return automatic(function, out, found, *others)
 
     def joined(self, x: Array) -> Array:
         """Rows that lanes found, ``[lanes, rows of a lane, ...]``, as ``[rows, ...]``."""
@@ -96,7 +97,8 @@ class Lanes:
         if not self.explicit:
             return join(x)
         lane, _, *rest = jax.typeof(x).sharding.spec
-        return automatic(join, PartitionSpec(lane, *rest), x)
+        with jax.sharding.use_abstract_mesh(self.mesh):
+            return automatic(join, PartitionSpec(lane, *rest), x)
 
     def _split(self, x: Array) -> Array:
         x = jnp.asarray(x)
@@ -115,10 +117,13 @@ class Lanes:
 def lanes_of(params: Tree, rows: Tree, number: int, laid: Laid) -> Lanes:
     """The lanes of ``number`` rows that are the first axis of these arrays.
 
-    Axes that parameters lie on too carry no lanes: what is folded would be whole on every device.
+    Axes that parameters lie on too carry no lanes: what is folded would be whole on every device. Outside of ``jit``
+    there is one lane.
     """
     laid.note_params(params)
     laid.note_rows(rows)
+    if not any(map(is_traced, jax.tree.leaves((params, rows)))):
+        return Lanes(1)
     x = next((x for x in jax.tree.leaves(rows) if len(jnp.shape(x))), None)
     sharding = None if x is None else jax.typeof(x).sharding
     if sharding is None or sharding.mesh.empty:

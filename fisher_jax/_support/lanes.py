@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from fisher_jax._support import passes
 from fisher_jax._support.jax_internals import is_traced
 from fisher_jax._support.placement import automatic
 
@@ -67,9 +66,12 @@ class Lanes:
         """``function(shared, rows)`` of the rows of every lane, stacked.
 
         On Explicit axes ``function`` runs on what one device has, and must not close over other arrays.
+
+        Raises:
+            NotImplementedError: by ``jax.vmap``, for an operation that has no such rule (``jax.lax.ragged_dot``).
         """
         if not self.explicit:
-            return passes.mapped(lambda rows: function(shared, rows), jax.tree.map(self._split, rows))
+            return jax.vmap(lambda rows: function(shared, rows))(jax.tree.map(self._split, rows))
 
         def one(shared, rows):
             return jax.tree.map(lambda x: x[None], function(shared, rows))

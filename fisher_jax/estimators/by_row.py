@@ -18,7 +18,7 @@ from fisher_jax.estimators import gram
 from fisher_jax.estimators.problem import Problem, read, signed_total, square, zeros_like
 from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.moments import Moments
-from fisher_jax.welford.parts import of_parts
+from fisher_jax.welford.parts import in_lanes
 
 __all__ = ["by_row"]
 
@@ -35,11 +35,10 @@ def by_row(problem: Problem, params: Tree, batch: Batch, key: Array | None) -> t
     keys = jax.random.split(jax.random.key(0) if key is None else key, num_rows)
     rows = (jax.tree.map(jnp.asarray, tokens), keys, unit_ids(problem.unit, batch.units, num_rows))
     lanes = lanes_of(params, tokens.inputs, num_rows, problem.laid)
-    if lanes.number == 1:
-        found, finite = _fold(problem, alone.row, *jax.tree.map(meshes.with_all_rows, rows))
-    else:
-        stacked = lanes.each(lambda params, rows: _lane(problem, lanes, alone.row, params, rows), params, rows)
-        found, finite = lanes.together(lambda lane: (of_parts(lane[0]), jnp.all(lane[1])), stacked)
+    found, finite = in_lanes(
+        lanes, lambda params, rows: _lane(problem, lanes, alone.row, params, rows), params, rows,
+        lambda: _fold(problem, alone.row, *jax.tree.map(meshes.with_all_rows, rows)),
+    )  # fmt: skip
     return found, bad | rejection.reason_mask(non_finite=~finite)
 
 

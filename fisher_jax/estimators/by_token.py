@@ -15,7 +15,7 @@ from fisher_jax.batch.tokens import Tokens, fisher_factor, log_probs, readable, 
 from fisher_jax.estimators.problem import Problem, read, split, zeros_like
 from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.moments import Moments, of_tokens, union
-from fisher_jax.welford.parts import of_parts
+from fisher_jax.welford.parts import in_lanes
 
 __all__ = ["by_token"]
 
@@ -30,11 +30,10 @@ def by_token(problem: Problem, params: Tree, batch: Batch, key: Array | None) ->
     number = out.shape[0] if len(out.shape) > 1 else 1
     rows = (jax.tree.map(jnp.asarray, tokens), unit_ids(problem.unit, batch.units, number))
     lanes = _lanes(problem, params, tokens.inputs, number)
-    if lanes.number == 1:
-        found, finite = _observed(problem, params, *rows)
-    else:
-        stacked = lanes.each(lambda params, rows: _observed(problem, params, *rows), params, rows)
-        found, finite = lanes.together(lambda lane: (of_parts(lane[0]), jnp.all(lane[1])), stacked)
+    found, finite = in_lanes(
+        lanes, lambda params, rows: _observed(problem, params, *rows), params, rows,
+        lambda: _observed(problem, params, *rows),
+    )  # fmt: skip
     return found, bad | rejection.reason_mask(non_finite=~finite)
 
 

@@ -80,6 +80,11 @@ def group_fisher(
     columns of a kernel are formed at its use, from Gram matrices over positions where that is cheaper than its
     gradient.
 
+    Under ``jit`` on a mesh, each device goes through its own rows of the batch, and what they found is joined: by row
+    always, for ``exact`` where the program says that rows are independent. Mesh axes that parameters lie on divide no
+    rows. With Auto axes say where rows and parameters lie by an ``example`` that lies there and ``init(params)``; else
+    every device of the mesh is taken to hold rows of its own, which costs memory where that is not so.
+
     Args:
         apply_fn: ``apply_fn(params, inputs) -> outputs [..., K]``.
         likelihood: ``fj.categorical``, ``fj.bernoulli``, ``fj.gaussian``, ``fj.gaussian_with_scale`` or your own.
@@ -171,6 +176,7 @@ def group_fisher(
     def init(params: Tree):
         check_parameters(params)
         laid.note_params(params)
+        laid.note_rows(None if example is None else example.inputs)
         if example is not None and observe_with is by_row:
             problem(params).rows_alone(params, example.inputs)
         like = jax.eval_shape(lambda p: problem(p).reduce(_floating(p)), params)

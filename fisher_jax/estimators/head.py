@@ -76,6 +76,7 @@ def head_estimator(problem: HeadProblem, example: Batch | None) -> FisherEstimat
     def init(params):
         check_parameters(params)
         problem.laid.note_params(params)
+        problem.laid.note_rows(known().inputs)
         like = jax.eval_shape(lambda p, b: _closed(problem, p, b).mean, params, known())
         return welford.init(like, unit=problem.unit, scale=problem.scale)
 

@@ -1,6 +1,7 @@
 """Moments of consecutive parts of a batch, which were folded side by side, as those of the whole batch."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,11 +9,26 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax._support import rejection
+from fisher_jax._support.lanes import Lanes
 from fisher_jax.welford.moments import Fragment, Moments, close, join_fragments, one, select
 
-__all__ = ["of_parts"]
+__all__ = ["in_lanes", "of_parts"]
 
 Tree = Any  # a pytree of arrays
+
+
+def in_lanes(
+    lanes: Lanes, of_lane: Callable[[Tree, Tree], tuple[Moments, Array]], shared: Tree, rows: Tree,
+    of_all: Callable[[], tuple[Moments, Array]],
+) -> tuple[Moments, Array]:  # fmt: skip
+    """Moments of rows and whether all is finite: of every lane, joined, or of all rows where there is one lane."""
+    if lanes.number == 1:
+        return of_all()
+    try:
+        found = lanes.each(of_lane, shared, rows)
+    except NotImplementedError:  # an operation that does not run side by side
+        return of_all()
+    return lanes.together(lambda lane: (of_parts(lane[0]), jnp.all(lane[1])), found)
 
 
 def of_parts(parts: Moments) -> Moments:

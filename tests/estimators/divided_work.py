@@ -50,6 +50,20 @@ def apply_fn(p, x):
     return jnp.tanh(x @ p["mix"]) @ p["head"].T
 
 
+def in_groups(p, x):
+    """Tokens go through one of two kernels, by an operation that ``jax.vmap`` does not know."""
+    x = p["embed"][x]
+    kernels = jnp.stack([p["mix"], 2 * p["mix"]])
+    half = jnp.full(2, x.shape[0] * x.shape[1] // 2, jnp.int32)
+    return jax.lax.ragged_dot(x.reshape(-1, WIDTH), kernels, half).reshape(x.shape) @ p["head"].T
+
+
+def interacting(p, x):
+    """Rows of the batch depend on each other."""
+    x = p["embed"][x]
+    return jnp.tanh((x - x.mean(0)) @ p["mix"]) @ p["head"].T
+
+
 def explicit(x):
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
@@ -61,11 +75,19 @@ def on_mesh(kind):
     return mesh, (jax.device_put(params, everywhere), jax.device_put(batch, by_row))
 
 
-def compiled(case, arguments):
+MODELS = {"in groups": in_groups, "interacting": interacting}
+# Those that devices cannot divide have the numbers of one device all the same.
+WHOLE = {"sequence, sequence, param": "in groups", "exact, token, row": "interacting"}
+
+
+def compiled(case, arguments, model=apply_fn):
     """The compiled observation of a batch by an estimator that has seen no array."""
     estimator, unit, groups = case.split(", ")
+    independent = True if model is in_groups else None
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), problem()[1])
-    fisher = fj.group_fisher(apply_fn, example=like, estimator=estimator, unit=unit, groups=groups)
+    fisher = fj.group_fisher(
+        model, example=like, estimator=estimator, unit=unit, groups=groups, rows_independent=independent
+    )
     return jax.jit(lambda p, b: fisher.observe(p, b, jax.random.key(0))).lower(*arguments).compile()
 
 
@@ -81,10 +103,10 @@ def distance(a, b):
     return max(float(np.max(np.abs(x - y), initial=0) / np.abs(y).max()) for x, y in pairs)
 
 
-def compared(case, mesh, arguments, alone, wanted):
+def compared(case, mesh, arguments, alone, wanted, model=apply_fn):
     """Work and numbers on a mesh beside those of one device."""
     with jax.set_mesh(mesh):
-        there = compiled(case, arguments)
+        there = compiled(case, arguments, model)
         statistics, counts = read(there(*arguments))
     one, eight = work_of(alone.as_text()), work_of(there.as_text())
     size = sum(x.nbytes for x in jax.tree.leaves(alone(*problem())))
@@ -113,6 +135,10 @@ def main():
         for name, (mesh, arguments) in meshes.items():
             if where in (name, "both"):
                 found[f"{name}: {case}"] = attempt(compared, case, mesh, arguments, alone, wanted)
+    for case, model in WHOLE.items():
+        alone = compiled(case, problem(), MODELS[model])
+        wanted = read(alone(*problem()))
+        found[model] = attempt(compared, case, *meshes["auto"], alone, wanted, MODELS[model])
     json.dump(found, sys.stdout)
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.eight_devices import FLAGS
-from tests.estimators.divided_work import CASES, MESHES
+from tests.estimators.divided_work import CASES, MESHES, MODELS
 
 FOUND = [f"{mesh}: {case}" for case, where in CASES.items() for mesh in MESHES if where in (mesh, "both")]
 
@@ -34,7 +34,8 @@ def test_devices_exchange_statistics_and_not_rows(found, case):
     assert found[case]["moved"] <= 2.2
 
 
-@pytest.mark.parametrize("case", FOUND)
+@pytest.mark.parametrize("case", [*FOUND, *MODELS])
 def test_the_numbers_are_those_of_one_device(found, case):
+    assert "failed" not in found[case], found[case]["failed"]
     assert found[case]["distance"] < 1e-6
     assert found[case]["counts"]

@@ -67,6 +67,10 @@ from .spectra.krylov.spectrum import lanczos as lanczos
 from .spectra.krylov.density import spectral_density as spectral_density
 from .spectra.blocks.of_batch import block_spectrum as block_spectrum
 
+# Inverse curvature
+from .operators.solving import solve as solve
+from .uses.influence import influence as influence
+
 # Use
 from .uses.pruning import saliency as saliency, prune_mask as prune_mask
 from .uses.merging import merge_params as merge_params

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-__all__ = ["check_not_complex", "common_dtype", "is_floating", "wide", "wide_dtype"]
+__all__ = ["check_not_complex", "common_dtype", "is_floating", "is_narrow", "wide", "wide_dtype"]
 
 
 def is_floating(x: Any) -> bool:
@@ -28,6 +28,11 @@ def common_dtype(*dtypes: Any) -> jnp.dtype:
     """The dtype that holds numbers of all of these, also where the user has asked JAX for strict promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, dtypes)
+
+
+def is_narrow(dtype: Any) -> bool:
+    """Whether a dtype is of real floating numbers and smaller than float32."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and wide_dtype(dtype) != dtype
 
 
 def wide_dtype(*dtypes: Any) -> jnp.dtype:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from fisher_jax._support.dtypes import check_not_complex
+from fisher_jax._support.dtypes import check_not_complex, is_narrow, wide
 from fisher_jax._support.jax_internals import zeros
 from fisher_jax._support.outline import outline
 from fisher_jax._support.selection import no_array
@@ -33,6 +33,7 @@ __all__ = [
     "real_scalar",
     "trace",
     "with_ids",
+    "with_wide_sums",
 ]
 
 Tree = Any
@@ -285,14 +286,33 @@ def frozen(x: Any) -> np.ndarray:
     return np.zeros(jnp.shape(x), jax.dtypes.float0)
 
 
+def with_wide_sums(apply_fn: Callable) -> Callable:
+    """The same function, whose gradients of narrow parameters are added up in float32 (see `Replay`)."""
+
+    def run(params: Tree, *args: Any) -> Tree:
+        if not any(is_narrow(jnp.result_type(x)) for x in jax.tree.leaves(params)):
+            return apply_fn(params, *args)
+        return trace(apply_fn, params, args, lead=None)()
+
+    return run
+
+
+def _applied_wide(use: Use, operand: Array, inputs: tuple) -> Array:
+    """The output of a use, whose pullback adds up the rows of a narrow table in float32."""
+    assert use.apply is not None
+    if use.kind != "embedding":
+        return use.apply(operand, *inputs)
+    return use.apply(wide(operand), *inputs).astype(operand.dtype)
+
+
 def gradient_of_use(use: Use, depth: int, inputs: tuple, cotangent: Array) -> Array:
     """Cotangent of the value at the start of segment ``depth``."""
     if depth < len(use.loops):
         inside = jax.vmap(functools.partial(gradient_of_use, use, depth + 1))(inputs, cotangent)
         found = inside.sum(0).astype(inside.dtype) if use.loops[depth] == "shared" else inside
-    elif (apply := use.apply) is None:
+    elif use.apply is None:
         found = cotangent
     else:
-        _, pullback = jax.vjp(lambda w: apply(w, *inputs), zeros(use.operand))
+        _, pullback = jax.vjp(lambda w: _applied_wide(use, w, inputs), zeros(use.operand))
         (found,) = pullback(cotangent)
     return use.segments[depth].transpose(found)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fisher_jax._support.dtypes import is_narrow, wide
 from fisher_jax._support.jax_internals import (
     Body,
     Loop,
@@ -35,6 +36,9 @@ Tree = Any
 @dataclasses.dataclass
 class Replay:
     """Hands its perturbation to every use, in the order in which a survey met them.
+
+    Gradients that a lookup or a loop adds up, of many tokens in one entry, are added up in float32 also where the
+    parameter is narrow: 256 ones and one more are 256 in bfloat16. The values of the program stay what they are.
 
     Attributes:
         survey: of this program.
@@ -80,7 +84,11 @@ class Replay:
         self, view: View, kind: str, eqn: Any, index: int, output: Callable, apply: Any, inputs: tuple[Array, ...]
     ) -> Array:
         """``output()``, after the perturbation."""
-        spec, found = next(self._own), output()
+        spec, narrow = next(self._own), view.value.dtype
+        if kind == "embedding" and is_narrow(narrow):
+            found = self.bind(eqn, [wide(view.value), *inputs])[0].astype(narrow)
+        else:
+            found = output()
         if not self.follow(view.leaf):
             return found
         # Where Explicit axes of the mesh are Auto inside of a lookup, a perturbation is added outside.
@@ -127,10 +135,14 @@ class Replay:
             pairs = zip(part, slices, strict=True)
             return [v.inside(a, loop) if isinstance(v, View) else alike(v, a) for v, a in pairs]
 
+        shared = list(map(plain, consts))
+        held = [wide(x) if is_narrow(jnp.result_type(x)) else x for x in shared]
+
         def body(carry, x):
             perturbations, slices, iteration = x
             inner = self._inside(part, perturbations, iteration)
-            args = [*inside(consts, map(plain, consts), "shared"), *carry, *inside(xs, slices, "stacked")]
+            own = [x if x is y else x.astype(y.dtype) for x, y in zip(held, shared, strict=True)]
+            args = [*inside(consts, own, "shared"), *carry, *inside(xs, slices, "stacked")]
             outs = [inner.generic(v, eqn) for v in evaluate(scan.traced, args, inner)]
             return outs[: scan.num_carry], (outs[scan.num_carry :], inner.inputs)
 

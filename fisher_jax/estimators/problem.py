@@ -12,6 +12,7 @@ from fisher_jax._support.jax_internals import zeros
 from fisher_jax._support.lanes import Laid
 from fisher_jax._tracing import reading
 from fisher_jax._tracing.alone import Alone, Asking, rows_alone
+from fisher_jax._tracing.program import with_wide_sums
 from fisher_jax._tracing.roles import Grouping
 from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
@@ -97,7 +98,7 @@ def split(apply_fn: Callable, params: Tree) -> Split:
     def outputs(free, inputs):
         moving = iter(jax.tree.leaves(free))
         joined = [next(moving) if is_floating(x) else x for x in leaves]
-        return explained(apply_fn)(jax.tree.unflatten(treedef, joined), inputs)
+        return with_wide_sums(explained(apply_fn))(jax.tree.unflatten(treedef, joined), inputs)
 
     return Split(jax.tree.map(lambda x: jnp.asarray(x) if is_floating(x) else None, params), outputs)
 

@@ -12,19 +12,21 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from fisher_jax._support.meshes import places
 from fisher_jax._support.selection import Chosen, select
 from fisher_jax._tracing.alone import Asking, check_apart
 from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
-from fisher_jax.batch.arguments import check_arguments
 from fisher_jax.batch.tokens import has_weight, require_usable
 from fisher_jax.kronecker.curvature.factors import Factors
 from fisher_jax.kronecker.curvature.product import curvature_product
 from fisher_jax.likelihoods import Likelihood
 from fisher_jax.operators import products
+from fisher_jax.operators.solving import Solution
 
-__all__ = ["empirical_fisher", "fisher", "ggn", "hessian", "kfac", "over_batches", "restrict", "total_weight"]
+__all__ = [
+    "Solution", "empirical_fisher", "fisher", "ggn", "gradient", "hessian", "kfac", "over_batches", "restrict",
+    "total_weight",
+]  # fmt: skip
 
 Tree = Any
 Matvec = Callable[[Tree], Tree]
@@ -235,6 +237,39 @@ def kfac(factors: Factors) -> Partial:
     return Partial(curvature_product, factors)
 
 
+def gradient(
+    apply_fn: Callable[[Tree, Any], Array],
+    likelihood: Likelihood,
+    params: Tree,
+    batch: Batch,
+    *,
+    parameters: Chosen = None,
+) -> Tree:
+    """Gradient of the mean loss, ``-sum_t w_t d log p(y_t) / d params / sum_t w_t``.
+
+    Weights and padding mean what they mean to the products; the result is a tree that they take.
+
+    Args:
+        apply_fn, likelihood, params, batch, parameters: see `fj.operators.ggn`.
+
+    Returns:
+        A tree like ``restrict(params, parameters)``, at least float32, laid out as the parameters are.
+
+    Raises:
+        ValueError, RejectedBatchError: as `fj.operators.empirical_fisher`.
+
+    Example:
+        >>> import fisher_jax as fj, jax.numpy as jnp
+        >>> batch = fj.Batch(jnp.array([[3.0], [1.0]]), jnp.array([[2.0], [1.0]]))
+        >>> fj.operators.gradient(lambda p, x: x * p, fj.gaussian, jnp.zeros(1), batch).tolist()  # -(6 + 1) / 2
+        [-3.5]
+    """
+    operator, params = products.operator_of("empirical", apply_fn, likelihood, params, batch, parameters)
+    part, bad = products.tokens(operator, params, batch)
+    require_usable(bad, part.total_weight)
+    return products.gradient(operator, params, batch)
+
+
 def restrict(params: Tree, parameters: Chosen = None) -> Tree:
     """The leaves that an operator with the same ``parameters`` moves, and ``None`` for the others.
 
@@ -325,11 +360,9 @@ def _operator(
     kind: str, apply_fn, likelihood, params, batch, *, parameters=None, microbatch_size=None, remat=False,
     keep_linearization=False, rows_independent=None,
 ) -> Partial:  # fmt: skip
-    check_arguments(apply_fn, likelihood, batch=batch)
-    selection = select(params, parameters)
-    params = jax.tree.map(jnp.asarray, params)
-    where = places(jax.tree.leaves(selection.restrict(params)))
-    operator = products.Operator(kind, apply_fn, likelihood, selection, microbatch_size, remat, where)
+    operator, params = products.operator_of(
+        kind, apply_fn, likelihood, params, batch, parameters, microbatch_size, remat
+    )
     if microbatch_size is not None and keep_linearization:
         raise ValueError(
             "keep_linearization holds what a backward pass over the whole batch holds: no microbatch_size"
@@ -344,6 +377,5 @@ def _operator(
     require_usable(bad, part.total_weight)
     if not keep_linearization:
         return Partial(products.product, operator, params, batch)
-    return Partial(
-        products.kept_product, operator, selection.restrict(params), products.linearize(operator, params, batch)
-    )
+    kept = products.linearize(operator, params, batch)
+    return Partial(products.kept_product, operator, operator.selection.restrict(params), kept)

@@ -1,6 +1,7 @@
 """One curvature product: linearise, multiply in the space of the outputs, transpose."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +10,28 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax._support.dtypes import is_floating, wide, wide_dtype
-from fisher_jax._support.meshes import Place, laid_out
-from fisher_jax._support.selection import Selection
+from fisher_jax._support.meshes import Place, laid_out, places
+from fisher_jax._support.selection import Chosen, Selection, select
+from fisher_jax._tracing.program import with_wide_sums
 from fisher_jax._tracing.reading import read
 from fisher_jax.batch import Batch
+from fisher_jax.batch.arguments import check_arguments
 from fisher_jax.batch.tokens import Tokens, fisher_product, log_probs, readable
 from fisher_jax.likelihoods import Likelihood
+from fisher_jax.operators.tree_vectors import each
 
-__all__ = ["Operator", "chunks", "kept_product", "linearize", "product", "tokens", "weight"]
+__all__ = [
+    "Operator",
+    "chunks",
+    "directional_log_probs",
+    "gradient",
+    "kept_product",
+    "linearize",
+    "operator_of",
+    "product",
+    "tokens",
+    "weight",
+]
 
 Tree = Any
 
@@ -40,6 +55,18 @@ class Operator:
     @property
     def labels_matter(self) -> bool:
         return self.kind != "ggn"
+
+
+def operator_of(
+    kind: str, apply_fn: Callable, likelihood: Likelihood, params: Tree, batch: Batch, parameters: Chosen = None,
+    microbatch_size: int | None = None, remat: bool | Callable = False,
+) -> tuple[Operator, Tree]:  # fmt: skip
+    """An operator of the leaves that are chosen, and the parameters as arrays."""
+    check_arguments(apply_fn, likelihood, batch=batch)
+    selection = select(params, parameters)
+    params = jax.tree.map(jnp.asarray, params)
+    where = places(jax.tree.leaves(selection.restrict(params)))
+    return Operator(kind, apply_fn, likelihood, selection, microbatch_size, remat, where), params
 
 
 def tokens(operator: Operator, params: Tree, batch: Batch) -> tuple[Tokens, Array]:
@@ -96,7 +123,7 @@ def kept_product(operator: Operator, moving: Tree, kept: tuple, v: Tree) -> Tree
 
 def _function(operator: Operator, params: Tree, part: Tokens) -> Callable[[Tree], Any]:
     """What is differentiated: the outputs, the log-likelihoods of the tokens, or the summed loss."""
-    apply_fn, remat = operator.apply_fn, operator.remat
+    apply_fn, remat = with_wide_sums(operator.apply_fn), operator.remat
     if remat:
         apply_fn = jax.checkpoint(apply_fn, policy=None if remat is True else remat)
 
@@ -132,6 +159,36 @@ def _sandwich(operator: Operator, point: Any, push: Callable, weights: Array, mo
     else:
         cotangent = (weights * moved).astype(moved.dtype)
     return jax.linear_transpose(push, moving)(cotangent)[0]
+
+
+@functools.partial(jax.jit, static_argnames="several")
+def directional_log_probs(operator: Operator, params: Tree, batch: Batch, direction: Tree, several: bool) -> Array:
+    """``w_t d log p_t`` along a direction (or several, on a leading axis), per token; of an empirical operator."""
+    moving = operator.selection.restrict(params)
+    part, bad = tokens(operator, params, batch)
+    _, usable = _normaliser(part, bad)
+    _, push = jax.linearize(_function(operator, params, part), moving)
+
+    def along(v: Tree) -> Array:
+        moved = wide(push(_tangent(operator.selection, moving, v)))
+        moved = jnp.where(part.weights > 0, moved, 0) * part.weights.astype(moved.dtype)
+        return jnp.where(usable, moved, jnp.nan)
+
+    return each(along)(direction) if several else along(direction)
+
+
+@jax.jit
+def gradient(operator: Operator, params: Tree, batch: Batch) -> Tree:
+    """Of the mean loss; of an operator that reads labels."""
+    moving = operator.selection.restrict(params)
+    part, bad = tokens(operator, params, batch)
+    total, usable = _normaliser(part, bad)
+
+    def loss(moving: Tree) -> Array:
+        outputs = with_wide_sums(operator.apply_fn)(operator.selection.join(moving, params), part.inputs)
+        return -jnp.sum(part.weights * log_probs(operator.likelihood, outputs, part.targets, part.weights))
+
+    return _placed(operator, _scaled(_wide(jax.grad(loss)(moving)), total, usable))
 
 
 def _normaliser(part: Tokens, bad: Array) -> tuple[Array, Array]:

@@ -59,7 +59,8 @@ def tiny_commands(words):
     done, texts, option = [command], [], None
     for word in rest:
         if word.startswith("--"):
-            assert word in FLAGS | PLAIN | set(INSTEAD) | {"--text", "--part"}, f"an unknown option of {command}: {word}"
+            known = FLAGS | PLAIN | set(INSTEAD) | {"--text", "--part"}
+            assert word in known, f"an unknown option of {command}: {word}"
             option = word
             texts += [[]] if word == "--text" else []
             done += [word] if word != "--text" else []

@@ -13,12 +13,15 @@ import fisher_jax as fj
 
 MESHES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 ALL_ONES = "all weights one"
+SOLVED, SEVERAL = "solved", "several solved"
 OPTIONS = {
     "plain": {}, "micro-batches": {"microbatch_size": 4}, "kept": {"keep_linearization": True}, ALL_ONES: {},
+    SOLVED: {}, SEVERAL: {},
 }  # fmt: skip
 CASES = [
     ("ggn", "plain"), ("ggn", "micro-batches"), ("ggn", "kept"), ("empirical_fisher", "plain"), ("hessian", "plain"),
     ("hessian", "micro-batches"), ("ggn", ALL_ONES), ("empirical_fisher", ALL_ONES), ("hessian", ALL_ONES),
+    ("ggn", SOLVED), ("ggn", SEVERAL),
 ]  # fmt: skip
 SPECS = {
     "embed": P(None, "model"), "layers": {"up": P(None, None, "model"), "down": P(None, "model", None)}, "scale": P(),
@@ -53,10 +56,18 @@ def model(place):
     return apply_fn
 
 
-def products(apply_fn, params, tokens, weights, kind, options, lay=lambda x: x):
+def products(apply_fn, params, tokens, weights, kind, options, lay=lambda x: x, solved=None):
     batch = fj.Batch(tokens, jnp.roll(tokens, -1, 1), weights)
     matvec = getattr(fj.operators, kind)(apply_fn, fj.categorical, params, batch, **options)
-    return jax.jit(lambda matvec, v: matvec(v))(matvec, jax.tree.map(lambda x: lay(jnp.cos(x)), params))
+    v = jax.tree.map(lambda x: lay(jnp.cos(x)), params)
+    like = jax.tree.map(jnp.cos, params)
+    if solved == SOLVED:
+        return fj.solve(matvec, like, damping=1.0, rtol=1e-6).x
+    if solved == SEVERAL:
+        both = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), like)
+        found = fj.solve(matvec, both, damping=1.0, rtol=1e-6, several=True).x
+        return jax.tree.map(lambda x: x[1] - x[0], found)
+    return jax.jit(lambda matvec, v: matvec(v))(matvec, v)
 
 
 def distance(a, b):
@@ -80,10 +91,15 @@ def on_mesh(kind, wanted, name, option):
     with jax.set_mesh(mesh):
         # With automatic axes the vector may lie anywhere; its place must not become that of the product.
         lay = (lambda x: jax.device_put(x, NamedSharding(mesh, P()))) if kind == AxisType.Auto else lambda x: x
-        found = products(model(place), params, tokens, weights, name, options, lay)
+        found = products(model(place), params, tokens, weights, name, options, lay, option)
     leaves = zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True)
     placed = all(x.sharding.is_equivalent_to(p.sharding, p.ndim) for x, p in leaves)
     return {"error": distance(found, wanted), "placed": placed}
+
+
+def kind_of(option):
+    """What has a result of its own."""
+    return option if option in (ALL_ONES, SOLVED, SEVERAL) else "plain"
 
 
 def attempt(function, *arguments):
@@ -98,13 +114,15 @@ def main():
     found = {}
     params, tokens, weights = problem()
     wanted = {
-        (name, ones): products(model(lambda x, spec: x), params, tokens, None if ones else weights, name, {})
-        for name, ones in {(name, option == ALL_ONES) for name, option in CASES}
+        (name, kind): products(
+            model(lambda x, spec: x), params, tokens, None if kind == ALL_ONES else weights, name, {}, solved=kind
+        )
+        for name, kind in {(name, kind_of(option)) for name, option in CASES}
     }
     for name, option in CASES:
         for mesh, kind in MESHES.items():
             key = f"{mesh} {name} {option}"
-            found[key] = attempt(on_mesh, kind, wanted[name, option == ALL_ONES], name, option)
+            found[key] = attempt(on_mesh, kind, wanted[name, kind_of(option)], name, option)
     json.dump(found, sys.stdout)
 
 

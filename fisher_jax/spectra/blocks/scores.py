@@ -13,6 +13,7 @@ from fisher_jax._support import passes
 from fisher_jax._support.meshes import replicating
 from fisher_jax._support.selection import Selection
 from fisher_jax._tracing.alone import Asking, check_apart
+from fisher_jax._tracing.program import with_wide_sums
 from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch.tokens import Tokens, log_probs
 from fisher_jax.likelihoods import Likelihood
@@ -118,7 +119,7 @@ def _by_row(problem: Scoring, params: Tree, row: Callable, number: int, absorb: 
 
 def row_loss(problem: Scoring, params: Tree, moving: Tree, part: Tokens, key: Array) -> Array:
     """The scalar whose gradient is the score of a row."""
-    outputs = problem.apply_fn(problem.selection.join(moving, params), part.inputs)
+    outputs = with_wide_sums(problem.apply_fn)(problem.selection.join(moving, params), part.inputs)
     targets, weights = _targets(problem, outputs, part, key), part.weights
     # Each of several samples stands for a share of the weight.
     factors = weights if problem.unit == "sequence" else jnp.sqrt(weights)
@@ -132,7 +133,7 @@ def _by_token(problem: Scoring, params: Tree, row: Callable, number: int, absorb
     def step(carry, i):
         part, key = row(i)
         outputs, pullback = jax.vjp(
-            lambda moving: problem.apply_fn(problem.selection.join(moving, params), part.inputs),
+            lambda moving: with_wide_sums(problem.apply_fn)(problem.selection.join(moving, params), part.inputs),
             problem.selection.restrict(params),
         )
         targets, weights = _targets(problem, outputs, part, key), part.weights

@@ -81,9 +81,9 @@ def group_fisher(
     gradient.
 
     Under ``jit`` on a mesh, each device goes through its own rows of the batch, and what they found is joined: by row
-    always, for ``exact`` where the program says that rows are independent. Mesh axes that parameters lie on divide no
-    rows. With Auto axes say where rows and parameters lie by an ``example`` that lies there and ``init(params)``; else
-    every device of the mesh is taken to hold rows of its own, which costs memory where that is not so.
+    always, for ``exact`` where the program says that rows are independent. Mesh axes that parameters lie on divide
+    no rows. With Auto axes say where rows and parameters lie by an ``example`` that lies there and ``init(params)``;
+    else every device of the mesh is taken to hold rows of its own, which costs memory where that is not so.
 
     Args:
         apply_fn: ``apply_fn(params, inputs) -> outputs [..., K]``.

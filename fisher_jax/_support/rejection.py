@@ -12,6 +12,7 @@ __all__ = [
     "OPTION_OUT_OF_RANGE",
     "ROW_OF_PADDING",
     "TARGET_OUT_OF_RANGE",
+    "any_of",
     "check",
     "reason_mask",
     "reasons",
@@ -53,6 +54,12 @@ _SENTENCES = {
 def reason_mask(**found):
     """int32 bit mask from booleans, each under the name of a reason: ``non_finite``, ``negative_weight``, ..."""
     return sum(jnp.where(flag, _BITS[name], 0).astype(jnp.int32) for name, flag in found.items())
+
+
+def any_of(masks):
+    """The bit mask of all reasons in masks ``[N]``, which may lie on several devices."""
+    # XLA's CPU has no sum of devices by bits.
+    return jnp.max(masks[:, None] & np.array(list(_SENTENCES), np.int32), 0).sum(dtype=jnp.int32)
 
 
 def reasons(mask: int) -> list[str]:

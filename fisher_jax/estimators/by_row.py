@@ -9,13 +9,16 @@ from jaxtyping import Array
 
 from fisher_jax._support import meshes, passes, rejection
 from fisher_jax._support.jax_internals import unstacked
+from fisher_jax._support.lanes import Lanes, lanes_of
 from fisher_jax._tracing.program import Program, differentiate
+from fisher_jax._tracing.structure import Structures
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import Tokens, unit_ids
 from fisher_jax.estimators import gram
 from fisher_jax.estimators.problem import Problem, read, signed_total, square, zeros_like
 from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.moments import Moments
+from fisher_jax.welford.parts import in_lanes
 
 __all__ = ["by_row"]
 
@@ -29,20 +32,22 @@ def by_row(problem: Problem, params: Tree, batch: Batch, key: Array | None) -> t
         raise ValueError(f"unit={problem.unit!r} needs outputs [rows, ..., K], found shape {list(out.shape)}")
     num_rows = out.shape[0]
     alone = problem.rows_alone(params, tokens.inputs)
-    rows = jax.tree.map(meshes.with_all_rows, jax.tree.map(jnp.asarray, tokens))
     keys = jax.random.split(jax.random.key(0) if key is None else key, num_rows)
-    squares, plan = _squares(problem, alone.row)
-
-    def value(row, key):
-        """``sum_t w_t f_t`` of one row: its squares, averaged over draws."""
-        if problem.num_samples == 1:
-            return squares(row, key)
-        draws, finite = jax.lax.map(lambda k: squares(row, k), jax.random.split(key, problem.num_samples))
-        return jax.tree.map(lambda x: x.mean(0), draws), jnp.all(finite)
-
-    chunk = _divisor(num_rows, problem.chunk_size or plan.rows_at_once)
-    found, finite = _fold(problem, value, rows, keys, unit_ids(problem.unit, batch.units, num_rows), chunk)
+    rows = (jax.tree.map(jnp.asarray, tokens), keys, unit_ids(problem.unit, batch.units, num_rows))
+    lanes = lanes_of(params, tokens.inputs, num_rows, problem.laid)
+    found, finite = in_lanes(
+        lanes, lambda params, rows: _lane(problem, lanes, alone.row, params, rows), params, rows,
+        lambda: _fold(problem, alone.row, *jax.tree.map(meshes.with_all_rows, rows)),
+    )  # fmt: skip
     return found, bad | rejection.reason_mask(non_finite=~finite)
+
+
+def _lane(problem: Problem, lanes: Lanes, program: Program, params: Tree, rows: Tree) -> tuple[Moments, Array]:
+    if lanes.explicit:
+        # A program with Explicit axes does not run where they are Manual, and its rows are known to be alone.
+        inside = problem._replace(structures=Structures(), rows_independent=True)
+        program = inside.rows_alone(params, rows[0].inputs).row
+    return _fold(problem, program, *rows)
 
 
 class _Plan(NamedTuple):
@@ -99,11 +104,19 @@ def _divisor(number: int, at_most: int) -> int:
     return next(n for n in range(min(number, at_most), 0, -1) if number % n == 0)
 
 
-def _fold(
-    problem: Problem, value: Callable, rows: Tokens, keys: Array, ids: Array, chunk: int
-) -> tuple[Moments, Array]:
-    """Rows to observations, ``chunk`` of them at a time."""
+def _fold(problem: Problem, program: Program, rows: Tokens, keys: Array, ids: Array) -> tuple[Moments, Array]:
+    """Rows to observations, some of them at a time; ``program`` is the model's of one row."""
     num_rows = keys.shape[0]
+    squares, plan = _squares(problem, program)
+    chunk = _divisor(num_rows, problem.chunk_size or plan.rows_at_once)
+
+    def value(row, key):
+        """``sum_t w_t f_t`` of one row: its squares, averaged over draws."""
+        if problem.num_samples == 1:
+            return squares(row, key)
+        draws, finite = jax.lax.map(lambda k: squares(row, k), jax.random.split(key, problem.num_samples))
+        return jax.tree.map(lambda x: x.mean(0), draws), jnp.all(finite)
+
     weights = rows.weights.reshape(num_rows, -1).sum(1)
 
     def step(carry, part):

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fisher_jax._support import meshes, passes, rejection
+from fisher_jax._support.lanes import Lanes, lanes_of
+from fisher_jax._tracing.alone import rows_alone
 from fisher_jax.batch import Batch
-from fisher_jax.batch.tokens import fisher_factor, log_probs, readable, unit_ids
+from fisher_jax.batch.tokens import Tokens, fisher_factor, log_probs, readable, unit_ids
 from fisher_jax.estimators.problem import Problem, read, split, zeros_like
 from fisher_jax.welford import moments as moments_room
 from fisher_jax.welford.moments import Moments, of_tokens, union
+from fisher_jax.welford.parts import in_lanes
 
 __all__ = ["by_token"]
 
@@ -23,8 +26,35 @@ _CHUNK = 16
 def by_token(problem: Problem, params: Tree, batch: Batch, key: Array | None) -> tuple[Moments, Array]:
     """Exact per-token squares, observed by token or summed by row, and the reasons to reject the batch."""
     del key
+    tokens, bad, out = read(problem, params, batch)
+    number = out.shape[0] if len(out.shape) > 1 else 1
+    rows = (jax.tree.map(jnp.asarray, tokens), unit_ids(problem.unit, batch.units, number))
+    lanes = _lanes(problem, params, tokens.inputs, number)
+    found, finite = in_lanes(
+        lanes, lambda params, rows: _observed(problem, params, *rows), params, rows,
+        lambda: _observed(problem, params, *rows),
+    )  # fmt: skip
+    return found, bad | rejection.reason_mask(non_finite=~finite)
+
+
+def _lanes(problem: Problem, params: Tree, inputs: Tree, number: int) -> Lanes:
+    """One lane where a token's score may go through other rows of the batch."""
+    lanes = lanes_of(params, inputs, number, problem.laid)
+    if lanes.number == 1:
+        return lanes
+    asking = problem.asking("sees rows apart")._replace(independent=None)
+    # A model that names the axis of the rows itself does not run where it is Manual, and not on one row either.
+    for some in (number // lanes.number, *((1,) if lanes.explicit else ())):
+        try:
+            rows_alone(asking, params, inputs, number=some)
+        except Exception:  # whatever the model says of fewer rows, it runs on all of them
+            return Lanes(1)
+    return lanes
+
+
+def _observed(problem: Problem, params: Tree, tokens: Tokens, ids: Array) -> tuple[Moments, Array]:
+    """Moments of the tokens of these rows, and whether everything is finite."""
     free, model = split(problem.apply_fn, params)
-    tokens, bad, _ = read(problem, params, batch)
     outputs, pullback = jax.vjp(lambda free: model(free, tokens.inputs), free)
     num_outputs, weights = outputs.shape[-1], meshes.with_all_rows(tokens.weights).reshape(-1)
     if problem.kind == "empirical":
@@ -55,8 +85,8 @@ def by_token(problem: Problem, params: Tree, batch: Batch, key: Array | None) ->
     if problem.unit == "token":
         found = _token_moments(value, weights, chunk)
     else:
-        found = _row_moments(problem, value, weights.reshape(tokens.weights.shape), batch, chunk)
-    return found, bad | rejection.reason_mask(non_finite=~finite)
+        found = _row_moments(problem, value, weights.reshape(tokens.weights.shape), ids, chunk)
+    return found, finite
 
 
 def _sum_over(function: Callable[[Array], Tree], number: int, chunk: int) -> Tree:
@@ -90,13 +120,11 @@ def _token_moments(value: Callable[[Array], Tree], weights: Array, chunk: int) -
     return jax.lax.scan(step, nothing, jnp.arange(0, number, size, dtype=jnp.int32))[0]
 
 
-def _row_moments(
-    problem: Problem, value: Callable[[Array], Tree], weights: Array, batch: Batch, chunk: int
-) -> Moments:
+def _row_moments(problem: Problem, value: Callable[[Array], Tree], weights: Array, ids: Array, chunk: int) -> Moments:
     """Moments over rows (documents, the batch), each the weighted mean of its tokens."""
     if weights.ndim < 1:
         raise ValueError(f"unit={problem.unit!r} needs outputs [rows, ..., K], found one token")
-    rows, ids = weights.reshape(weights.shape[0], -1), unit_ids(problem.unit, batch.units, weights.shape[0])
+    rows = weights.reshape(weights.shape[0], -1)
     length = rows.shape[1]
 
     def row(index):

@@ -10,6 +10,7 @@ from fisher_jax import groups as groups_room
 from fisher_jax import welford
 from fisher_jax._support import meshes
 from fisher_jax._support.dtypes import is_floating
+from fisher_jax._support.lanes import Laid
 from fisher_jax._tracing import roles
 from fisher_jax._tracing.program import check_parameters, trace
 from fisher_jax._tracing.structure import Structures
@@ -79,6 +80,11 @@ def group_fisher(
     columns of a kernel are formed at its use, from Gram matrices over positions where that is cheaper than its
     gradient.
 
+    Under ``jit`` on a mesh, each device goes through its own rows of the batch, and what they found is joined: by row
+    always, for ``exact`` where the program says that rows are independent. Mesh axes that parameters lie on divide
+    no rows. With Auto axes say where rows and parameters lie by an ``example`` that lies there and ``init(params)``;
+    else every device of the mesh is taken to hold rows of its own, which costs memory where that is not so.
+
     Args:
         apply_fn: ``apply_fn(params, inputs) -> outputs [..., K]``.
         likelihood: ``fj.categorical``, ``fj.bernoulli``, ``fj.gaussian``, ``fj.gaussian_with_scale`` or your own.
@@ -146,11 +152,11 @@ def group_fisher(
             raise ValueError("estimator='head' has neither combine= nor num_samples=: it is exact, and one leaf")
         if likelihood is not categorical:
             raise ValueError(f"estimator='head' is for fj.categorical outputs, found {likelihood.name}")
-        chosen = HeadProblem(apply_fn, Structures(), head_groups(groups), kind, unit, temperature, chunk_size)
+        chosen = HeadProblem(apply_fn, Structures(), Laid(), head_groups(groups), kind, unit, temperature, chunk_size)
         return head_estimator(chosen, example)
     observe_with: Callable = by_token if estimator == "exact" else by_batch if _whole(estimator, unit) else by_row
 
-    structures = Structures()
+    structures, laid = Structures(), Laid()
 
     def grouped(params: Tree) -> list:
         check_parameters(params)
@@ -163,12 +169,14 @@ def group_fisher(
 
     def problem(params: Tree) -> Problem:
         return Problem(
-            apply_fn, likelihood, structures, grouped(params), combine, estimator, kind, unit, num_samples,
+            apply_fn, likelihood, structures, laid, grouped(params), combine, estimator, kind, unit, num_samples,
             temperature, chunk_size, rows_independent,
         )  # fmt: skip
 
     def init(params: Tree):
         check_parameters(params)
+        laid.note_params(params)
+        laid.note_rows(None if example is None else example.inputs)
         if example is not None and observe_with is by_row:
             problem(params).rows_alone(params, example.inputs)
         like = jax.eval_shape(lambda p: problem(p).reduce(_floating(p)), params)

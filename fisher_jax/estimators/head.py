@@ -13,6 +13,7 @@ from jaxtyping import Array
 from fisher_jax import lm_head, welford
 from fisher_jax._support import meshes, rejection
 from fisher_jax._support.dtypes import wide_dtype
+from fisher_jax._support.lanes import Laid
 from fisher_jax._tracing.axes import in_leaf_order
 from fisher_jax._tracing.dense import matrices, operand_axes
 from fisher_jax._tracing.head import Parts, head_of, parts
@@ -41,6 +42,7 @@ class HeadProblem:
 
     apply_fn: Callable
     structures: Structures
+    laid: Laid
     groups: dict[str | None, str]  # by their names; one alone has none
     kind: str
     unit: str
@@ -73,6 +75,8 @@ def head_estimator(problem: HeadProblem, example: Batch | None) -> FisherEstimat
 
     def init(params):
         check_parameters(params)
+        problem.laid.note_params(params)
+        problem.laid.note_rows(known().inputs)
         like = jax.eval_shape(lambda p, b: _closed(problem, p, b).mean, params, known())
         return welford.init(like, unit=problem.unit, scale=problem.scale)
 
@@ -108,6 +112,8 @@ def _group_size(group: str, found: Head) -> int:
 
 
 def _closed(problem: HeadProblem, params: Tree, batch: Batch) -> Moments:
+    problem.laid.note_params(params)
+    problem.laid.note_rows(batch.inputs)
     found = head_of(_program(problem.apply_fn, problem.structures, params, batch.inputs).structure)
     return map_values(_sums(problem, params, batch), lambda x: _placed(problem, params, found, x))
 
@@ -157,8 +163,8 @@ def _sums(problem: HeadProblem, params: Tree, batch: Batch) -> Moments:
     empirical = problem.kind == "empirical"
     head, soft_cap, weights, bad, _ = met_by_head(problem.apply_fn, problem.structures, params, batch, empirical)
     found = _beside({
-        name: lm_head.moments(
-            head.hidden, head.head, batch.targets if empirical else None, weights,
+        name: lm_head.laid_moments(
+            problem.laid, head.hidden, head.head, batch.targets if empirical else None, weights,
             groups=group, kind=problem.kind, unit=problem.unit,
             units=batch.units if problem.unit == "document" else None, bias=head.bias, soft_cap=soft_cap,
             temperature=problem.temperature, chunk_size=problem.chunk_size,

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from fisher_jax._support.dtypes import is_floating, wide
 from fisher_jax._support.jax_internals import zeros
+from fisher_jax._support.lanes import Laid
 from fisher_jax._tracing import reading
 from fisher_jax._tracing.alone import Alone, Asking, rows_alone
 from fisher_jax._tracing.program import with_wide_sums
@@ -30,6 +31,7 @@ class Problem(NamedTuple):
     apply_fn: Callable
     likelihood: Likelihood
     structures: Structures
+    laid: Laid
     groupings: list[Grouping | None]  # of every leaf
     combine: Callable[[Tree], Tree] | None
     estimator: str

@@ -12,6 +12,7 @@ from fisher_jax import groups as groups_room
 from fisher_jax import welford
 from fisher_jax._support import meshes, rejection
 from fisher_jax._support.dtypes import is_floating, wide_dtype
+from fisher_jax._support.lanes import Laid, Lanes, lanes_of
 from fisher_jax._tracing.reading import readable_inputs
 from fisher_jax.batch import Batch
 from fisher_jax.batch.tokens import tokens_of, unit_ids, weights_of
@@ -21,6 +22,7 @@ from fisher_jax.lm_head.scores import VALUE_BITS
 from fisher_jax.lm_head.softmax import Head
 from fisher_jax.welford.estimator import FisherEstimator
 from fisher_jax.welford.moments import check_unit, reject_if
+from fisher_jax.welford.parts import of_parts
 
 __all__ = ["estimator", "moments"]
 
@@ -105,26 +107,60 @@ def moments(
         >>> [round(float(x), 3) for x in fj.welford.mean(found)]
         [0.38, 0.38, 0.68, 0.08, 0.08]
     """
+    return laid_moments(
+        Laid(), hidden, head, targets, weights, groups=groups, kind=kind, unit=unit, units=units, bias=bias,
+        soft_cap=soft_cap, temperature=temperature, log_sum_exp=log_sum_exp, chunk_size=chunk_size,
+        axis_name=axis_name, with_log_likelihood=with_log_likelihood,
+    )  # fmt: skip
+
+
+def laid_moments(
+    laid: Laid, hidden, head, targets, weights=None, *, groups="row", kind="empirical", unit="token", units=None,
+    bias=None, soft_cap=None, temperature=1.0, log_sum_exp=None, chunk_size=None, axis_name=None,
+    with_log_likelihood=False,
+) -> Any:  # fmt: skip
+    """`moments`, where it was seen before on which axes of a mesh arrays lie."""
     group = groups_room.resolve(groups).name
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
     hidden, head, lead = _check_arrays(hidden, head, bias, log_sum_exp)
     _check_options(kinds, unit, temperature, soft_cap, chunk_size, lead, targets)
     binary = weights is None or jnp.asarray(weights).dtype == bool
 
-    def run(hidden, head, targets, weights, units, bias, log_sum_exp):
-        dtype = wide_dtype(hidden.dtype, head.dtype)
+    whole_weights = None if binary else jnp.all((jnp.asarray(weights) == 0) | (jnp.asarray(weights) == 1))
+    dtype = wide_dtype(hidden.dtype, head.dtype)
+    lanes = lanes_of(head, hidden, lead[0], laid) if lead else Lanes(1)
+
+    def run(shared, rows):
+        head, bias, whole_weights = shared
+        hidden, targets, weights, units, log_sum_exp = rows
         softmax_head = Head(head, bias, soft_cap, axis_name, dtype)
         rows, mask = _rows(hidden, softmax_head, targets, weights, units, unit, binary)
+        rows = rows._replace(whole_weights=whole_weights, beside=lanes.number > 1 and not lanes.explicit)
         found, log_likelihood = _run(rows, softmax_head, group, kinds, unit, temperature, log_sum_exp, chunk_size)
         if targets is not None:
             log_likelihood = jnp.where(rows.weights != 0, log_likelihood, 0)
+        return found, log_likelihood.reshape(hidden.shape[:-1]), mask
+
+    def close(found, log_likelihood, mask):
+        if targets is not None:
             # Where another reason is known, a log-likelihood that is not a number has that reason.
             broken = (mask == 0) & ~jnp.all(jnp.isfinite(log_likelihood))
             mask = mask | rejection.reason_mask(non_finite=broken)
-        return tuple(reject_if(found[k], mask) for k in kinds), log_likelihood.reshape(lead)
+        return {k: reject_if(found[k], mask) for k in kinds}, log_likelihood
 
-    each, log_likelihood = meshes.replicating(run, hidden, head, targets, weights, units, bias, log_sum_exp)
-    result = each[0] if isinstance(kind, str) else each
+    shared, rows = (head, bias, whole_weights), (hidden, targets, weights, units, log_sum_exp)
+    if lanes.number == 1:
+        each, log_likelihood = meshes.replicating(lambda *both: close(*run(*both)), shared, rows)
+    else:
+        found, log_likelihood, mask = lanes.each(run, shared, rows)
+
+        def merged(found, log_likelihood, mask):
+            found = {k: of_parts(x) for k, x in found.items()}
+            return close(found, log_likelihood, rejection.any_of(mask))[0]
+
+        each = lanes.together(merged, found, log_likelihood, mask)
+        log_likelihood = lanes.joined(log_likelihood)
+    result = each[kind] if isinstance(kind, str) else tuple(each[k] for k in kinds)
     return (result, log_likelihood) if with_log_likelihood else result
 
 
@@ -200,7 +236,10 @@ def estimator(
     if not isinstance(options.get("kind", "empirical"), str):
         raise ValueError("an estimator has one kind, 'empirical' or 'true'")
 
+    laid = Laid()
+
     def init(params):
+        laid.note_params(params)
         head = jax.eval_shape(head_fn, params)
         shape = {"row": head.shape[:1], "column": head.shape[1:], "tensor": (), "param": head.shape}[group]
         like = jax.ShapeDtypeStruct(shape, wide_dtype(head.dtype))
@@ -214,7 +253,10 @@ def estimator(
             used, odd = weights_of(batch, hidden.shape[:-1], wide_dtype(hidden.dtype))
             bad = bad | odd
             weights = used > 0 if weights is None else used  # those that are not given are 0 or 1
-        found = moments(hidden, head_fn(params), batch.targets, weights, unit=unit, units=batch.units, **options)
+        laid.note_rows(batch.inputs)
+        found = laid_moments(
+            laid, hidden, head_fn(params), batch.targets, weights, unit=unit, units=batch.units, **options
+        )
         return reject_if(found, found.reasons | bad)
 
     def update(state, params, batch: Batch, key=None):

@@ -24,7 +24,9 @@ class TokenRows(NamedTuple):
     targets: Array  # [B, S], -1 for none
     weights: Array  # [B, S]
     units: Array  # [B]
-    binary: bool  # every weight is 0 or 1
+    binary: bool  # every weight is known to be 0 or 1
+    whole_weights: Array | None = None  # if not: whether every weight is 0 or 1
+    beside: bool = False  # other rows are gone through at the same time, under jax.vmap
 
 
 class _Sums(NamedTuple):

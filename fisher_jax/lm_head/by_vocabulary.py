@@ -72,7 +72,7 @@ def moments_by_vocabulary(
 
                 def row_step(carry, row, kind=kind):
                     return jax.tree.map(
-                        jnp.add, carry, _row_sums(row, local, first_row, kind, temperature, carry)
+                        jnp.add, carry, _row_sums(row, local, first_row, kind, temperature, carry, rows.whole_weights)
                     ), None
 
                 sums[kind], _ = jax.lax.scan(row_step, zeros, tokens)
@@ -84,7 +84,7 @@ def moments_by_vocabulary(
             weight = row.weights.sum()
             zeros = [jnp.zeros(like.shape, like.dtype)]
             return {
-                k: fold(carry[k], _row_sums(row, local, first_row, k, temperature, zeros)[0], weight, unit_id)
+                k: fold(carry[k], _row_sums(row, local, first_row, k, temperature, zeros, None)[0], weight, unit_id)
                 for k in kinds
             }, None
 
@@ -161,7 +161,9 @@ def stream_partition(hidden: Array, targets: Array, head: Head, chunk: int, temp
     return part
 
 
-def _row_sums(row: _Tokens, local: Head, first_row, kind: str, temperature: float, like: list[Array]) -> list[Array]:
+def _row_sums(
+    row: _Tokens, local: Head, first_row, kind: str, temperature: float, like: list[Array], whole: Array | None
+) -> list[Array]:
     """``sum w f`` (and the squares, as many as ``like`` has) of one row for one chunk, ``[C, H]`` each."""
     block = cut(row.targets.shape[0])
 
@@ -170,7 +172,7 @@ def _row_sums(row: _Tokens, local: Head, first_row, kind: str, temperature: floa
         piece = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, block.size), row)
         weights = jnp.where(jnp.arange(block.size) + begin < i * block.size, 0, piece.weights)
         f = _values(piece, local, first_row, kind, temperature)
-        return jax.tree.map(jnp.add, carry, products(f, piece.hidden, weights, len(like))), None
+        return jax.tree.map(jnp.add, carry, products(f, piece.hidden, weights, len(like), whole)), None
 
     sums, _ = jax.lax.scan(step, [jnp.zeros_like(x) for x in like], jnp.arange(block.number))
     return sums
@@ -197,8 +199,11 @@ def _values(piece: _Tokens, local: Head, first_row, kind: str, temperature: floa
     return ((p - q) ** 2 + q * jnp.where(is_top, cold_rest / cold_total, 1 - q)) * slope
 
 
-def products(f: Array, hidden: Array, weights: Array, number: int) -> list[Array]:
-    """``sum w f h**2``, ``sum w f**2 h**4``, and the same with ``w**2``: the first ``number`` of them."""
+def products(f: Array, hidden: Array, weights: Array, number: int, whole: Array | None) -> list[Array]:
+    """``sum w f h**2``, ``sum w f**2 h**4``, and the same with ``w**2``: the first ``number`` of them.
+
+    ``whole`` says whether all weights are 0 or 1, and is read for all four.
+    """
     squares = hidden.astype(f.dtype) ** 2
 
     def product(g, w, h):
@@ -210,7 +215,7 @@ def products(f: Array, hidden: Array, weights: Array, number: int) -> list[Array
     if number == 4:
         # Weights of 0 and 1 are their own squares: no second pair of products.
         sums += jax.lax.cond(
-            jnp.all((weights == 0) | (weights == 1)),
+            whole,
             lambda: list(sums),
             lambda: [product(f, weights**2, squares), product(f * f, weights**2, squares * squares)],
         )

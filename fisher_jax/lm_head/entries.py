@@ -67,7 +67,9 @@ def token_moments(
             new = _Seen(old.rest + found.rest, *map(jnp.maximum, old[1:], found[1:]))
             new = jax.tree.map(lambda a, b: jnp.where(fresh, a, b), new, old)
             seen = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, begin, 0), seen, new)
-            sums = {k: jax.tree.map(jnp.add, sums[k], products(f[k], h, w, powers)) for k in kinds}
+            sums = {
+                k: jax.tree.map(jnp.add, sums[k], products(f[k], h, w, powers, rows.whole_weights)) for k in kinds
+            }
             return (sums, seen), None
 
         zeros = {k: [jnp.zeros((size, width), head.dtype)] * powers for k in kinds}
@@ -85,7 +87,9 @@ def token_moments(
     def special_step(whole, i):
         begin, _, (h, y, s), w = take_block(i)
         part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, block.size), seen)
-        return {k: _add_specials(whole[k], _specials(part, y, s, head, k), h, w, head) for k in kinds}, None
+        return {
+            k: _add_specials(whole[k], _specials(part, y, s, head, k), h, w, head, rows.beside) for k in kinds
+        }, None
 
     whole, _ = jax.lax.scan(special_step, whole, jnp.arange(block.number))
     found = {k: (*whole[k], *[None] * (4 - powers)) for k in kinds}
@@ -127,14 +131,20 @@ def _specials(part: _Seen, targets: Array, lse: Array, head: Head, kind: str):
     return tuple((i, v * _VALUE_SCALE) for i, v in zip((targets, part.top), values, strict=True))
 
 
-def _add_specials(sums: list[Array], specials, hidden: Array, weights: Array, head: Head) -> list[Array]:
+def _add_specials(
+    sums: list[Array], specials, hidden: Array, weights: Array, head: Head, beside: bool
+) -> list[Array]:
     squares = hidden.astype(sums[0].dtype) ** 2
     for index, value in specials:
         local = index - head.offset
         here = (index >= 0) & (local >= 0) & (local < head.size)
         f = jnp.where(here, value, 0)[:, None] * squares
         terms = [w[:, None] * x for w in (weights, weights**2)[: len(sums) // 2] for x in (f, f * f)]
-        sums = jax.lax.platform_dependent(sums, terms, jnp.where(here, local, 0), cpu=_row_by_row, default=_at_once)
+        places = jnp.where(here, local, 0)
+        if beside:  # slices at places of their own would be a scatter for every token
+            sums = _at_once(sums, terms, places)
+        else:
+            sums = jax.lax.platform_dependent(sums, terms, places, cpu=_row_by_row, default=_at_once)
     return sums
 
 

@@ -99,8 +99,12 @@ def plain_chan(mean, m2, weight, other_mean, other_m2, other_weight):
 
 
 def select(flag, if_true, if_false):
-    """``jnp.where`` over whole trees."""
-    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), if_true, if_false)
+    """``jnp.where`` over whole trees; a flag ``[N]`` chooses among ``N`` that are stacked."""
+
+    def choose(a, b):
+        return jnp.where(jnp.reshape(flag, jnp.shape(flag) + (1,) * (jnp.ndim(a) - jnp.ndim(flag))), a, b)
+
+    return jax.tree.map(choose, if_true, if_false)
 
 
 class Arithmetic(NamedTuple):

@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array
 
 from fisher_jax._support.dtypes import wide
+from fisher_jax._support.jax_internals import is_traced
 from fisher_jax.kronecker.curvature.damped import solve as kronecker_solve
 from fisher_jax.kronecker.curvature.factors import Factors
 from fisher_jax.kronecker.curvature.product import moving_leaves
@@ -39,8 +40,13 @@ def preconditioner_of(given: Any, b: Tree, damping: Array) -> tuple[Partial, Arr
         found = given if isinstance(given, Partial) else Partial(given)
         return Partial(_by_function, found), jnp.zeros_like(damping)
     diagonal = check_like(given, b, "preconditioner")
-    largest = functools.reduce(jnp.maximum, [jnp.max(x).astype(damping.dtype) for x in jax.tree.leaves(diagonal)])
-    return Partial(_by_diagonal, diagonal, damping), damping / (damping + largest)
+    leaves = jax.tree.leaves(diagonal)
+    least = functools.reduce(jnp.minimum, [jnp.min(x).astype(damping.dtype) for x in leaves])
+    if not is_traced(least) and not least >= 0:
+        raise ValueError(f"the diagonal of a preconditioner is not negative, found {float(least):.3g}")
+    largest = functools.reduce(jnp.maximum, [jnp.max(x).astype(damping.dtype) for x in leaves])
+    smallest = jnp.where(least >= 0, damping / (damping + largest), 0)
+    return Partial(_by_diagonal, diagonal, damping), smallest
 
 
 def _unchanged(v: Tree) -> Tree:

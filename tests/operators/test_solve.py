@@ -302,7 +302,8 @@ def test_without_damping_there_is_no_bound():
     ("change", "named"),
     [({"damping": -1.0}, "damping"), ({"method": "lu"}, "cg, minres"), ({"max_steps": 0}, "max_steps"),
      ({"x0": jnp.zeros(3)}, "x0"), ({"b": jnp.arange(30)}, "int32"), ({"b": {"a": None}}, "no leaf"),
-     ({"preconditioner": jnp.zeros(3)}, "preconditioner"), ({"b": jnp.ones(29)}, "29"),
+     ({"preconditioner": jnp.zeros(3)}, "preconditioner"), ({"preconditioner": -jnp.ones(30)}, "not negative"),
+     ({"b": jnp.ones(29)}, "29"),
      ({"b": {"x": jnp.ones((2, 30)), "y": jnp.ones((3, 30))}, "several": True}, "leading axis")],
 )  # fmt: skip
 def test_what_does_not_fit_raises_a_sentence(change, named):

@@ -314,7 +314,7 @@ def _squares(tap: Tap, x: Array, lead: int) -> Array:
                 f"fj.Curvature(positions={{{tap.path!r}: axes}}) which they are"
             )
         tokens = broadcast
-    elif lead > 1 and {one.kind for one in use.ids if not isinstance(one, Lost)} == {"row"} and broadcast - tokens:
+    elif lead == 2 and {one.kind for one in use.ids if not isinstance(one, Lost)} == {"row"} and broadcast - tokens:
         raise ValueError(
             f"the gradient of {tap.path}{_place(tap)} is summed over axes {sorted(broadcast)} of its output "
             f"{list(x.shape)}; {sorted(tokens)} are rows, a product has summed positions away, and it is "
